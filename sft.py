@@ -1,0 +1,831 @@
+"""Supervised fine-tuning: stage 1 of RLHF, and pre-training with the same loop.
+
+Objective, over prompts x and demonstrated responses y (InstructGPT, arXiv:2203.02155, step 1):
+
+    L = - sum_t w_t log pi(token_t | tokens before t) / sum_t w_t
+
+with w_t = 1 on the response and the EOS that ends it, `--prompt_loss_weight` on the prompt. The sums
+run over the whole batch, whatever the number of ranks and micro-batches. A line with an empty prompt
+is plain language modelling, so this script also pre-trains.
+
+Simplified against the papers: batches group sequences of like length in the place of packing several
+into one row, so that no sequence can see another; one learning rate for all weights.
+
+    python sft.py --prompt_loss_weight 0.3 --gold data/toy.py          # the embedded task
+    torchrun --nproc_per_node=8 sft.py --init gpt2/ --data alpaca.jsonl --validation held.jsonl \
+        --out_dir runs/alpaca --lr 1e-5 --batch_size 128 --micro_batch_size 8 --epochs 3
+"""
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import gzip
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import typing
+import zlib
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from model import (
+    GPT,
+    GPTConfig,
+    encode,
+    generate,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pad,
+    predicts,
+    read_json,
+    save_model,
+    token_logprobs,
+    tokenizer_hash,
+    whole_file,
+    write_json,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: Annotated[str, "demonstrations: prompt, response"] = "data/toy/demonstrations.jsonl"
+    validation: Annotated[str, "held-out demonstrations; empty: none"] = (
+        "data/toy/demonstrations_validation.jsonl"
+    )
+    prompts: Annotated[str, "prompts to sample from when evaluating; empty: none"] = (
+        "data/toy/prompts_validation.jsonl"
+    )
+    gold: Annotated[str, "Python file whose score(prompt, response) judges samples"] = ""
+    out_dir: Annotated[str, "run directory"] = "runs/sft"
+    init: Annotated[str, "run or Hugging Face GPT-2 directory; empty: random weights"] = ""
+    tokenizer: Annotated[
+        str, "gpt2, FILE.tiktoken or directory; empty: --init's, or data/toy/bpe.tiktoken"
+    ] = ""
+    n_layer: Annotated[int, "layers, without --init (gpt2: 12)"] = 3
+    n_embd: Annotated[int, "width, without --init (gpt2: 768)"] = 128
+    n_head: Annotated[int, "attention heads, without --init (gpt2: 12)"] = 4
+    n_positions: Annotated[int, "longest sequence, without --init (gpt2: 1024)"] = 128
+    initializer_range: Annotated[
+        float, "std of the initial weights, without --init (gpt2: 0.02; 128 wide, it can't copy)"
+    ] = 0.1
+    dropout: Annotated[float, "while training (InstructGPT: residual dropout 0.2)"] = 0.0
+    prompt_loss_weight: Annotated[
+        float, "weight of a prompt token's loss (papers: 0; embedded task from scratch: 0.3)"
+    ] = 0.0
+    max_length: Annotated[int, "tokens of prompt and response; 0: the model's positions"] = 0
+    overlong: Annotated[str, "response over max_length: drop the line, or cut its end"] = "drop"
+    epochs: Annotated[float, "passes over the data (InstructGPT: 16, Stiennon et al.: 1)"] = 1.0
+    steps: Annotated[int, "optimiser steps, in the place of --epochs; 0: as --epochs says"] = 0
+    batch_size: Annotated[int, "lines a step, over all ranks (Stiennon et al.: 128)"] = 32
+    micro_batch_size: Annotated[int, "lines a forward on one rank; 0: all of its share"] = 0
+    lr: Annotated[float, "peak learning rate (GPT-2: 3e-6 to 6e-5; InstructGPT: 9.65e-6)"] = 2e-3
+    warmup: Annotated[int, "steps of linear warm-up"] = 50
+    final_lr: Annotated[float, "last rate over peak rate, reached by a cosine"] = 0.1
+    adam_beta2: Annotated[float, "Adam's second-moment decay (GPT-3: 0.95)"] = 0.95
+    adam_eps: Annotated[float, "Adam's epsilon (OpenAI 2019: 1e-5)"] = 1e-8
+    weight_decay: Annotated[float, "AdamW's, on matrices (Llama 2: 0.1)"] = 0.0
+    clip_norm: Annotated[float, "largest gradient norm"] = 1.0
+    num_prompts: Annotated[int, "prompts sampled in the last evaluation"] = 1000
+    max_new_tokens: Annotated[int, "longest sampled response, tokens"] = 48
+    seed: Annotated[int, "of weights, order, dropout and samples"] = 0
+    device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
+    dtype: Annotated[
+        str, "float32, bfloat16, float16, float64; empty: bfloat16 on cuda, else float32"
+    ] = ""
+    compile: Annotated[bool, "torch.compile the model"] = False
+    log_every: Annotated[int, "steps between printed lines"] = 50
+    eval_every: Annotated[int, "steps between evaluations; 0: only at the end"] = 250
+    save_every: Annotated[int, "steps between checkpoints; 0: only at the end"] = 250
+    timeout_s: Annotated[int, "a collective that takes longer ends the job, seconds"] = 600
+    resume: Annotated[bool, "go on from out_dir's last checkpoint, or start if none"] = False
+    overwrite: Annotated[bool, "delete the run in out_dir first"] = False
+
+
+# --- plumbing: the same text in every script (tests/test_copies.py) ---
+
+
+def refuse(message):
+    """Ends the script for bad input: one line, exit status 2."""
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def parse_config(config_class, doc, argv=None):
+    """`config_class` from the command line; its annotations are the flags' help."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    for field in dataclasses.fields(config_class):
+        kind, text = hints[field.name].__origin__, hints[field.name].__metadata__[0]
+        text = f"{text} ({field.default!r})".replace("%", "%%")
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument(f"--{field.name}", default=field.default, help=text, **how)
+    cfg = config_class(**vars(parser.parse_args(argv)))
+    for name, value in vars(cfg).items():
+        if type(value) in (int, float) and not 0 <= value < math.inf:
+            parser.error(f"--{name}: expected a number of at least 0, got {value}")
+    if cfg.dtype not in ("", "float32", "bfloat16", "float16", "float64"):
+        parser.error(f"--dtype: expected float32, bfloat16, float16 or float64, got {cfg.dtype}")
+    return cfg
+
+
+def start_process(cfg):
+    """-> device, dtype, rank, world. torchrun sets the world; without it, a world of one."""
+    signal.signal(signal.SIGTERM, lambda *_: stop_signals.append(1))
+    cuda = cfg.device.startswith("cuda") or (not cfg.device and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        refuse(f"--device {cfg.device}: there is no CUDA device here")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(cfg.device or ("cuda" if cuda else "cpu"))
+    if cuda and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:
+        limit = datetime.timedelta(seconds=cfg.timeout_s)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
+    dtype = getattr(torch, cfg.dtype or ("bfloat16" if cuda else "float32"))
+    return device, dtype, rank, world
+
+
+stop_signals = []  # SIGTERMs that came to this rank
+
+
+def all_reduce(values, device):
+    """Sums numbers over the ranks: a list of floats -> the list of their sums."""
+    if not dist.is_initialized():
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather(records, device):
+    """The lists of JSON values of all ranks, one after another, on every rank."""
+    if not dist.is_initialized():
+        return list(records)
+    data = torch.tensor(list(json.dumps(records).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    padded = [data.new_zeros(int(max(sizes))) for _ in sizes]
+    dist.all_gather(padded, torch.cat([data, data.new_zeros(len(padded[0]) - len(data))]))
+    texts = [bytes(x[:n].tolist()) for x, n in zip(padded, sizes, strict=True)]
+    return [record for text in texts for record in json.loads(text)]
+
+
+def stop_requested(device):
+    """Whether SIGTERM came to any rank. All ranks ask at the same places, so all of them stop."""
+    return all_reduce([float(len(stop_signals))], device)[0] > 0
+
+
+def learning_rate(step, total, cfg):
+    """The rate of step 0..total-1: linear warm-up, then a cosine from lr to lr * final_lr."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(total - cfg.warmup, 1)
+    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_run(cfg, inputs, rank, world):
+    """Makes out_dir, or finds what to resume there: the last checkpoint's path, or None.
+
+    A run's settings, the sha256 of its `inputs` (files) and its world size must be those that it
+    began with: another order of the data would train some examples twice and others never.
+    """
+    out_dir = Path(cfg.out_dir)
+    settings = {k: v for k, v in vars(cfg).items() if k not in ("resume", "overwrite", "timeout_s")}
+    args = settings | {"world": world} | {f"sha256 of {path}": sha256(path) for path in inputs}
+    in_use = out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir()))
+    checkpoints, resume = [], cfg.resume and (out_dir / "args.json").is_file()
+    if resume:
+        before = read_json(out_dir / "args.json").get("settings", {})
+        changed = [
+            name for name in args.keys() | before.keys() if args.get(name) != before.get(name)
+        ]
+        if changed:
+            differences = [f"{n}: {before.get(n)!r} -> {args.get(n)!r}" for n in sorted(changed)]
+            refuse(f"{out_dir}: --resume with other settings: " + "; ".join(differences))
+        if (out_dir / "report.json").exists():
+            print(f"{out_dir}: this run is finished", flush=True)
+            sys.exit(0)
+        steps = [p.name.removeprefix("checkpoint-") for p in out_dir.glob("checkpoint-*")]
+        checkpoints = [out_dir / f"checkpoint-{step}" for step in sorted(map(int, steps))]
+    elif in_use and not (cfg.overwrite and (out_dir / "args.json").is_file()):
+        refuse(f"{out_dir}: in use; --resume goes on with its run, --overwrite deletes it")
+    all_reduce([0.0], "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
+    if rank == 0 and not resume:  # and only now that every rank has looked at what was there
+        shutil.rmtree(out_dir, ignore_errors=True)
+        out_dir.mkdir(parents=True)
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+        record = {"settings": args, "command": sys.argv, "versions": versions}
+        write_json(out_dir / "args.json", record)
+        shutil.copyfile(sys.argv[0], out_dir / "script.py")
+    if rank == 0 and resume:  # what was logged after the checkpoint will be logged again
+        last = int(checkpoints[-1].name.removeprefix("checkpoint-")) if checkpoints else -1
+        for path in [out_dir / "metrics.jsonl", out_dir / "samples.jsonl"]:
+            lines = path.read_bytes().splitlines(True) if path.exists() else []
+            with whole_file(path) as temporary:
+                temporary.write_bytes(b"".join(x for x in lines if keeps(x, last)))
+    return checkpoints[-1] if checkpoints else None
+
+
+def keeps(line, last):
+    """Whether a logged line is of before the checkpoint at step `last`. A step's evaluation comes
+    after its checkpoint, and a line that was cut by a crash is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return record["step"] < last + (not any(key.startswith("eval_") for key in record))
+
+
+def append_line(path, record):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def save_checkpoint(cfg, step, modules, optimizers, state, device, rank):
+    """Writes checkpoint-<step>/ whole, then deletes older ones. Every rank calls it.
+
+    modules, optimizers: {name: object}, equal on all ranks. state: a dict of JSON values (counters,
+    scaler). Generators: the default ones of every rank (dropout, sampling).
+    """
+    generators = [torch.get_rng_state()]
+    if device.type == "cuda":
+        generators.append(torch.cuda.get_rng_state(device))
+    state = state | {"step": step}
+    state["generators"] = gather([[bytes(g.tolist()).hex() for g in generators]], device)
+    if rank > 0:
+        return
+    tensors = {}
+    for name, module in modules.items():
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"{name}.{index}.{key}": value for key, value in moments.items()}
+    final = Path(cfg.out_dir) / f"checkpoint-{step}"
+    temporary = final.with_name(".checkpoint.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    with whole_file(temporary / "tensors.safetensors") as path:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+    write_json(temporary / "state.json", state)
+    names = ("tensors.safetensors", "state.json")
+    write_json(temporary / "sha256.json", {name: sha256(temporary / name) for name in names})
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for path in Path(cfg.out_dir).glob("checkpoint-*"):
+        if path != final:
+            shutil.rmtree(path)
+
+
+def load_checkpoint(path, modules, optimizers, device, rank):
+    """Restores what save_checkpoint wrote, exactly, and returns its `state`."""
+    try:
+        for name, digest in read_json(path / "sha256.json").items():
+            if sha256(path / name) != digest:
+                raise ValueError(f"{path / name}: damaged: its sha256 is not the one it had")
+    except (OSError, ValueError) as error:
+        refuse(f"{error}; this checkpoint can't be resumed")
+    tensors = load_file(path / "tensors.safetensors")
+    state = read_json(path / "state.json")
+    generators = [torch.tensor(list(bytes.fromhex(g))).byte() for g in state["generators"][rank]]
+    torch.set_rng_state(generators[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(generators[1], device)
+    for name, module in modules.items():
+        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+    for name, optimizer in optimizers.items():
+        contents, moments = optimizer.state_dict(), {}
+        for key in [key for key in tensors if key.startswith(name + ".")]:
+            index, moment = key.removeprefix(name + ".").split(".")
+            moments.setdefault(int(index), {})[moment] = tensors[key]
+        optimizer.load_state_dict(contents | {"state": moments})
+    return state
+
+
+def read_jsonl(path, texts):
+    """Yields (where, record) for each line of a JSON Lines file, plain or .gz.
+
+    `texts`: {field: whether it may be empty}, the fields that must be there and be strings. The
+    first bad line ends the script: `file:line: field: what is wrong`, exit status 2.
+    """
+    where = f"{path}:1"
+    number = 0
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                record = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
+                if not isinstance(record, dict):
+                    refuse(f"{where}: line: expected an object, got {type(record).__name__}")
+                for name, may_be_empty in texts.items():
+                    if not isinstance(record.get(name), str):
+                        found = type(record[name]).__name__ if name in record else "nothing"
+                        refuse(f"{where}: {name}: expected a string, got {found}")
+                    if not may_be_empty and not record[name].strip():
+                        refuse(f"{where}: {name}: is empty")
+                    record[name].encode("utf-8")  # a lone surrogate is valid JSON and is no text
+                yield where, record
+    except UnicodeError as error:
+        refuse(f"{where}: line: not UTF-8: {error.reason}")
+    except (ValueError, RecursionError) as error:
+        refuse(f"{where}: line: not JSON: {error}")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        refuse(f"{path}:{number + 1}: line: not a whole gzip file: {error}")
+    except OSError as error:
+        refuse(f"{path}:0: file: can't be read: {error.strerror or error}")
+    if number == 0:
+        refuse(f"{path}:0: file: is empty")
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+# --- end of plumbing ---
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def read_demonstrations(path, tokenizer, max_length, cut_response):
+    """-> (prompt ids, response ids) of each line, and how many lines were cut and dropped."""
+    examples, counts = [], {"cut": 0, "dropped": 0}
+    for _, record in read_jsonl(path, {"prompt": True, "response": False}):
+        whole = encode(tokenizer, record["prompt"], record["response"], sys.maxsize)
+        if sum(map(len, whole)) <= max_length:
+            examples.append(whole)
+            continue
+        try:
+            cut = encode(tokenizer, record["prompt"], record["response"], max_length, cut_response)
+        except ValueError:
+            counts["dropped"] += 1
+            continue
+        counts["cut"] += 1
+        examples.append(cut)
+    if not examples:
+        refuse(
+            f"{path}:0: file: no response fits into {max_length} tokens; --overlong cut cuts them"
+        )
+    return examples, counts
+
+
+def grouped_batches(lengths, batch_size, seed):
+    """One epoch's batches, lists of indices: random, but of like lengths, so that few are pads.
+
+    Shuffles, sorts by length within pools of 64 batches, and shuffles the batches. Every index comes
+    once; only one batch can be smaller than batch_size.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
+    pool = 64 * batch_size
+    pools = [order[i : i + pool] for i in range(0, len(order), pool)]
+    pools = [indices[np.argsort(np.asarray(lengths)[indices], kind="stable")] for indices in pools]
+    order = np.concatenate(pools).tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def rank_share(batch, rank, world, micro_batch_size):
+    """This rank's micro-batches of a batch: lists of indices, as many on every rank, some empty.
+
+    Ranks take turns in a batch that is sorted by length, so that their work is alike.
+    """
+    largest = math.ceil(len(batch) / world)
+    size = micro_batch_size or largest
+    mine = batch[rank::world]
+    return [mine[i : i + size] for i in range(0, largest, size)]
+
+
+# --- mathematics ----------------------------------------------------------------------------------
+
+
+def loss_weights(tokens, mask, prompt_loss_weight):
+    """w (B, T): 1 on response tokens, prompt_loss_weight on prompt tokens but the first, 0 on pads.
+
+    The first token has nothing before it to be predicted from.
+    """
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    begin = mask.int().argmax(1, keepdim=True)  # (B, 1), the response's first column
+    prompt = (columns > 0) & (columns < begin)  # (B, T)
+    return mask + prompt_loss_weight * prompt
+
+
+def weighted_nll(model, tokens, mask, weights):
+    """sum_t w_t * -log pi(token_t | before) over a (B, T) batch, nats; and the response's alone.
+
+    The head runs only where a token is trained. Returns two scalars; the second has no gradient.
+    """
+    trained = weights > 0
+    logits = model(tokens, at=predicts(trained))  # (N, V)
+    nll = -token_logprobs(logits, tokens, trained)  # (B, T)
+    return (nll * weights).sum(), (nll * mask).sum().detach()
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def held_out_loss(model, examples, cfg, device, autocast, rank, world):
+    """Mean nll of held-out response tokens, EOS included, nats a token; None if told to stop."""
+    model.eval()
+    total, count = 0.0, 0
+    lengths = [len(p) + len(r) for p, r in examples]
+    for batch in grouped_batches(lengths, 4 * cfg.batch_size, seed=0):
+        if stop_requested(device):
+            return None
+        for indices in rank_share(batch, rank, world, cfg.micro_batch_size):
+            if indices:
+                tokens, mask = pad(*zip(*[examples[i] for i in indices], strict=True))
+                tokens, mask = tokens.to(device), mask.to(device)
+                with torch.no_grad(), autocast:
+                    total += weighted_nll(model, tokens, mask, mask.float())[1].item()
+                count += int(mask.sum())
+    total, count = all_reduce([total, count], device)
+    return total / count
+
+
+def sample_responses(model, tokenizer, prompts, cfg, device, temperature, gold, rank, world):
+    """One response to each prompt, at a temperature, and what it is worth, from all ranks.
+
+    Returns a list of dicts, in the order of `prompts`: the prompt's line with `response`, `parts`
+    (numbers: eos = 1 if it ended, words, gold and its explanation); None if told to stop.
+    """
+    sampler = model if device.type == "cpu" else copy.deepcopy(model).bfloat16()
+    sampler.eval()
+    generator = torch.Generator(device).manual_seed(cfg.seed * world + rank)
+    room = model.config.n_positions - cfg.max_new_tokens
+    prompt_ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))  # few pads in a batch
+    samples = []
+    for begin in range(0, len(prompts), 256 * world):
+        if stop_requested(device):
+            return None
+        indices = order[begin : begin + 256 * world][rank::world]
+        if not indices:
+            continue
+        tokens, mask = generate(
+            sampler,
+            [prompt_ids[i] for i in indices],
+            cfg.max_new_tokens,
+            temperature=temperature,
+            eos=tokenizer.eot_token,
+            generator=generator,
+        )
+        for i, row, inside in zip(indices, tokens, mask, strict=True):
+            ids = row[inside].tolist()
+            ended = ids[-1] == tokenizer.eot_token
+            response = tokenizer.decode(ids[:-1] if ended else ids)
+            parts = {"eos": float(ended), "words": float(len(response.split()))}
+            parts |= judge(gold, prompts[i], response)
+            samples.append(prompts[i] | {"index": i, "response": response, "parts": parts})
+    return sorted(gather(samples, device), key=lambda sample: sample["index"])
+
+
+def load_gold(path):
+    """A user's Python file as a module: score(prompt, response, **fields), perhaps explain(...)."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if not Path(path).is_file() or spec is None:
+        refuse(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "score", None)):
+        refuse(f"{path}: score: no such function; expected score(prompt, response, **fields)")
+    return module
+
+
+def judge(gold, line, response):
+    """{"gold": score, and the parts that explain it} of a response to a prompt's line."""
+    if gold is None:
+        return {}
+    fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
+    parts = {}
+    if hasattr(gold, "explain"):
+        parts = {k: float(v) for k, v in gold.explain(line["prompt"], response, **fields).items()}
+        parts.pop("score", None)
+    return {"gold": float(gold.score(line["prompt"], response, **fields))} | parts
+
+
+def mean_interval(values):
+    """[mean, low, high]: the mean and its 95% interval, by the normal approximation."""
+    values = np.asarray(values, dtype=np.float64)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return [round(float(x), 4) for x in (values.mean(), values.mean() - half, values.mean() + half)]
+
+
+def summarise(samples):
+    """{task: {part: [mean, low, high]}} of samples, with "all" over the parts that all of them have."""
+    groups = {"all": samples}
+    for sample in samples:
+        groups.setdefault(sample.get("task", "all"), []).append(sample)
+    groups["all"] = samples
+    table = {}
+    for task, members in groups.items():
+        shared = set.intersection(*(set(sample["parts"]) for sample in members))
+        names = [name for name in members[0]["parts"] if name in shared]
+        table[task] = {n: mean_interval([sample["parts"][n] for sample in members]) for n in names}
+        table[task]["count"] = len(members)
+    return table
+
+
+def one_a_task(prompts):
+    """The first prompt of each task."""
+    return list({line.get("task", "all"): line for line in reversed(prompts)}.values())[::-1]
+
+
+def print_samples(samples):
+    for sample in samples:
+        gold = f"  gold {sample['parts']['gold']:+.2f}" if "gold" in sample["parts"] else ""
+        print(f"  [{sample.get('task', 'all')}]{gold}  {sample['prompt'][-200:]!r}")
+        print(f"      -> {sample['response']!r}{'' if sample['parts']['eos'] else '  (no EOS)'}")
+
+
+def print_table(name, table):
+    print(f"{name}: means with 95% intervals")
+    for task, parts in table.items():
+        print(f"  {task} ({parts['count']} prompts)")
+        for part, value in parts.items():
+            if part != "count":
+                print(f"    {part:<12} {value[0]:8.3f}  [{value[1]:.3f}, {value[2]:.3f}]")
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+def main():
+    cfg = parse_config(Config, __doc__)
+    if cfg.overlong not in ("drop", "cut"):
+        refuse(f"--overlong: expected drop or cut, got {cfg.overlong}")
+    if min(cfg.batch_size, cfg.max_new_tokens, cfg.log_every) < 1 or not cfg.clip_norm > 0:
+        refuse("--batch_size, --max_new_tokens, --log_every, --clip_norm: expected more than 0")
+    device, dtype, rank, world = start_process(cfg)
+
+    # The model: an --init directory's, or a new one. Its tokenizer comes with it.
+    try:
+        tokenizer = load_tokenizer(cfg.tokenizer or cfg.init or "data/toy/bpe.tiktoken")
+        if cfg.init:
+            known = load_config(cfg.init).get("tokenizer")
+            if known not in (None, tokenizer_hash(tokenizer)):
+                refuse(
+                    f"--tokenizer {cfg.tokenizer}: {cfg.init} was trained with another tokenizer"
+                )
+            policy = load_model(cfg.init)
+            if policy.score is not None:
+                refuse(f"--init {cfg.init}: has a scalar head, no language model's")
+            if policy.config.vocab_size < tokenizer.n_vocab:
+                refuse(
+                    f"--init {cfg.init}: {policy.config.vocab_size} embeddings for a tokenizer of "
+                    f"{tokenizer.n_vocab} tokens"
+                )
+        else:
+            torch.manual_seed(cfg.seed)
+            sizes = {name: getattr(cfg, name) for name in ("n_layer", "n_embd", "n_head")}
+            sizes |= {"n_positions": cfg.n_positions, "initializer_range": cfg.initializer_range}
+            policy = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **sizes))
+    except (OSError, ValueError) as error:
+        refuse(error)
+    set_dropout(policy, cfg.dropout)
+    policy.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    max_length = min(cfg.max_length or policy.config.n_positions, policy.config.n_positions)
+    if cfg.max_new_tokens >= policy.config.n_positions:
+        refuse(f"--max_new_tokens: expected fewer than the {policy.config.n_positions} positions")
+
+    # The data, all of it on every rank, so that all agree on every batch.
+    cut = cfg.overlong == "cut"
+    examples, counts = read_demonstrations(cfg.data, tokenizer, max_length, cut)
+    held_out, prompts, inputs = [], [], [cfg.data]
+    if cfg.validation:
+        held_out, _ = read_demonstrations(cfg.validation, tokenizer, max_length, cut)
+        inputs.append(cfg.validation)
+    if cfg.prompts:
+        prompts = [line for _, line in read_jsonl(cfg.prompts, {"prompt": True})]
+        inputs.append(cfg.prompts)
+    gold = load_gold(cfg.gold) if cfg.gold else None
+    lengths = [len(prompt) + len(response) for prompt, response in examples]
+    steps_an_epoch = math.ceil(len(examples) / cfg.batch_size)
+    total = cfg.steps or math.ceil(cfg.epochs * steps_an_epoch)
+    checkpoint = open_run(cfg, inputs, rank, world)
+    out_dir = Path(cfg.out_dir)
+    if rank == 0:
+        size = sum(parameter.numel() for parameter in policy.parameters())
+        print(f"policy: {size / 1e6:.2f}M parameters; {device}, {dtype}, {world} rank(s)")
+        print(
+            f"{cfg.data}: {len(examples)} lines, {sum(lengths)} tokens, {counts['cut']} cut, "
+            f"{counts['dropped']} dropped; {total} steps of {cfg.batch_size} lines",
+            flush=True,
+        )
+
+    decayed = [p for p in policy.parameters() if p.dim() == 2]
+    others = [p for p in policy.parameters() if p.dim() != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others}],
+        lr=cfg.lr,
+        betas=(0.9, cfg.adam_beta2),
+        eps=cfg.adam_eps,
+        weight_decay=0.0,
+        fused=True,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    mixed = dtype in (torch.bfloat16, torch.float16)
+    autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
+    torch.manual_seed(cfg.seed * world + rank)  # dropout differs between the ranks
+    step = 0
+    if checkpoint:
+        state = load_checkpoint(checkpoint, {"policy": policy}, {"adam": optimizer}, device, rank)
+        step = state["step"]
+        scaler.load_state_dict(state["scaler"])
+        if rank == 0:
+            print(f"resumed at step {step} from {checkpoint}", flush=True)
+    # Losses go through `model`: DDP averages the gradients over the ranks in its backward pass.
+    model = torch.compile(policy) if cfg.compile else policy
+    if world > 1:
+        model = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None
+        )
+
+    def save():
+        state = {"scaler": scaler.state_dict()}
+        save_checkpoint(cfg, step, {"policy": policy}, {"adam": optimizer}, state, device, rank)
+
+    def stop():
+        """SIGTERM: what was done is saved, and --resume goes on from here to the same weights."""
+        save()
+        if rank == 0:
+            print(f"stopped by SIGTERM at step {step}; --resume goes on from there", flush=True)
+        sys.exit(128 + signal.SIGTERM)
+
+    started, first_step, epoch, batches = time.time(), step, None, None
+    logged = {"time": started, "loss": torch.zeros((), device=device), "weight": 0.0, "tokens": 0}
+    logged["cells"] = logged["steps"] = 0
+    while True:
+        if step > first_step and (step == total or (cfg.save_every and step % cfg.save_every == 0)):
+            save()
+        if stop_requested(device):
+            stop()
+
+        if held_out and (step == total or (cfg.eval_every and step % cfg.eval_every == 0)):
+            loss = held_out_loss(policy, held_out, cfg, device, autocast, rank, world)
+            if loss is None:
+                stop()
+            examples_of_each = one_a_task(prompts)[:6]
+            samples = sample_responses(
+                policy, tokenizer, examples_of_each, cfg, device, 1.0, gold, rank, world
+            )
+            if samples is None:
+                stop()
+            if rank == 0:
+                record = {"step": step, "seconds": round(time.time() - started, 1)}
+                record |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+                append_line(out_dir / "metrics.jsonl", record)
+                for sample in samples:
+                    append_line(out_dir / "samples.jsonl", {"step": step, "eval_": True} | sample)
+                print(
+                    f"step {step}/{total}  held-out loss {loss:.4f} nats a response token", end=""
+                )
+                print(f", perplexity {record['eval_perplexity']:.3f}")
+                print_samples(samples)
+        if step == total:
+            break
+
+        # One step: gradients of the batch's weighted mean, over micro-batches and ranks.
+        if epoch != step // steps_an_epoch:
+            epoch = step // steps_an_epoch
+            batches = grouped_batches(lengths, cfg.batch_size, [cfg.seed, epoch])
+        batch = batches[step % steps_an_epoch]
+        total_weight = sum(
+            len(examples[i][1]) + cfg.prompt_loss_weight * (len(examples[i][0]) - 1) for i in batch
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, cfg)
+        model.train()
+        shares = rank_share(batch, rank, world, cfg.micro_batch_size)
+        for micro, indices in enumerate(shares):
+            # A rank without lines left still runs, with weight 0: the others wait for its gradients.
+            pairs = [examples[i] for i in indices or batch[:1]]
+            tokens, mask = pad(*zip(*pairs, strict=True))  # (B, T)
+            tokens, mask = tokens.to(device), mask.to(device)
+            weights = loss_weights(tokens, mask, cfg.prompt_loss_weight)
+            last = micro == len(shares) - 1
+            with model.no_sync() if world > 1 and not last else nullcontext():
+                with autocast:
+                    loss, _ = weighted_nll(model, tokens, mask, weights)
+                loss = loss * (1.0 if indices else 0.0) / total_weight
+                scaler.scale(loss * world).backward()  # DDP averages over ranks: undo it
+            logged["loss"] += loss.detach() * total_weight
+            logged["tokens"] += sum(lengths[i] for i in indices)
+            logged["cells"] += tokens.numel()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm).item()
+        # The norm is of the summed gradients, the same on all ranks: all stop, or none. float16 may
+        # overflow: the scaler then skips the step and halves its scale.
+        if not math.isfinite(norm) and scaler.get_scale() <= 1:
+            lines = ", ".join(str(i + 1) for i in batch[:8])
+            if rank == 0:
+                print(
+                    f"step {step}: the gradient is {norm} on the batch of lines {lines}, ... (as "
+                    f"numbered among those kept); stopped before the update, nothing is changed",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            sys.exit(1)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        logged["weight"] += total_weight
+        logged["steps"] += 1
+
+        if step % cfg.log_every == 0 or step == total:
+            names = ["loss", "tokens", "cells"]
+            loss, tokens_seen, cells = all_reduce([float(logged[n]) for n in names], device)
+            now = time.time()
+            left = (now - started) / (step - first_step) * (total - step)
+            record = {
+                "step": step,
+                "seconds": round(now - started, 1),
+                "loss": loss / logged["weight"],  # weighted nats a token, mean since the last line
+                "lr": optimizer.param_groups[0]["lr"],
+                "grad_norm": norm,
+                "tokens_per_s": tokens_seen / (now - logged["time"]),
+                "padding": 1 - tokens_seen / cells,
+            }
+            if rank == 0:
+                append_line(out_dir / "metrics.jsonl", record)
+                print(
+                    f"step {step}/{total}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad norm "
+                    f"{norm:.2f}  {record['tokens_per_s']:.0f} tokens/s  padding "
+                    f"{record['padding']:.1%}  {left // 60:.0f}:{left % 60:02.0f} left",
+                    flush=True,
+                )
+            logged |= {"time": now, "weight": 0.0, "tokens": 0, "cells": 0, "steps": 0}
+            logged["loss"] = torch.zeros((), device=device)
+
+    # The finished model, then what it is worth, greedy and sampled.
+    if rank == 0:
+        save_model(out_dir, policy, tokenizer, {"stage": "sft"})
+    report = {"step": step, "seconds": round(time.time() - started, 1)}
+    report["peak_memory_gib"] = round(peak_memory(device) / 2**30, 2)
+    if held_out:
+        report |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        if prompts:
+            some = prompts[: cfg.num_prompts]
+            samples = sample_responses(
+                policy, tokenizer, some, cfg, device, temperature, gold, rank, world
+            )
+            if samples is None:
+                stop()
+            report[name] = summarise(samples)
+            if rank == 0:
+                print_table(f"{name} (temperature {temperature:g})", report[name])
+    if rank == 0:
+        write_json(out_dir / "report.json", report)
+        for path in out_dir.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        print(f"{out_dir}: finished in {report['seconds']:.0f} s, {report['peak_memory_gib']} GiB")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def set_dropout(model, rate):
+    """A checkpoint's dropout is its pre-training's: ours is the flag's."""
+    model.config = dataclasses.replace(model.config, dropout=rate)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = rate
+        elif hasattr(module, "dropout"):
+            module.dropout = rate
+
+
+def peak_memory(device):
+    """The most memory this process has held, bytes: on the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
