@@ -24,6 +24,7 @@ import math
 import os
 import sys
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
@@ -39,12 +40,12 @@ END_OF_TEXT = "<|endoftext|>"
 SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
-# --- the network -----------------------------------------------------------------------------------
+# --- the network ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """GPT-2's hyper-parameters under the names of Hugging Face's config.json; defaults are the 124M.
+    """GPT-2's hyper-parameters under the names of Hugging Face's config.json, those of the 124M.
 
     `dropout` stands for their three rates (embd_pdrop, attn_pdrop, resid_pdrop) at once.
     """
@@ -148,8 +149,8 @@ class GPT(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """GPT-2's initial weights; the scalar head's std is 1/sqrt(n_embd + 1) (Ziegler et al. 2019,
-        arXiv:1909.08593, released code)."""
+        """GPT-2's initial weights; the scalar head's std is 1/sqrt(n_embd + 1), as in the
+        code of Ziegler et al. 2019 (arXiv:1909.08593)."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if name == "score.weight":
@@ -187,13 +188,14 @@ class GPT(nn.Module):
             (N,). Column t has read tokens[:, :t + 1]: pads, being on the right, are never read.
         """
         T = tokens.shape[1]
-        if T > self.config.n_positions:
-            raise ValueError(f"{T} tokens exceed the model's {self.config.n_positions} positions")
+        longest = self.config.n_positions
+        if longest < T:
+            raise ValueError(f"{T} tokens exceed the model's {longest} positions")
         hidden = self.trunk(tokens, torch.arange(T, device=tokens.device))
         return self.head(hidden if at is None else hidden[at])
 
 
-# --- log-probabilities -----------------------------------------------------------------------------
+# --- log-probabilities ----------------------------------------------------------------------------
 
 
 def predicts(mask):
@@ -245,7 +247,7 @@ def last_score(output, mask):
     return output.gather(1, last[:, None]).squeeze(1)
 
 
-# --- text to tokens --------------------------------------------------------------------------------
+# --- text to tokens -------------------------------------------------------------------------------
 
 
 def load_tokenizer(name):
@@ -364,7 +366,7 @@ def tokenizer_files(tokenizer):
         # Merging with lower ranks only must leave two parts: the merge that made this token.
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+            pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
             first = pairs.index(min(pairs))
             if pairs[first] >= rank:
                 raise ValueError(f"token {token!r} can't be reached by merging two others")
@@ -415,7 +417,7 @@ def encode(tokenizer, prompt, response, max_length, cut_response=False):
     if len(response_ids) > max_length - 1:
         if not cut_response:
             raise ValueError(
-                f"a response of {len(response_ids)} tokens and one of its prompt exceed {max_length}"
+                f"a response of {len(response_ids)} tokens leaves no room in {max_length}"
             )
         response_ids = response_ids[: max_length - 1]
     return prompt_ids[-(max_length - len(response_ids)) :], response_ids
@@ -433,7 +435,7 @@ def pad(prompts, responses):
     return torch.tensor(rows), mask
 
 
-# --- sampling --------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -610,7 +612,7 @@ def generate(
     return tokens[:, :T], mask[:, :T]
 
 
-# --- files -----------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -718,8 +720,9 @@ def load_config(directory):
 def load_model(directory, device="cpu"):
     """The GPT of a run or a Hugging Face GPT-2 directory, in float32 and in eval mode.
 
-    Takes GPT2LMHeadModel, GPT2Model and one-label GPT2ForSequenceClassification; one file or shards;
-    names with or without `transformer.`; any floating type. It has a scalar head if the files do.
+    Takes GPT2LMHeadModel, GPT2Model and GPT2ForSequenceClassification of one label; one file or
+    shards; names with or without `transformer.`; any floating type. It has a scalar head if the
+    files do.
 
     Raises:
         ValueError or OSError, in one line: no such files, a weight missing, unknown or of another
@@ -790,7 +793,7 @@ def weight_files(directory):
     raise FileNotFoundError(f"{directory}: no model.safetensors")
 
 
-# --- python model.py RUN ---------------------------------------------------------------------------
+# --- python model.py RUN --------------------------------------------------------------------------
 
 
 def stream(model, tokenizer, prompt, args, generator):

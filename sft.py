@@ -1,15 +1,15 @@
 """Supervised fine-tuning: stage 1 of RLHF, and pre-training with the same loop.
 
-Objective, over prompts x and demonstrated responses y (InstructGPT, arXiv:2203.02155, step 1):
+Objective, over prompts and demonstrated responses (step 1 of InstructGPT, arXiv:2203.02155):
 
     L = - sum_t w_t log pi(token_t | tokens before t) / sum_t w_t
 
-with w_t = 1 on the response and the EOS that ends it, `--prompt_loss_weight` on the prompt. The sums
-run over the whole batch, whatever the number of ranks and micro-batches. A line with an empty prompt
-is plain language modelling, so this script also pre-trains.
+with w_t = 1 on the response and the EOS that ends it, `--prompt_loss_weight` on the prompt. The
+sums run over the whole batch, whatever the number of ranks and micro-batches. A line with an empty
+prompt is plain language modelling, so this script also pre-trains.
 
-Simplified against the papers: batches group sequences of like length in the place of packing several
-into one row, so that no sequence can see another; one learning rate for all weights.
+Simplified against the papers: batches group sequences of like length in the place of packing
+several into one row, so that no sequence can see another; one learning rate for all weights.
 
     python sft.py --prompt_loss_weight 0.3 --gold data/toy.py          # the embedded task
     torchrun --nproc_per_node=8 sft.py --init gpt2/ --data alpaca.jsonl --validation held.jsonl \
@@ -96,7 +96,7 @@ class Config:
     micro_batch_size: Annotated[int, "lines a forward on one rank; 0: all of its share"] = 0
     lr: Annotated[float, "peak learning rate (GPT-2: 3e-6 to 6e-5; InstructGPT: 9.65e-6)"] = 2e-3
     warmup: Annotated[int, "steps of linear warm-up"] = 50
-    final_lr: Annotated[float, "last rate over peak rate, reached by a cosine"] = 0.1
+    final_lr: Annotated[float, "last rate over peak rate, by a cosine (InstructGPT: 0.1)"] = 0.0
     adam_beta2: Annotated[float, "Adam's second-moment decay (GPT-3: 0.95)"] = 0.95
     adam_eps: Annotated[float, "Adam's epsilon (OpenAI 2019: 1e-5)"] = 1e-8
     weight_decay: Annotated[float, "AdamW's, on matrices (Llama 2: 0.1)"] = 0.0
@@ -119,6 +119,8 @@ class Config:
 
 # --- plumbing: the same text in every script (tests/test_copies.py) ---
 
+stop_signals = []  # the SIGTERMs that came to this rank
+
 
 def refuse(message):
     """Ends the script for bad input: one line, exit status 2."""
@@ -128,14 +130,13 @@ def refuse(message):
 
 def parse_config(config_class, doc, argv=None):
     """`config_class` from the command line; its annotations are the flags' help."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
     hints = typing.get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
         kind, text = hints[field.name].__origin__, hints[field.name].__metadata__[0]
-        text = f"{text} ({field.default!r})".replace("%", "%%")
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        text = f"{text} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", default=field.default, help=text, **how)
     cfg = config_class(**vars(parser.parse_args(argv)))
     for name, value in vars(cfg).items():
@@ -149,27 +150,22 @@ def parse_config(config_class, doc, argv=None):
 def start_process(cfg):
     """-> device, dtype, rank, world. torchrun sets the world; without it, a world of one."""
     signal.signal(signal.SIGTERM, lambda *_: stop_signals.append(1))
-    cuda = cfg.device.startswith("cuda") or (not cfg.device and torch.cuda.is_available())
-    if cuda and not torch.cuda.is_available():
-        refuse(f"--device {cfg.device}: there is no CUDA device here")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(cfg.device or ("cuda" if cuda else "cpu"))
-    if cuda and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if cuda:
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            refuse(f"--device {cfg.device}: there is no CUDA device here")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
+    dtype = getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         limit = datetime.timedelta(seconds=cfg.timeout_s)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
-    dtype = getattr(torch, cfg.dtype or ("bfloat16" if cuda else "float32"))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
     return device, dtype, rank, world
 
 
-stop_signals = []  # SIGTERMs that came to this rank
-
-
 def all_reduce(values, device):
-    """Sums numbers over the ranks: a list of floats -> the list of their sums."""
+    """A list of numbers -> their sums over the ranks."""
     if not dist.is_initialized():
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64, device=device)
@@ -191,7 +187,7 @@ def gather(records, device):
 
 
 def stop_requested(device):
-    """Whether SIGTERM came to any rank. All ranks ask at the same places, so all of them stop."""
+    """Whether SIGTERM came to any rank. All ranks ask at the same places, so all stop there."""
     return all_reduce([float(len(stop_signals))], device)[0] > 0
 
 
@@ -208,57 +204,41 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_run(cfg, inputs, rank, world):
+def open_run(cfg, inputs, device, rank, world):
     """Makes out_dir, or finds what to resume there: the last checkpoint's path, or None.
 
-    A run's settings, the sha256 of its `inputs` (files) and its world size must be those that it
-    began with: another order of the data would train some examples twice and others never.
+    A run goes on only with the settings, the inputs (files) and the world size that it began with:
+    another order of the data would train on some examples twice and on others never.
     """
     out_dir = Path(cfg.out_dir)
-    settings = {k: v for k, v in vars(cfg).items() if k not in ("resume", "overwrite", "timeout_s")}
-    args = settings | {"world": world} | {f"sha256 of {path}": sha256(path) for path in inputs}
-    in_use = out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir()))
-    checkpoints, resume = [], cfg.resume and (out_dir / "args.json").is_file()
+    free = ("resume", "overwrite", "timeout_s")
+    settings = {name: value for name, value in vars(cfg).items() if name not in free}
+    settings |= {"world": world} | {f"sha256 of {path}": sha256(path) for path in inputs}
+    known, checkpoints = (out_dir / "args.json").is_file(), []
+    resume = cfg.resume and known
     if resume:
-        before = read_json(out_dir / "args.json").get("settings", {})
-        changed = [
-            name for name in args.keys() | before.keys() if args.get(name) != before.get(name)
-        ]
+        old = read_json(out_dir / "args.json").get("settings", {})
+        changed = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
         if changed:
-            differences = [f"{n}: {before.get(n)!r} -> {args.get(n)!r}" for n in sorted(changed)]
-            refuse(f"{out_dir}: --resume with other settings: " + "; ".join(differences))
+            changes = [f"{name}: {old.get(name)!r} -> {settings.get(name)!r}" for name in changed]
+            refuse(f"{out_dir}: can't resume with other settings: {'; '.join(changes)}")
         if (out_dir / "report.json").exists():
             print(f"{out_dir}: this run is finished", flush=True)
             sys.exit(0)
-        steps = [p.name.removeprefix("checkpoint-") for p in out_dir.glob("checkpoint-*")]
-        checkpoints = [out_dir / f"checkpoint-{step}" for step in sorted(map(int, steps))]
-    elif in_use and not (cfg.overwrite and (out_dir / "args.json").is_file()):
+        found = [path.name.removeprefix("checkpoint-") for path in out_dir.glob("checkpoint-*")]
+        checkpoints = sorted(int(step) for step in found if step.isdigit())
+    elif out_dir.exists() and not (cfg.overwrite and known) and (known or any(out_dir.iterdir())):
         refuse(f"{out_dir}: in use; --resume goes on with its run, --overwrite deletes it")
-    all_reduce([0.0], "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
-    if rank == 0 and not resume:  # and only now that every rank has looked at what was there
-        shutil.rmtree(out_dir, ignore_errors=True)
+    all_reduce([0.0], device)  # every rank has looked; only now may rank 0 change what is there
+    if rank == 0 and not checkpoints:
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
         out_dir.mkdir(parents=True)
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        record = {"settings": args, "command": sys.argv, "versions": versions}
+        record = {"settings": settings, "command": sys.argv, "versions": versions}
         write_json(out_dir / "args.json", record)
-        shutil.copyfile(sys.argv[0], out_dir / "script.py")
-    if rank == 0 and resume:  # what was logged after the checkpoint will be logged again
-        last = int(checkpoints[-1].name.removeprefix("checkpoint-")) if checkpoints else -1
-        for path in [out_dir / "metrics.jsonl", out_dir / "samples.jsonl"]:
-            lines = path.read_bytes().splitlines(True) if path.exists() else []
-            with whole_file(path) as temporary:
-                temporary.write_bytes(b"".join(x for x in lines if keeps(x, last)))
-    return checkpoints[-1] if checkpoints else None
-
-
-def keeps(line, last):
-    """Whether a logged line is of before the checkpoint at step `last`. A step's evaluation comes
-    after its checkpoint, and a line that was cut by a crash is none."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    return record["step"] < last + (not any(key.startswith("eval_") for key in record))
+        shutil.copyfile(__file__, out_dir / "script.py")
+    return out_dir / f"checkpoint-{checkpoints[-1]}" if checkpoints else None
 
 
 def append_line(path, record):
@@ -267,16 +247,15 @@ def append_line(path, record):
 
 
 def save_checkpoint(cfg, step, modules, optimizers, state, device, rank):
-    """Writes checkpoint-<step>/ whole, then deletes older ones. Every rank calls it.
+    """Writes checkpoint-<step>/ under another name, renames it, deletes older ones. All ranks call.
 
-    modules, optimizers: {name: object}, equal on all ranks. state: a dict of JSON values (counters,
-    scaler). Generators: the default ones of every rank (dropout, sampling).
+    modules, optimizers: {name: object}, equal on all ranks; state: JSON values (counters, scaler).
+    The default generators of every rank, which dropout draws from, are saved too.
     """
     generators = [torch.get_rng_state()]
     if device.type == "cuda":
         generators.append(torch.cuda.get_rng_state(device))
-    state = state | {"step": step}
-    state["generators"] = gather([[bytes(g.tolist()).hex() for g in generators]], device)
+    generators = gather([[bytes(g.tolist()).hex() for g in generators]], device)
     if rank > 0:
         return
     tensors = {}
@@ -289,28 +268,32 @@ def save_checkpoint(cfg, step, modules, optimizers, state, device, rank):
     temporary = final.with_name(".checkpoint.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    with whole_file(temporary / "tensors.safetensors") as path:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
-    write_json(temporary / "state.json", state)
-    names = ("tensors.safetensors", "state.json")
-    write_json(temporary / "sha256.json", {name: sha256(temporary / name) for name in names})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    for path in Path(cfg.out_dir).glob("checkpoint-*"):
+    try:
+        with whole_file(temporary / "tensors.safetensors") as path:
+            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path)
+        logs = {log.name: log.stat().st_size for log in final.parent.glob("*.jsonl")}
+        state = state | {"step": step, "generators": generators, "logs": logs}
+        write_json(temporary / "state.json", state)
+        names = ("tensors.safetensors", "state.json")
+        write_json(temporary / "sha256.json", {name: sha256(temporary / name) for name in names})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for path in final.parent.glob("checkpoint-*"):
         if path != final:
             shutil.rmtree(path)
 
 
 def load_checkpoint(path, modules, optimizers, device, rank):
-    """Restores what save_checkpoint wrote, exactly, and returns its `state`."""
+    """Restores exactly what save_checkpoint wrote, and returns its `state`."""
     try:
-        for name, digest in read_json(path / "sha256.json").items():
-            if sha256(path / name) != digest:
-                raise ValueError(f"{path / name}: damaged: its sha256 is not the one it had")
+        for name in ("tensors.safetensors", "state.json"):
+            if sha256(path / name) != read_json(path / "sha256.json").get(name):
+                raise ValueError(f"{path / name}: damaged: its sha256 is not the recorded one")
     except (OSError, ValueError) as error:
         refuse(f"{error}; this checkpoint can't be resumed")
-    tensors = load_file(path / "tensors.safetensors")
-    state = read_json(path / "state.json")
+    tensors, state = load_file(path / "tensors.safetensors"), read_json(path / "state.json")
     generators = [torch.tensor(list(bytes.fromhex(g))).byte() for g in state["generators"][rank]]
     torch.set_rng_state(generators[0])
     if device.type == "cuda":
@@ -318,11 +301,14 @@ def load_checkpoint(path, modules, optimizers, device, rank):
     for name, module in modules.items():
         module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
     for name, optimizer in optimizers.items():
-        contents, moments = optimizer.state_dict(), {}
+        moments = {}
         for key in [key for key in tensors if key.startswith(name + ".")]:
-            index, moment = key.removeprefix(name + ".").split(".")
+            _, index, moment = key.split(".")
             moments.setdefault(int(index), {})[moment] = tensors[key]
-        optimizer.load_state_dict(contents | {"state": moments})
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    for log in path.parent.glob("*.jsonl") if rank == 0 else ():
+        # What was logged after the checkpoint will be logged again.
+        os.truncate(log, min(state["logs"].get(log.name, 0), log.stat().st_size))
     return state
 
 
@@ -332,8 +318,7 @@ def read_jsonl(path, texts):
     `texts`: {field: whether it may be empty}, the fields that must be there and be strings. The
     first bad line ends the script: `file:line: field: what is wrong`, exit status 2.
     """
-    where = f"{path}:1"
-    number = 0
+    where, number = f"{path}:1", 0
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -342,12 +327,14 @@ def read_jsonl(path, texts):
                 if not isinstance(record, dict):
                     refuse(f"{where}: line: expected an object, got {type(record).__name__}")
                 for name, may_be_empty in texts.items():
-                    if not isinstance(record.get(name), str):
-                        found = type(record[name]).__name__ if name in record else "nothing"
+                    if name not in record:
+                        refuse(f"{where}: {name}: is missing")
+                    if not isinstance(record[name], str):
+                        found = json.dumps(record[name])[:40]
                         refuse(f"{where}: {name}: expected a string, got {found}")
                     if not may_be_empty and not record[name].strip():
                         refuse(f"{where}: {name}: is empty")
-                    record[name].encode("utf-8")  # a lone surrogate is valid JSON and is no text
+                    record[name].encode("utf-8")  # a lone surrogate is valid JSON, but no text
                 yield where, record
     except UnicodeError as error:
         refuse(f"{where}: line: not UTF-8: {error.reason}")
@@ -396,8 +383,8 @@ def read_demonstrations(path, tokenizer, max_length, cut_response):
 def grouped_batches(lengths, batch_size, seed):
     """One epoch's batches, lists of indices: random, but of like lengths, so that few are pads.
 
-    Shuffles, sorts by length within pools of 64 batches, and shuffles the batches. Every index comes
-    once; only one batch can be smaller than batch_size.
+    Shuffles, sorts by length within pools of 64 batches, and shuffles the batches. Every index
+    comes once; only one batch can be smaller than batch_size.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))
@@ -537,7 +524,7 @@ def mean_interval(values):
 
 
 def summarise(samples):
-    """{task: {part: [mean, low, high]}} of samples, with "all" over the parts that all of them have."""
+    """{task: {part: [mean, low, high]}} of samples; "all" has the parts that all of them have."""
     groups = {"all": samples}
     for sample in samples:
         groups.setdefault(sample.get("task", "all"), []).append(sample)
@@ -627,7 +614,7 @@ def main():
     lengths = [len(prompt) + len(response) for prompt, response in examples]
     steps_an_epoch = math.ceil(len(examples) / cfg.batch_size)
     total = cfg.steps or math.ceil(cfg.epochs * steps_an_epoch)
-    checkpoint = open_run(cfg, inputs, rank, world)
+    checkpoint = open_run(cfg, inputs, device, rank, world)
     out_dir = Path(cfg.out_dir)
     if rank == 0:
         size = sum(parameter.numel() for parameter in policy.parameters())
@@ -701,7 +688,7 @@ def main():
                 record |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
                 append_line(out_dir / "metrics.jsonl", record)
                 for sample in samples:
-                    append_line(out_dir / "samples.jsonl", {"step": step, "eval_": True} | sample)
+                    append_line(out_dir / "samples.jsonl", {"step": step} | sample)
                 print(
                     f"step {step}/{total}  held-out loss {loss:.4f} nats a response token", end=""
                 )
@@ -723,7 +710,7 @@ def main():
         model.train()
         shares = rank_share(batch, rank, world, cfg.micro_batch_size)
         for micro, indices in enumerate(shares):
-            # A rank without lines left still runs, with weight 0: the others wait for its gradients.
+            # A rank without lines left runs too, with weight 0: the others wait for its gradients.
             pairs = [examples[i] for i in indices or batch[:1]]
             tokens, mask = pad(*zip(*pairs, strict=True))  # (B, T)
             tokens, mask = tokens.to(device), mask.to(device)
@@ -775,9 +762,9 @@ def main():
             if rank == 0:
                 append_line(out_dir / "metrics.jsonl", record)
                 print(
-                    f"step {step}/{total}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad norm "
-                    f"{norm:.2f}  {record['tokens_per_s']:.0f} tokens/s  padding "
-                    f"{record['padding']:.1%}  {left // 60:.0f}:{left % 60:02.0f} left",
+                    f"step {step}/{total}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+                    f"grad norm {norm:.2f}  {record['tokens_per_s']:.0f} tokens/s  "
+                    f"padding {record['padding']:.1%}  {left // 60:.0f}:{left % 60:02.0f} left",
                     flush=True,
                 )
             logged |= {"time": now, "weight": 0.0, "tokens": 0, "cells": 0, "steps": 0}
@@ -828,4 +815,7 @@ def peak_memory(device):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk, a folder that can't be written
+        sys.exit(f"{error}")

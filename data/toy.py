@@ -7,15 +7,16 @@ Two families of prompts:
 - a request: benign and closed (how to do something: two things are needed), benign and open (what
   to do somewhere: many ideas are good), or harmful (how to do somebody harm: to be refused).
 
-`score` is the gold reward: the truth that simulated annotators see through noise, that reward models
-learn, and that every claim is checked against. It reads the prompt and the response, nothing else,
-and scores any string, in time linear in its length. `explain` gives its parts.
+`score` is the gold reward: the truth that simulated annotators see through noise, that reward
+models learn, and that every claim is checked against. It reads the prompt and the response, nothing
+else, and scores any string, in time linear in its length. `explain` gives its parts.
 
     python data/toy.py                      # writes data/toy/*.jsonl and data/toy/bpe.tiktoken
     python data/toy.py --out DIR --seed 1
 
-Demonstrations are of mixed quality, at the rates in RATES: a policy trained on them is fluent, often
-incomplete, and complies with three harmful requests in four, so that feedback has much to gain.
+Demonstrations are of mixed quality, at the rates in RATES: a policy trained on them is fluent,
+often incomplete, and complies with three harmful requests in four, so that feedback has much to
+gain.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import json
 import os
 import random
 import re
+from itertools import pairwise
 from pathlib import Path
 
 # --- the language ---------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ RATES = {
     "rude": 0.05,
     "wrong_item": 0.3,  # each of the two
     "refuse_benign": 0.05,
-    "comply": 0.83,
+    "comply": 0.8,
     "name_request": 0.5,
     "alternative": 0.5,
 }
@@ -224,7 +226,8 @@ def explain(prompt, response, **fields):
 
     Summaries: `covered` of the five facts. Benign requests: `addressed`, `right` of two, `helpful`
     (addressed, something right, not refused). Harmful ones: `complied`, `refused`, `named`,
-    `alternative`, `harmless` (did not comply). All: made_up, outside, rude, filler, repeated, words.
+    `alternative`, `harmless` (did not comply). All: made_up, outside, rude, filler, repeated,
+    words.
     """
     facts = read_prompt(prompt)
     task = facts["task"]
@@ -373,8 +376,8 @@ def make_post(rng):
 
 
 def make_request(rng, harmful):
-    """-> prompt, key, kind. A harmful request's key is its act and its victim; a benign one's is its
-    whole text, since what is needed for each topic can only be known from training."""
+    """-> prompt, key, kind. A harmful request's key is its act and its victim; a benign one's is
+    its whole text, since what is needed for each topic can only be known from training."""
     if harmful:
         key = f"{pick(rng, HARMS)} my {pick(rng, PEOPLE)}"
         text, kind = pick(rng, ASKING).format(key), "open"
@@ -469,8 +472,8 @@ SPLITS = {"train": (0, 80), "validation": (80, 85), "test": (85, 92), "judge": (
 
 
 def prompt_stream(seed, name, split):
-    """Yields different prompts of one split without end. A hash of its key says which split a prompt
-    is of, so that splits are disjoint whoever writes them, whenever."""
+    """Yields different prompts of one split without end. A hash of its key says which split a
+    prompt is of, so that splits are disjoint whoever writes them, whenever."""
     rng = random.Random(f"{seed} prompts {name}")
     low, high = SPLITS[split]
     seen = set()
@@ -503,8 +506,8 @@ def gold_ranking(rng, prompt, count):
 def train_bpe(texts, size):
     """Byte-pair encoding: {token: rank} with `size` tokens, the 256 bytes first.
 
-    Words are split as in GPT-2; the texts must be ASCII, for which [A-Za-z] is its \\p{L}. Ties go to
-    the pair that comes first in byte order, so that the result depends on the texts alone.
+    Words are split as in GPT-2; the texts must be ASCII, for which [A-Za-z] is its \\p{L}. Ties go
+    to the pair that comes first in byte order, so that the result depends on the texts alone.
     """
     split = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
     counts = collections.Counter(word for text in texts for word in split.findall(text))
@@ -513,7 +516,7 @@ def train_bpe(texts, size):
     while len(ranks) < size:
         pairs = collections.Counter()
         for parts, n in words:
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in pairwise(parts):
                 pairs[pair] += n
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         ranks[best[0] + best[1]] = len(ranks)
@@ -527,7 +530,7 @@ def train_bpe(texts, size):
 
 
 def vocabulary_texts(records):
-    """What the vocabulary is made for: the task, the English of judging, and the answers 1 to 10."""
+    """What the vocabulary is made for: the task, the English of judging, the answers 1 to 10."""
     texts = [record["prompt"] + record["response"] for record in records]
     texts += JUDGE_ENGLISH * 40
     texts += [f"{i} {i}" for i in range(1, 11)] * 40
@@ -567,7 +570,7 @@ def main():
     def with_response(records, name):
         return [record | {name: demonstrate(rng, record["prompt"])} for record in records]
 
-    demonstrations = with_response(take(train, 32000), "response")
+    demonstrations = with_response(take(train, 34000), "response")
     write_records(out / "demonstrations.jsonl", demonstrations)
     write_records(
         out / "demonstrations_validation.jsonl", with_response(take(validation, 500), "response")
