@@ -1,0 +1,562 @@
+"""model.py against oracles of its own kind: a GPT-2 in NumPy, sampling by hand, whole recomputation."""
+
+import base64
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+from model import (
+    END_OF_TEXT,
+    GPT,
+    GPTConfig,
+    decode,
+    encode,
+    entropy,
+    generate,
+    last_score,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pad,
+    predicts,
+    read_json,
+    sample,
+    save_model,
+    token_logprobs,
+    tokenizer_hash,
+    whole_file,
+    write_json,
+)
+
+# --- the network ----------------------------------------------------------------------------------
+
+
+def gpt2_in_numpy(weights, config, tokens):
+    """Hidden states after the last LayerNorm, one sequence, one position and head at a time."""
+    w = {name: tensor.double().numpy() for name, tensor in weights.items()}
+
+    def norm(x, name):
+        x = (x - x.mean()) / math.sqrt(x.var() + config.layer_norm_epsilon)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    d = config.n_embd // config.n_head
+    stream = [w["wte.weight"][token] + w["wpe.weight"][t] for t, token in enumerate(tokens)]
+    for i in range(config.n_layer):
+        qkv = [np.split(linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn"), 3) for x in stream]
+        for t in range(len(tokens)):
+            heads = []
+            for h in range(config.n_head):
+                part = slice(h * d, (h + 1) * d)
+                scores = [qkv[t][0][part] @ qkv[u][1][part] / math.sqrt(d) for u in range(t + 1)]
+                weight = np.exp(np.array(scores) - max(scores))
+                weight /= weight.sum()
+                heads.append(sum(weight[u] * qkv[u][2][part] for u in range(t + 1)))
+            stream[t] = stream[t] + linear(np.concatenate(heads), f"h.{i}.attn.c_proj")
+        for t, x in enumerate(stream):
+            hidden = gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"))
+            stream[t] = x + linear(hidden, f"h.{i}.mlp.c_proj")
+    return np.stack([norm(x, "ln_f") for x in stream])
+
+
+def randomise(model):
+    """Biases and LayerNorms too, which start at 0 and 1 and would hide a mistake."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_forward_is_gpt2(small_gpt):
+    model = randomise(small_gpt(dtype=torch.float64))
+    tokens = torch.randint(0, 50, (1, 11), generator=torch.Generator().manual_seed(2))
+    hidden = gpt2_in_numpy(model.state_dict(), model.config, tokens[0].tolist())
+    logits = hidden @ model.wte.weight.detach().numpy().T
+    assert np.abs(model(tokens)[0].detach().numpy() - logits).max() < 1e-10
+    scorer = GPT(model.config, scalar_head=True).double()
+    scorer.load_state_dict(model.state_dict(), strict=False)
+    expected = hidden @ scorer.score.weight.detach().numpy()[0]
+    assert np.abs(scorer(tokens)[0].detach().numpy() - expected).max() < 1e-10
+
+
+def test_initial_weights():
+    config = GPTConfig(
+        vocab_size=500, n_positions=200, n_embd=256, n_layer=8, n_head=4, initializer_range=0.05
+    )
+    torch.manual_seed(0)
+    model = GPT(config, scalar_head=True)
+    for name, parameter in model.named_parameters():
+        std = parameter.std().item()
+        if name.endswith("bias"):
+            assert std == 0
+        elif "ln_" in name:
+            assert parameter.eq(1).all()
+        elif name == "score.weight":
+            assert std == pytest.approx(257**-0.5, rel=0.15)
+        elif "c_proj" in name:
+            assert std == pytest.approx(0.05 / math.sqrt(16), rel=0.02)
+        else:
+            assert std == pytest.approx(0.05, rel=0.02)
+    assert "lm_head.weight" not in model.state_dict()
+
+
+def test_gpt2_sizes():
+    """The parameter counts of gpt2, gpt2-medium, gpt2-large and gpt2-xl."""
+    sizes = [
+        (768, 12, 12, 124439808),
+        (1024, 24, 16, 354823168),
+        (1280, 36, 20, 774030080),
+        (1600, 48, 25, 1557611200),
+    ]
+    for n_embd, n_layer, n_head, count in sizes:
+        with torch.device("meta"):
+            model = GPT(GPTConfig(n_embd=n_embd, n_layer=n_layer, n_head=n_head))
+        assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def test_head_only_where_asked(small_gpt):
+    for scalar_head in (False, True):
+        model = small_gpt(scalar_head)
+        tokens = torch.randint(0, 50, (3, 9))
+        at = torch.rand(3, 9) < 0.4
+        assert torch.allclose(model(tokens, at), model(tokens)[at], atol=1e-6)
+
+
+def test_garbage_in_the_pads_changes_nothing(small_gpt):
+    prompts, responses = [[1, 2, 3], [4]], [[5, 6], [7]]
+    tokens, mask = pad(prompts, responses)
+    garbage = tokens.clone()
+    garbage[1, 2:] = torch.tensor([49, 33, 21])
+    for scalar_head in (False, True):
+        model = small_gpt(scalar_head)
+        if scalar_head:
+            outputs = [last_score(model(x), mask) for x in (tokens, garbage)]
+        else:
+            outputs = [token_logprobs(model(x, predicts(mask)), x, mask) for x in (tokens, garbage)]
+        assert torch.equal(*outputs)
+    with_alone, alone = small_gpt()(tokens)[1, :2], small_gpt()(tokens[1:, :2])[0]
+    assert torch.allclose(with_alone, alone, atol=1e-5)
+
+
+def test_too_many_positions(small_gpt):
+    with pytest.raises(ValueError, match="97 tokens exceed the model's 96 positions"):
+        small_gpt()(torch.zeros(1, 97, dtype=torch.int64))
+
+
+def test_bad_config():
+    with pytest.raises(ValueError, match="n_embd 30 is not a multiple of n_head 4"):
+        GPTConfig(n_embd=30, n_head=4)
+    with pytest.raises(ValueError, match="n_layer"):
+        GPTConfig(n_layer=0)
+    with pytest.raises(ValueError, match="dropout"):
+        GPTConfig(dropout=1.0)
+
+
+# --- log-probabilities ----------------------------------------------------------------------------
+
+
+def test_token_logprobs_vector():
+    """Four positions, three tokens, a prompt of two: computed by hand. The response's log-probs
+    come from the logits one column before, the prompt's last among them."""
+    logits = torch.tensor([[0.5, -1, 2], [1, 0, -1], [0.2, 0.3, 0.1], [2, -2, 0]])
+    tokens = torch.tensor([[0, 2, 1, 2]])
+    mask = torch.tensor([[False, False, True, True]])
+    at = predicts(mask)
+    assert at.tolist() == [[False, True, True, False]]
+    logprobs = token_logprobs(logits[at[0]], tokens, mask)
+    expected = torch.tensor([[0, 0, -1.407606, -1.201943]])
+    assert torch.allclose(logprobs, expected, atol=1e-6)
+    everything = torch.tensor([[False, True, True, True]])
+    logprobs = token_logprobs(logits[predicts(everything)[0]], tokens, everything)
+    assert -logprobs.sum().item() / 3 == pytest.approx(0.950287, abs=1e-6)
+
+
+def test_token_logprobs_temperature_and_types():
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(7, 13, generator=generator)
+    mask = torch.zeros(3, 6, dtype=torch.bool)
+    mask[0, 2:6], mask[2, 1:4] = True, True
+    tokens = torch.randint(0, 13, (3, 6), generator=generator)
+    for temperature in (1.0, 0.7):
+        found = token_logprobs(logits, tokens, mask, temperature)
+        rows = iter(logits.double().numpy())
+        for b in range(3):
+            for t in range(6):
+                expected = 0.0
+                if mask[b, t]:
+                    z = next(rows) / temperature
+                    expected = z[tokens[b, t]] - np.log(np.exp(z).sum())
+                assert found[b, t].item() == pytest.approx(expected, abs=1e-5)
+    assert token_logprobs(logits.bfloat16(), tokens, mask).dtype == torch.float32
+    assert token_logprobs(logits.double(), tokens, mask.float()).dtype == torch.float64
+
+
+def test_entropy():
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [100.0, 0, 0, 0], [1.0, -math.inf, 1.0, -math.inf]])
+    assert torch.allclose(entropy(logits), torch.tensor([math.log(4), 0, math.log(2)]), atol=1e-6)
+
+
+def test_last_score():
+    output = torch.arange(12.0).view(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]).bool()
+    assert last_score(output, mask).tolist() == [3, 11]
+
+
+# --- text to tokens -------------------------------------------------------------------------------
+
+
+def test_encode_appends_eos_and_joins_nothing(tokenizer):
+    eos = tokenizer.eot_token
+    prompt, response = encode(tokenizer, "I play go", "lf with my cousin.", 64)
+    assert prompt == tokenizer.encode_ordinary("I play go")
+    assert response == [*tokenizer.encode_ordinary("lf with my cousin."), eos]
+    assert encode(tokenizer, "", "My car.", 64)[0] == [eos]
+    assert encode(tokenizer, "My car.", None, 64)[1] == []
+    # The text of the special token is text, not the token.
+    assert eos not in encode(tokenizer, END_OF_TEXT, None, 64)[0]
+
+
+def test_encode_cuts_the_prompt_first(tokenizer):
+    whole_prompt, whole = encode(tokenizer, "My car. My boat. My tent.", " I feel sad.", 64)
+    prompt, response = encode(tokenizer, "My car. My boat. My tent.", " I feel sad.", 8)
+    assert response == whole and prompt == whole_prompt[-3:]
+    with pytest.raises(ValueError, match="5 tokens leaves no room in 5"):
+        encode(tokenizer, "My car.", " I feel sad.", 5)
+    prompt, response = encode(tokenizer, "My car.", " I feel sad.", 5, cut_response=True)
+    assert response == whole[:4] and len(prompt) == 1 and tokenizer.eot_token not in response
+
+
+def test_pad():
+    tokens, mask = pad([[1, 2], [3]], [[4], [5, 6, 7]])
+    assert tokens.tolist() == [[1, 2, 4, 0], [3, 5, 6, 7]]
+    assert mask.tolist() == [[False, False, True, False], [False, True, True, True]]
+
+
+def test_pad_token_equal_to_eos_is_still_trained():
+    """A response that holds token 0, the filling of the pads, keeps it in the mask."""
+    _, mask = pad([[1], [1]], [[0], [2, 0]])
+    assert mask.tolist() == [[False, True, False], [False, True, True]]
+
+
+def test_tokenizer_survives_a_run_directory(tokenizer, tmp_path, small_gpt, toy_data):
+    save_model(tmp_path / "run", small_gpt(vocab_size=1024), tokenizer)
+    again = load_tokenizer(tmp_path / "run")
+    assert tokenizer_hash(again) == tokenizer_hash(tokenizer)
+    texts = ["My cousin sold my lamp. TL;DR:", " naïve café 3.14 \n\n  x", "日本 😀", "", "don't"]
+    for text in texts:
+        assert again.encode_ordinary(text) == tokenizer.encode_ordinary(text)
+        assert again.decode(again.encode_ordinary(text)) == text
+    contents = read_json(tmp_path / "run/tokenizer.json")["model"]
+    (tmp_path / "old").mkdir()
+    write_json(tmp_path / "old/vocab.json", contents["vocab"])
+    assert tokenizer_hash(load_tokenizer(tmp_path / "old")) == tokenizer_hash(tokenizer)
+
+
+def test_bad_tokenizers(tmp_path, monkeypatch):
+    bad = tmp_path / "bad.tiktoken"
+    whole = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
+    for lines, message in [
+        (["IQ== 0", "!!! 1"], r"bad.tiktoken:2: expected a token in base64 and its rank"),
+        (["IQ== 0", "IQ=="], r"bad.tiktoken:2: expected"),
+        (["IQ== 5"], r"ranks are not 0 to 0"),
+        (["IQ== 0"], r"no token for byte 0"),
+        ([*whole[:-1], "IQ== 255"], r"ranks are not 0"),
+    ]:
+        bad.write_text("\n".join(lines))
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(bad)
+    with pytest.raises(ValueError, match="no tokenizer here"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="expected gpt2"):
+        load_tokenizer("gpt3")
+    for contents, message in [
+        ("[1]", "expected a JSON object, got list"),
+        ("{", "not JSON"),
+        ('{"model": {"type": "Unigram"}}', "expected a byte-level BPE"),
+        ('{"model": {"vocab": {"a": "b"}}}', "expected an object of token: number"),
+        ('{"model": {"vocab": {"\\u3042": 1}}}', "not a token of a byte-level BPE"),
+    ]:
+        (tmp_path / "tokenizer.json").write_text(contents)
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path)
+
+
+def test_gpt2_vocabulary_without_cache_or_network(tmp_path):
+    """In a process of its own, since tiktoken keeps what it has loaded."""
+    code = (
+        "import tiktoken.load, model\n"
+        "def offline(*args, **kwargs): raise ConnectionError('no network')\n"
+        "tiktoken.load.read_file = offline\n"
+        "model.load_tokenizer('gpt2')"
+    )
+    environment = {"PATH": "", "TIKTOKEN_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert "Set TIKTOKEN_CACHE_DIR to a folder" in done.stderr.splitlines()[-1]
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def uncached(model, prompt, uniforms, temperature, eos):
+    """One row, recomputed whole for every token, drawn from the same numbers in float64."""
+    tokens = list(prompt)
+    for uniform in uniforms:
+        logits = model(torch.tensor([tokens]))[0, -1].double().detach().numpy()
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            p = np.exp(logits / temperature - (logits / temperature).max())
+            cumulative = np.cumsum(p) / p.sum()
+            token = int(np.argmax(cumulative >= 1 - uniform))
+        tokens.append(token)
+        if token == eos:
+            break
+    return tokens[len(prompt) :]
+
+
+RAGGED = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11], [12, 13, 14, 15]]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0, 0.6])
+@pytest.mark.parametrize("eos", [None, 3])
+def test_cached_equals_uncached(small_gpt, temperature, eos):
+    """64 tokens, ragged prompts, K = 3; with EOS, rows end at different steps and are retired."""
+    model, K, n = small_gpt(initializer_range=0.2), 3, 64
+    generator = torch.Generator().manual_seed(5)
+    tokens, mask = generate(
+        model, RAGGED, n, num_samples=K, temperature=temperature, eos=eos, generator=generator
+    )
+    draws = torch.Generator().manual_seed(5)
+    uniforms = torch.stack([torch.rand(len(RAGGED) * K, generator=draws) for _ in range(n)], 1)
+    lengths = set()
+    for b in range(len(RAGGED) * K):
+        prompt = RAGGED[b // K]
+        expected = uncached(model, prompt, uniforms[b].double().tolist(), temperature, eos)
+        assert tokens[b][mask[b]].tolist() == expected
+        assert tokens[b, : len(prompt)].tolist() == prompt and not mask[b, : len(prompt)].any()
+        assert tokens[b, len(prompt) + len(expected) :].eq(0).all()
+        lengths.add(len(expected))
+    assert tokens.shape == mask.shape
+    if eos is not None and temperature == 1.0:
+        assert len(lengths) > 3 and max(lengths) == 64  # some ended early, some never
+
+
+def test_generation_is_deterministic_and_differs_between_samples(small_gpt):
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return generate(small_gpt(), RAGGED, 20, num_samples=4, eos=0, generator=generator)[0]
+
+    assert torch.equal(run(1), run(1))
+    assert run(1).shape != run(2).shape or not torch.equal(run(1), run(2))
+    assert not torch.equal(run(1)[0], run(1)[1])
+
+
+def test_decode_stops_when_all_rows_have_ended(small_gpt):
+    """A model that always says 7 ends all rows at once: at most eight steps are taken."""
+    model = small_gpt()
+    with torch.no_grad():
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.copy_(50 * model.wte.weight[7])
+    steps = list(decode(model, RAGGED, 64, eos=7))
+    assert len(steps) == 8
+    tokens, mask = generate(model, RAGGED, 64, eos=7)
+    assert mask.sum(1).tolist() == [1, 1, 1, 1] and tokens.shape[1] == 8
+
+
+def test_generate_refuses(small_gpt):
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(small_gpt(), [[1], []], 4)
+    with pytest.raises(ValueError, match="prompt of 90 tokens and 7 new ones exceed"):
+        generate(small_gpt(), [[1] * 90], 7)
+    with pytest.raises(ValueError, match="dropout is on"):
+        generate(small_gpt(dropout=0.1).train(), [[1]], 4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.7}],
+    ids=str,
+)
+def test_sampling_frequencies(settings):
+    """Chi-squared of 200,000 draws against the softmax, cut by hand to the tokens allowed."""
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(3)) * 1.5
+    p = (logits.double() / settings.get("temperature", 1.0)).softmax(0).numpy()
+    order = np.argsort(-p)
+    if top_k := settings.get("top_k"):
+        p[order[top_k:]] = 0
+        p /= p.sum()
+    if top_p := settings.get("top_p"):
+        kept = int(np.argmax(np.cumsum(p[order]) >= top_p)) + 1
+        p[order[kept:]] = 0
+        p /= p.sum()
+    n = 200_000
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(4))
+    counts = np.bincount(sample(logits.expand(n, 12), uniform, **settings).numpy(), minlength=12)
+    assert (counts[p == 0] == 0).all()
+    inside = p > 0
+    statistic = ((counts - n * p)[inside] ** 2 / (n * p)[inside]).sum()
+    # The 99.9th percentile of chi-squared with 1..11 degrees of freedom.
+    limits = [10.83, 13.82, 16.27, 18.47, 20.52, 22.46, 24.32, 26.12, 27.88, 29.59, 31.26]
+    assert statistic < limits[inside.sum() - 2]
+
+
+def test_the_ends_of_the_uniform_never_pick_an_impossible_token():
+    logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]] * 3)
+    uniform = torch.tensor([0.0, 1 - 2**-24, 0.5])
+    assert set(sample(logits, uniform).tolist()) <= {1, 2}
+    assert sample(logits, uniform)[1] == 1 and sample(logits, uniform)[0] == 2
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scalar_head", [False, True])
+def test_model_survives_its_files(small_gpt, tokenizer, tmp_path, scalar_head):
+    model = randomise(small_gpt(scalar_head, vocab_size=1024))
+    save_model(tmp_path, model, tokenizer, {"stage": "test", "reward_mean": 0.25})
+    again = load_model(tmp_path)
+    assert again.config == model.config and not again.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    fields = load_config(tmp_path)
+    assert fields["stage"] == "test" and fields["reward_mean"] == 0.25
+    assert fields["tokenizer"] == tokenizer_hash(tokenizer)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_other_layouts_open(small_gpt, tokenizer, tmp_path):
+    """No prefix, half precision, shards, stored causal masks and an explicit head, as found."""
+    model = small_gpt(vocab_size=1024)
+    save_model(tmp_path / "a", model, tokenizer)
+    tensors = load_file(tmp_path / "a/model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 96, 96)
+    bare["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    for dtype in (torch.float16, torch.bfloat16):
+        shutil.copytree(tmp_path / "a", tmp_path / "b", dirs_exist_ok=True)
+        save_file({n: t.to(dtype) for n, t in bare.items()}, tmp_path / "b/model.safetensors")
+        half = load_model(tmp_path / "b")
+        assert half.wte.weight.dtype == torch.float32
+        assert torch.equal(half.wte.weight, model.wte.weight.to(dtype).float())
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    (tmp_path / "c/model.safetensors").unlink()
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    names = sorted(tensors)
+    shards = {"model-1-of-2.safetensors": names[:9], "model-2-of-2.safetensors": names[9:]}
+    for file, inside in shards.items():
+        save_file({name: tensors[name] for name in inside}, tmp_path / "c" / file)
+    weight_map = {name: file for file, inside in shards.items() for name in inside}
+    write_json(tmp_path / "c/model.safetensors.index.json", {"weight_map": weight_map})
+    sharded = load_model(tmp_path / "c")
+    tokens = torch.randint(0, 1024, (2, 10))
+    assert torch.equal(sharded(tokens), model(tokens))
+    (tmp_path / "c/model-2-of-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-2-of-2.safetensors: named in"):
+        load_model(tmp_path / "c")
+
+
+def test_bad_checkpoints(small_gpt, tokenizer, tmp_path):
+    run = tmp_path / "run"
+    save_model(run, small_gpt(vocab_size=1024), tokenizer)
+    config, tensors = load_config(run), load_file(run / "model.safetensors")
+
+    def refused(message, fields=None, weights=None, error=ValueError):
+        write_json(run / "config.json", config | (fields or {}))
+        save_file(tensors if weights is None else weights, run / "model.safetensors")
+        with pytest.raises(error, match=message):
+            load_model(run)
+
+    without = {n: t for n, t in tensors.items() if n != "transformer.h.1.ln_2.bias"}
+    refused("weight h.1.ln_2.bias is missing", weights=without)
+    refused("weight extra is not GPT-2's", weights=tensors | {"extra": torch.zeros(1)})
+    other = {"transformer.wpe.weight": torch.zeros(3, 32)}
+    refused(r"wpe.weight has shape \(3, 32\), config.json says \(96, 32\)", weights=tensors | other)
+    refused("GPT-2 ties them", weights=tensors | {"lm_head.weight": torch.zeros(1024, 32)})
+    refused("activation_function: 'relu' is not GPT-2's", {"activation_function": "relu"})
+    refused("model_type: 'llama'", {"model_type": "llama"})
+    refused("n_inner: 7", {"n_inner": 7})
+    refused("config.json: n_layer: expected an integer", {"n_layer": "two"})
+    two_labels = tensors | {"score.weight": torch.zeros(2, 32)}
+    refused(r"score.weight has shape \(2, 32\)", weights=two_labels)
+    data = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_model(run)
+    (run / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
+        load_model(run)
+    (run / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match="never loaded here"):
+        load_model(run)
+    with pytest.raises(FileNotFoundError, match="not a model directory"):
+        load_model(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("interrupted")
+    with pytest.raises(OSError, match=r"file.json: could not be written: .*No space"):
+        with whole_file(path) as temporary:
+            raise OSError(28, "No space left on device")
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+
+
+# --- python model.py RUN --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer):
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=1024, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    directory = tmp_path_factory.mktemp("model") / "run"
+    save_model(directory, GPT(config), tokenizer)
+    save_model(directory.with_name("scorer"), GPT(config, scalar_head=True), tokenizer)
+    return directory
+
+
+def sampler(*args, text=None):
+    command = [sys.executable, str(ROOT / "model.py"), *map(str, args), "--device", "cpu"]
+    return subprocess.run(command, input=text, capture_output=True, text=True)
+
+
+def test_sampler(run):
+    flags = ["--num_samples", 2, "--temperature", 0.8, "--max_new_tokens", 6]
+    done = sampler(run, "--prompt", "How do I fix a bike?", *flags)
+    assert done.returncode == 0 and done.stdout.startswith("[1]") and "\n[2]" in done.stdout
+    assert done.stdout == sampler(run, "--prompt", "How do I fix a bike?", *flags).stdout
+
+
+def test_sampler_interactive(run):
+    done = sampler(run, "--max_new_tokens", 4, "--top_k", 3, "--top_p", 0.9, text="My\nI\n")
+    assert done.returncode == 0 and done.stdout.count("prompt> ") == 3
+
+
+def test_sampler_refuses(run):
+    for args, message in [
+        ((run / "nothing",), "not a model directory"),
+        ((run.with_name("scorer"), "--prompt", "x"), "has a scalar head"),
+        ((run, "--prompt", "x", "--max_new_tokens", 64), "leaves no room for a prompt"),
+        ((run, "--top_p", 0), "expected --temperature >= 0"),
+    ]:
+        done = sampler(*args)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
