@@ -1,4 +1,4 @@
-"""model.py against oracles of its own kind: a GPT-2 in NumPy, sampling by hand, whole recomputation."""
+"""model.py against a GPT-2 in NumPy, sampling by hand, and recomputation of the whole."""
 
 import base64
 import json
@@ -206,7 +206,9 @@ def test_token_logprobs_temperature_and_types():
 
 
 def test_entropy():
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [100.0, 0, 0, 0], [1.0, -math.inf, 1.0, -math.inf]])
+    logits = torch.tensor(
+        [[0.0, 0.0, 0.0, 0.0], [100.0, 0, 0, 0], [1.0, -math.inf, 1.0, -math.inf]]
+    )
     assert torch.allclose(entropy(logits), torch.tensor([math.log(4), 0, math.log(2)]), atol=1e-6)
 
 
@@ -432,7 +434,9 @@ def test_model_survives_its_files(small_gpt, tokenizer, tmp_path, scalar_head):
     save_model(tmp_path, model, tokenizer, {"stage": "test", "reward_mean": 0.25})
     again = load_model(tmp_path)
     assert again.config == model.config and not again.training
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
     assert all(parameter.requires_grad for parameter in again.parameters())
     fields = load_config(tmp_path)
     assert fields["stage"] == "test" and fields["reward_mean"] == 0.25
@@ -499,7 +503,7 @@ def test_bad_checkpoints(small_gpt, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         load_model(run)
     (run / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
         load_model(run)
     (run / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match="never loaded here"):
@@ -514,9 +518,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError), whole_file(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError("interrupted")
-    with pytest.raises(OSError, match=r"file.json: could not be written: .*No space"):
-        with whole_file(path) as temporary:
-            raise OSError(28, "No space left on device")
+    message = r"file.json: could not be written: .*No space"
+    with pytest.raises(OSError, match=message), whole_file(path):
+        raise OSError(28, "No space left on device")
     assert json.loads(path.read_text()) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
 

@@ -1,0 +1,63 @@
+# One command on a fresh machine with Python 3.11 or newer:
+#   make             installs, writes the embedded task, runs every stage that exists, reports
+#   make test        installs, runs all tests
+#   make test-peers  installs transformers beside torch, runs the tests that compare with it
+#   make bench       measures against peers
+# LAUNCH="torchrun --nproc_per_node=8" runs the stages on several GPUs.
+
+PYTHON3 ?= python3
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+PEERS := .venv-peers
+LAUNCH ?=
+# torchrun comes from the same environment as python.
+RUN := $(if $(LAUNCH),$(VENV)/bin/$(LAUNCH),$(PYTHON))
+TRANSFORMERS := transformers==5.23.0
+
+.PHONY: all report test test-peers bench lint clean
+.DELETE_ON_ERROR:
+
+report: runs/sft/report.json
+	@$(PYTHON) -c "import json; print(json.dumps(json.load(open('$<')), indent=2))" | head -12
+	@echo "(all of it in $<; sample responses: $(PYTHON) model.py runs/sft)"
+
+all: report
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(PEERS)/installed: requirements.txt Makefile
+	$(PYTHON3) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(TRANSFORMERS)
+	touch $@
+
+# --- the embedded task ---
+
+data/toy/bpe.tiktoken: data/toy.py | $(VENV)/installed
+	$(PYTHON) data/toy.py
+
+# An interrupted stage goes on from its last checkpoint.
+runs/sft/report.json: data/toy/bpe.tiktoken sft.py model.py
+	$(RUN) sft.py --prompt_loss_weight 0.3 --gold data/toy.py --out_dir runs/sft $(call again,runs/sft)
+
+# A run whose source is the present one is resumed; one of an older source is begun anew.
+again = $(shell cmp -s $(1)/script.py $(notdir $(1)).py && test ! -e $(1)/report.json && echo --resume || echo --overwrite)
+
+# --- tests ---
+
+test: $(VENV)/installed
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pytest
+
+test-peers: $(PEERS)/installed
+	$(PEERS)/bin/python -m pytest -m peers tests/test_peers.py
+
+bench: $(PEERS)/installed
+	$(PEERS)/bin/python tests/bench.py
+
+clean:
+	rm -rf runs data/toy

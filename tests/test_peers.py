@@ -1,0 +1,210 @@
+"""Parity with Hugging Face's transformers: run by `make test-peers`."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import GPT, GPTConfig, generate, load_model, load_tokenizer, pad, save_model
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.peers
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def theirs(seed=0, **settings):
+    """A GPT-2 of theirs with random weights, biases and LayerNorms included; 124M by default."""
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(attn_implementation="eager", **settings)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pair_124m(tmp_path_factory):
+    """The 124M shape with random weights: theirs, and ours from their files."""
+    directory = tmp_path_factory.mktemp("gpt2")
+    model = theirs()
+    model.save_pretrained(directory)
+    return model, load_model(directory)
+
+
+def test_logits_equal_theirs_at_124m(pair_124m):
+    other, ours = pair_124m
+    tokens = torch.randint(0, 50257, (3, 40))
+    with torch.no_grad():
+        difference = (other(tokens).logits - ours(tokens)).abs().max().item()
+    print(f"largest difference of logits: {difference:.1e}")
+    assert difference < 1e-4
+
+
+def test_our_files_open_there_at_124m(pair_124m, tmp_path, tokenizer):
+    other, ours = pair_124m
+    save_model(tmp_path, ours, tokenizer)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.randint(0, 50257, (2, 30))
+    with torch.no_grad():
+        difference = (again(tokens).logits - ours(tokens)).abs().max().item()
+    assert difference < 1e-4
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_greedy_generation_equals_theirs(pair_124m):
+    """64 tokens, ragged prompts; one prompt at a time there, since they pad on the left."""
+    other, ours = pair_124m
+    prompts = [[15496, 995, 11], [464], [40, 588, 284, 711, 19270, 351]]
+    tokens, mask = generate(ours, prompts, 64, temperature=0)
+    for row, inside, prompt in zip(tokens, mask, prompts, strict=True):
+        with torch.no_grad():
+            expected = other.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                max_new_tokens=64,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        assert row[inside].tolist() == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("form", ["float16", "bfloat16", "sharded", "no prefix"])
+def test_their_layouts_open(tmp_path, form):
+    model = theirs(n_embd=64, n_layer=3, n_head=4, vocab_size=300, n_positions=48)
+    if form in ("float16", "bfloat16"):
+        model = model.to(getattr(torch, form))
+    if form == "sharded":
+        model.save_pretrained(tmp_path, max_shard_size="200KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    elif form == "no prefix":
+        model.transformer.save_pretrained(tmp_path)
+        names = load_file(tmp_path / "model.safetensors")
+        assert not any(name.startswith("transformer.") for name in names)
+    else:
+        model.save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    tokens = torch.randint(0, 300, (2, 20))
+    with torch.no_grad():
+        assert torch.allclose(ours(tokens), model.float()(tokens).logits, atol=1e-4)
+
+
+def test_scalar_heads_both_ways(tmp_path, tokenizer):
+    """GPT2ForSequenceClassification with one label scores a sequence at its last token too."""
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=1024, n_positions=64, n_embd=64, n_layer=2, n_head=4)
+    ours = GPT(config, scalar_head=True).eval()
+    save_model(tmp_path / "ours", ours, tokenizer)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
+    tokens = torch.tensor([[*tokenizer.encode_ordinary("My car."), tokenizer.eot_token]])
+    with torch.no_grad():
+        assert torch.allclose(again(tokens).logits[0], ours(tokens)[0, -1:], atol=1e-5)
+    small = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300, "n_positions": 48}
+    other = transformers.GPT2ForSequenceClassification(
+        transformers.GPT2Config(num_labels=1, **small)
+    ).eval()
+    other.save_pretrained(tmp_path / "theirs")
+    loaded = load_model(tmp_path / "theirs")
+    tokens = torch.randint(0, 300, (1, 20))
+    with torch.no_grad():
+        assert torch.allclose(other(tokens).logits[0], loaded(tokens)[0, -1:], atol=1e-5)
+
+
+def test_gradients_equal_theirs(tmp_path):
+    """The loss of a padded batch: labels of -100 there, a mask here."""
+    from model import predicts, token_logprobs
+
+    other = theirs(n_embd=64, n_layer=2, n_head=4, vocab_size=300, n_positions=48)
+    other.save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    tokens, mask = pad([[1, 2, 3], [4]], [[5, 6, 7, 8], [9, 10]])
+    loss = -token_logprobs(ours(tokens, predicts(mask)), tokens, mask).sum() / mask.sum()
+    expected = other(tokens, labels=tokens.masked_fill(~mask, -100)).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    expected.backward()
+    gradient = other.transformer.h[1].mlp.c_fc.weight.grad.t()
+    assert torch.allclose(ours.h[1].mlp.c_fc.weight.grad, gradient, atol=1e-6)
+
+
+TEXTS = [
+    "don't",
+    " naïve café",
+    "日本語 テキスト",
+    "😀😀",
+    "\n\n  \t x",
+    "a" * 200,
+    "3.14159",
+    "<|endoftext|>",
+]
+
+
+def texts(toy_data):
+    import json
+
+    lines = (toy_data / "demonstrations.jsonl").read_text().splitlines()[:992]
+    return TEXTS + [json.loads(line)["prompt"] + json.loads(line)["response"] for line in lines]
+
+
+def test_tokenizers_agree_on_the_embedded_task(tmp_path, tokenizer, toy_data):
+    config = GPTConfig(vocab_size=1024, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    save_model(tmp_path, GPT(config), tokenizer)
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert other.eos_token_id == tokenizer.eot_token and len(other) == 1024
+    for text in texts(toy_data):
+        if text != "<|endoftext|>":  # they read it as the special token, we as text
+            ids = tokenizer.encode_ordinary(text)
+            assert other(text)["input_ids"] == ids and other.decode(ids) == tokenizer.decode(ids)
+
+
+def test_tokenizers_agree_on_gpt2(tmp_path, gpt2_tokenizer, shared, toy_data):
+    """1,000 real texts: our files read by them, their files read by us, and tiktoken's own."""
+    import json
+
+    config = GPTConfig(vocab_size=50257, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    save_model(tmp_path / "ours", GPT(config), gpt2_tokenizer)
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    other.save_pretrained(tmp_path / "theirs")
+    again = load_tokenizer(tmp_path / "theirs")
+    records = json.loads((shared / "data/alpaca-805.json").read_text())
+    seeds = (shared / "data/alpaca-seed-tasks.jsonl").read_text().splitlines()
+    real = [record["instruction"] + "\n" + record["output"] for record in records]
+    real += [json.loads(line)["instruction"] for line in seeds]
+    real = (TEXTS[:-1] + real + texts(toy_data)[8:])[:1000]
+    assert len(real) == 1000
+    for text in real:
+        ids = gpt2_tokenizer.encode_ordinary(text)
+        assert other(text)["input_ids"] == ids == again.encode_ordinary(text)
+
+
+def test_a_run_of_sft_opens_there(tmp_path, toy_data, monkeypatch):
+    import sys
+
+    import sft
+
+    flags = f"--data {toy_data}/demonstrations.jsonl --validation= --prompts= --device cpu"
+    flags += f" --tokenizer {toy_data}/bpe.tiktoken --out_dir {tmp_path}/run --steps 2"
+    monkeypatch.setattr(sys, "argv", ["sft.py", *flags.split()])
+    sft.main()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
+    inputs = tokenizer("How do I fix a bike?", return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    prompt = inputs["input_ids"][0].tolist()
+    eos = tokenizer.eos_token_id
+    tokens, _ = generate(load_model(tmp_path / "run"), [prompt], 10, temperature=0, eos=eos)
+    assert tokens[0].tolist() == expected[0, : tokens.shape[1]].tolist()
+
+
+def test_half_precision_files_of_theirs_keep_their_values(tmp_path):
+    """save_file in bfloat16, as many published checkpoints are: float32 here, the same numbers."""
+    model = theirs(n_embd=64, n_layer=1, n_head=4, vocab_size=300, n_positions=48)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    weight = load_model(tmp_path).wpe.weight
+    assert torch.equal(weight, model.transformer.wpe.weight.bfloat16().float())
