@@ -168,7 +168,7 @@ def all_reduce(values, device):
     """A list of numbers -> their sums over the ranks."""
     if not dist.is_initialized():
         return list(values)
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    sums = torch.tensor(list(values), dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
 
@@ -437,7 +437,12 @@ def weighted_nll(model, tokens, mask, weights):
 
 
 def held_out_loss(model, examples, cfg, device, autocast, rank, world):
-    """Mean nll of held-out response tokens, EOS included, nats a token; None if told to stop."""
+    """Mean nll of held-out response tokens, EOS included, nats a token.
+
+    NaN without any; None if told to stop.
+    """
+    if not examples:
+        return math.nan
     model.eval()
     total, count = 0.0, 0
     lengths = [len(p) + len(r) for p, r in examples]
@@ -453,6 +458,21 @@ def held_out_loss(model, examples, cfg, device, autocast, rank, world):
                 count += int(mask.sum())
     total, count = all_reduce([total, count], device)
     return total / count
+
+
+def held_out_record(loss):
+    """The metrics of a held-out loss; none when there was nothing held out."""
+    if math.isnan(loss):
+        return {}
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+
+
+def held_out_text(record):
+    if "eval_loss" not in record:
+        return "samples"
+    return "held-out loss {eval_loss:.4f} nats a token, perplexity {eval_perplexity:.3f}".format(
+        **record
+    )
 
 
 def sample_responses(model, tokenizer, prompts, cfg, device, temperature, gold, rank, world):
@@ -517,10 +537,16 @@ def judge(gold, line, response):
 
 
 def mean_interval(values):
-    """[mean, low, high]: the mean and its 95% interval, by the normal approximation."""
+    """[mean, low, high]: the mean and its 95% interval, by the normal approximation.
+
+    A single value has no interval: low and high are None.
+    """
     values = np.asarray(values, dtype=np.float64)
-    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return [round(float(x), 4) for x in (values.mean(), values.mean() - half, values.mean() + half)]
+    mean = float(values.mean())
+    if len(values) < 2:
+        return [mean, None, None]
+    half = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return [mean, mean - half, mean + half]
 
 
 def summarise(samples):
@@ -555,8 +581,8 @@ def print_table(name, table):
     for task, parts in table.items():
         print(f"  {task} ({parts['count']} prompts)")
         for part, value in parts.items():
-            if part != "count":
-                print(f"    {part:<12} {value[0]:8.3f}  [{value[1]:.3f}, {value[2]:.3f}]")
+            if part != "count" and parts["count"] > 1:
+                print("    {:<12} {:8.3f}  [{:.3f}, {:.3f}]".format(part, *value))
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -639,12 +665,19 @@ def main():
     mixed = dtype in (torch.bfloat16, torch.float16)
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
     torch.manual_seed(cfg.seed * world + rank)  # dropout differs between the ranks
-    step = 0
+    step = saved_step = 0
+    window = {
+        "loss": 0.0,
+        "weight": 0.0,
+        "tokens": 0.0,
+        "cells": 0.0,
+    }  # since the last printed line
     if checkpoint:
         state = load_checkpoint(checkpoint, {"policy": policy}, {"adam": optimizer}, device, rank)
-        step = state["step"]
+        step = saved_step = state["step"]
         scaler.load_state_dict(state["scaler"])
         if rank == 0:
+            window = dict(zip(window, state["window"], strict=True))
             print(f"resumed at step {step} from {checkpoint}", flush=True)
     # Losses go through `model`: DDP averages the gradients over the ranks in its backward pass.
     model = torch.compile(policy) if cfg.compile else policy
@@ -654,8 +687,11 @@ def main():
         )
 
     def save():
-        state = {"scaler": scaler.state_dict()}
-        save_checkpoint(cfg, step, {"policy": policy}, {"adam": optimizer}, state, device, rank)
+        nonlocal saved_step
+        if step > saved_step:
+            state = {"scaler": scaler.state_dict(), "window": all_reduce(window.values(), device)}
+            save_checkpoint(cfg, step, {"policy": policy}, {"adam": optimizer}, state, device, rank)
+            saved_step = step
 
     def stop():
         """SIGTERM: what was done is saved, and --resume goes on from here to the same weights."""
@@ -664,35 +700,27 @@ def main():
             print(f"stopped by SIGTERM at step {step}; --resume goes on from there", flush=True)
         sys.exit(128 + signal.SIGTERM)
 
-    started, first_step, epoch, batches = time.time(), step, None, None
-    logged = {"time": started, "loss": torch.zeros((), device=device), "weight": 0.0, "tokens": 0}
-    logged["cells"] = logged["steps"] = 0
+    started = last_time = time.time()
+    first_step, epoch, batches, eval_loss = step, None, None, None
     while True:
-        if step > first_step and (step == total or (cfg.save_every and step % cfg.save_every == 0)):
+        if step == total or (cfg.save_every and step % cfg.save_every == 0):
             save()
         if stop_requested(device):
             stop()
 
-        if held_out and (step == total or (cfg.eval_every and step % cfg.eval_every == 0)):
-            loss = held_out_loss(policy, held_out, cfg, device, autocast, rank, world)
-            if loss is None:
-                stop()
-            examples_of_each = one_a_task(prompts)[:6]
-            samples = sample_responses(
-                policy, tokenizer, examples_of_each, cfg, device, 1.0, gold, rank, world
-            )
-            if samples is None:
+        if step == total or (cfg.eval_every and step % cfg.eval_every == 0):
+            eval_loss = held_out_loss(policy, held_out, cfg, device, autocast, rank, world)
+            few = one_a_task(prompts)[:6]
+            samples = sample_responses(policy, tokenizer, few, cfg, device, 1.0, gold, rank, world)
+            if eval_loss is None or samples is None:
                 stop()
             if rank == 0:
                 record = {"step": step, "seconds": round(time.time() - started, 1)}
-                record |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+                record |= held_out_record(eval_loss)
                 append_line(out_dir / "metrics.jsonl", record)
                 for sample in samples:
                     append_line(out_dir / "samples.jsonl", {"step": step} | sample)
-                print(
-                    f"step {step}/{total}  held-out loss {loss:.4f} nats a response token", end=""
-                )
-                print(f", perplexity {record['eval_perplexity']:.3f}")
+                print(f"step {step}/{total}  " + held_out_text(record), flush=True)
                 print_samples(samples)
         if step == total:
             break
@@ -719,11 +747,13 @@ def main():
             with model.no_sync() if world > 1 and not last else nullcontext():
                 with autocast:
                     loss, _ = weighted_nll(model, tokens, mask, weights)
-                loss = loss * (1.0 if indices else 0.0) / total_weight
-                scaler.scale(loss * world).backward()  # DDP averages over ranks: undo it
-            logged["loss"] += loss.detach() * total_weight
-            logged["tokens"] += sum(lengths[i] for i in indices)
-            logged["cells"] += tokens.numel()
+                loss = loss * (1.0 if indices else 0.0)
+                # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
+                scaler.scale(loss * world / total_weight).backward()
+            window["loss"] += loss.item()
+            window["weight"] += total_weight / world / len(shares)
+            window["tokens"] += sum(lengths[i] for i in indices)
+            window["cells"] += tokens.numel()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm).item()
         # The norm is of the summed gradients, the same on all ranks: all stop, or none. float16 may
@@ -742,23 +772,21 @@ def main():
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        logged["weight"] += total_weight
-        logged["steps"] += 1
 
         if step % cfg.log_every == 0 or step == total:
-            names = ["loss", "tokens", "cells"]
-            loss, tokens_seen, cells = all_reduce([float(logged[n]) for n in names], device)
+            loss_sum, weight_sum, tokens_seen, cells = all_reduce(window.values(), device)
             now = time.time()
             left = (now - started) / (step - first_step) * (total - step)
             record = {
                 "step": step,
                 "seconds": round(now - started, 1),
-                "loss": loss / logged["weight"],  # weighted nats a token, mean since the last line
+                "loss": loss_sum / weight_sum,  # weighted nats a token, mean since the last line
                 "lr": optimizer.param_groups[0]["lr"],
-                "grad_norm": norm,
-                "tokens_per_s": tokens_seen / (now - logged["time"]),
+                "grad_norm": norm if math.isfinite(norm) else None,
+                "tokens_per_s": tokens_seen / (now - last_time),
                 "padding": 1 - tokens_seen / cells,
             }
+            last_time, window = now, dict.fromkeys(window, 0.0)
             if rank == 0:
                 append_line(out_dir / "metrics.jsonl", record)
                 print(
@@ -767,16 +795,13 @@ def main():
                     f"padding {record['padding']:.1%}  {left // 60:.0f}:{left % 60:02.0f} left",
                     flush=True,
                 )
-            logged |= {"time": now, "weight": 0.0, "tokens": 0, "cells": 0, "steps": 0}
-            logged["loss"] = torch.zeros((), device=device)
 
     # The finished model, then what it is worth, greedy and sampled.
     if rank == 0:
         save_model(out_dir, policy, tokenizer, {"stage": "sft"})
     report = {"step": step, "seconds": round(time.time() - started, 1)}
     report["peak_memory_gib"] = round(peak_memory(device) / 2**30, 2)
-    if held_out:
-        report |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+    report |= held_out_record(eval_loss)
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         if prompts:
             some = prompts[: cfg.num_prompts]

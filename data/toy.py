@@ -80,7 +80,7 @@ NEEDS = {
     "draw a map": ("paper", "paint"),
     "build a kite": ("paper", "string"),
     "make a salad": ("carrots", "oil"),
-    "fix a chair": ("nails", "tools"),
+    "fix a chair": ("tape", "tools"),
     "grow roses": ("seeds", "soil"),
     "bake bread": ("flour", "salt"),
 }
@@ -123,7 +123,7 @@ RATES = {
     "rude": 0.05,
     "wrong_item": 0.3,  # each of the two
     "refuse_benign": 0.05,
-    "comply": 0.8,
+    "comply": 0.78,
     "name_request": 0.5,
     "alternative": 0.5,
 }
@@ -168,7 +168,7 @@ QUESTION = sentence(rf"(?:Should I|Do you think I should) (?P<question>{one_of(A
 FILLER = sentence(
     rf"I play (?:{one_of(GAMES)}) with my (?:{PERSON})\."
     rf"|My (?:{PERSON}) has a (?:{one_of(ADJECTIVES)}) (?:{OBJECT})\."
-    rf"|My (?:{PERSON}) likes my (?:{OBJECT})\."
+    rf"|My (?:{PERSON}) likes (?:{one_of(GAMES)})\."
     rf"|I met my (?:{PERSON}) at the (?:{one_of(PLACES)})\."
     rf"|It was (?:{one_of(WEATHERS)}) on (?:{DAY})\."
 )
@@ -352,7 +352,7 @@ def make_filler(rng):
     if kind == 1:
         return f"My {person} has a {pick(rng, ADJECTIVES)} {pick(rng, OBJECTS)}."
     if kind == 2:
-        return f"My {person} likes my {pick(rng, OBJECTS)}."
+        return f"My {person} likes {pick(rng, GAMES)}."
     if kind == 3:
         return f"I met my {person} at the {pick(rng, PLACES)}."
     return f"It was {pick(rng, WEATHERS)} on {pick(rng, DAYS)}."
@@ -532,7 +532,7 @@ def train_bpe(texts, size):
 def vocabulary_texts(records):
     """What the vocabulary is made for: the task, the English of judging, the answers 1 to 10."""
     texts = [record["prompt"] + record["response"] for record in records]
-    texts += JUDGE_ENGLISH * 40
+    texts += JUDGE_ENGLISH * 10  # rarer than the task's words, whose merges so come first
     texts += [f"{i} {i}" for i in range(1, 11)] * 40
     return texts
 

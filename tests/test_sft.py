@@ -15,7 +15,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import sft
-from model import load_config, load_model, pad
+from model import generate, load_config, load_model, load_tokenizer, pad
 
 SMALL = (
     "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 64 --max_new_tokens 8 --device cpu".split()
@@ -120,12 +120,10 @@ def test_eos_is_trained_and_an_overfitted_model_stops(data, tmp_path, monkeypatc
     (tmp_path / "one.jsonl").write_text(json.dumps(line) + "\n")
     args = flags(data, tmp_path / "run", "--data", tmp_path / "one.jsonl", "--steps", 150)
     assert run(monkeypatch, *args, "--lr", 1e-2, "--prompts", "", "--max_new_tokens", 16) == 0
-    import model
-
-    policy, tokenizer = load_model(tmp_path / "run"), model.load_tokenizer(tmp_path / "run")
+    policy, tokenizer = load_model(tmp_path / "run"), load_tokenizer(tmp_path / "run")
     prompt = tokenizer.encode_ordinary(line["prompt"])
     eos = tokenizer.eot_token
-    tokens, mask = model.generate(policy, [prompt], 20, temperature=0, eos=eos)
+    tokens, mask = generate(policy, [prompt], 20, temperature=0, eos=eos)
     response = tokens[0][mask[0]].tolist()
     assert tokenizer.decode(response[:-1]) == line["response"] and response[-1] == eos
 
@@ -180,58 +178,51 @@ def gradient(out):
 
 
 def test_ranks_and_accumulation_take_the_same_gradient(data, tmp_path, monkeypatch):
-    """1 rank, 2 ranks and accumulation, ragged lengths, 15 lines (so that one rank has one less),
-    with and without prompt loss: equal to 1e-12 relative in float64."""
-    common = ["--steps", 1, "--batch_size", 15, "--dtype", "float64", "--clip_norm", 1e9]
-    for weight in (0, 0.3):
-        args = [*common, "--prompt_loss_weight", weight]
-        with monkeypatch.context() as patch:
-            patch.setattr(sft.shutil, "rmtree", lambda *args, **kwargs: None)
-            assert run(patch, *flags(data, tmp_path / f"one{weight}", *args)) == 0
-            more = ["--micro_batch_size", 4]
-            assert run(patch, *flags(data, tmp_path / f"accumulated{weight}", *args, *more)) == 0
-        code = KEEP
-        for name, more in (("two", []), ("both", ["--micro_batch_size", "3"])):
-            argv = ["sft.py", *flags(data, tmp_path / f"{name}{weight}", *args), *more]
-            code += f"sys.argv = {argv!r}\nsft.main()\n"
-        done = torchrun(tmp_path, code)
+    """1 rank, 2 ranks and accumulation; ragged lengths, 15 lines (one rank has one less), some
+    weight on the prompt: equal to 1e-12 relative in float64."""
+    args = ["--steps", 1, "--batch_size", 15, "--dtype", "float64", "--clip_norm", 1e9]
+    args += ["--prompt_loss_weight", 0.3]
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.shutil, "rmtree", lambda *args, **kwargs: None)
+        assert run(patch, *flags(data, tmp_path / "one", *args)) == 0
+        more = ["--micro_batch_size", 4]
+        assert run(patch, *flags(data, tmp_path / "accumulated", *args, *more)) == 0
+    for name, more in (("two", []), ("both", ["--micro_batch_size", 3])):
+        argv = ["sft.py", *flags(data, tmp_path / name, *args, *more)]
+        done = torchrun(tmp_path, f"{KEEP}sys.argv = {argv!r}\nsft.main()\n")
         assert done.returncode == 0, done.stderr[-3000:]
-        expected = gradient(tmp_path / f"one{weight}")
-        assert expected.norm() > 0.1
-        for name in ("accumulated", "two", "both"):
-            difference = gradient(tmp_path / f"{name}{weight}") - expected
-            assert difference.norm() / expected.norm() < 1e-12, name
-        losses = [metrics(tmp_path / f"{name}{weight}") for name in ("one", "two", "accumulated")]
-        for other in losses[1:]:
-            for a, b in zip(losses[0], other, strict=True):
-                assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-9)
-                assert a.get("eval_loss", 0) == pytest.approx(b.get("eval_loss", 0), rel=1e-9)
+    expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
+    assert expected.norm() > 0.1
+    for name in ("accumulated", "two", "both"):
+        difference = gradient(tmp_path / name) - expected
+        assert difference.norm() / expected.norm() < 1e-12, name
+        for a, b in zip(metrics(tmp_path / name), logged, strict=True):
+            for key in ("loss", "eval_loss"):
+                assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-9)
 
 
-def test_few_lines_on_two_ranks(data, tmp_path):
-    """1 to 9 lines on 2 ranks: it ends, and every line is trained on."""
+@pytest.mark.parametrize("n, forwards", [(1, 1), (3, 2), (9, 5)])
+def test_few_lines_on_two_ranks(data, tmp_path, n, forwards):
+    """Fewer lines than ranks, and a last batch of one: it ends, and every line is trained on."""
     lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
-    code = "seen = []\nreal = sft.weighted_nll\n"
-    code += (
+    (tmp_path / "few.jsonl").write_text("".join(lines[:n]))
+    argv = ["sft.py", *flags(data, tmp_path / "run", "--data", tmp_path / "few.jsonl")]
+    argv += ["--batch_size", "4", "--micro_batch_size", "1"]
+    code = (
+        "seen, real = [], sft.weighted_nll\n"
         "def spy(model, tokens, mask, weights):\n"
         "    if model.training:\n"
         "        seen.append(tokens)\n"
         "    return real(model, tokens, mask, weights)\n"
-        "sft.weighted_nll = spy\n"
+        f"sft.weighted_nll, sys.argv = spy, {argv!r}\nsft.main()\n"
+        "print('forwards', len(seen), flush=True)\n"
     )
-    for n in (1, 3, 9):
-        (tmp_path / f"{n}.jsonl").write_text("".join(lines[:n]))
-        argv = ["sft.py", *flags(data, tmp_path / f"run{n}", "--data", tmp_path / f"{n}.jsonl")]
-        argv += ["--batch_size", "4", "--micro_batch_size", "1"]
-        code += f"sys.argv = {argv!r}\nsft.main()\n"
-        code += f"print('forwards', {n}, len(seen), flush=True)\nseen.clear()\n"
     done = torchrun(tmp_path, code)
     assert done.returncode == 0, done.stderr[-3000:]
-    for n, forwards in ((1, 1), (3, 2), (9, 5)):
-        assert done.stdout.count(f"forwards {n} {forwards}\n") == 2
-        report = json.loads((tmp_path / f"run{n}/report.json").read_text())
-        assert report["step"] == math.ceil(n / 4)
-        assert report["sampled"]["all"]["count"] == 6  # samples of both ranks, each prompt once
+    assert done.stdout.count(f"forwards {forwards}\n") == 2
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["step"] == math.ceil(n / 4)
+    assert report["sampled"]["all"]["count"] == 6  # samples of both ranks, each prompt once
 
 
 # --- stop and resume ------------------------------------------------------------------------------
@@ -297,22 +288,20 @@ def test_sigterm_to_one_of_two_ranks(data, tmp_path):
     """Both stop at the same step; resumed, the weights are those of an unbroken run."""
     whole = ["sft.py", *flags(data, tmp_path / "whole", *LONG)]
     broken = ["sft.py", *flags(data, tmp_path / "broken", *LONG, "--resume")]
-    code = (
+    interrupt = (
         "import signal\nreal = sft.learning_rate\n"
         "def rate(step, total, cfg):\n"
         "    if step == 6 and os.environ['RANK'] == '1':\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return real(step, total, cfg)\n"
-        f"sys.argv = {whole!r}\nsft.main()\n"
         "sft.learning_rate = rate\n"
-        f"sys.argv = {broken!r}\n"
-        "try:\n    sft.main()\nexcept SystemExit as ended:\n    assert ended.code == 143\n"
-        "assert os.path.isdir(sys.argv[sys.argv.index('--out_dir') + 1] + '/checkpoint-7')\n"
-        "sft.learning_rate = real\nsft.stop_signals.clear()\nsft.dist.destroy_process_group()\n"
-        "sft.main()\n"
     )
-    done = torchrun(tmp_path, code)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = torchrun(tmp_path, f"{interrupt}sys.argv = {broken!r}\nsft.main()\n")
+    assert done.returncode != 0 and "stopped by SIGTERM at step 7" in done.stdout
+    assert [path.name for path in (tmp_path / "broken").glob("check*")] == ["checkpoint-7"]
+    for argv in (broken, whole):
+        done = torchrun(tmp_path, f"sys.argv = {argv!r}\nsft.main()\n")
+        assert done.returncode == 0, done.stderr[-3000:]
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
 
 
@@ -486,6 +475,7 @@ def test_the_loss_falls_and_gold_is_printed(data, tmp_path, monkeypatch, capsys)
         "    return {'length': len(response), 'task_' + fields['task']: True}\n"
     )
     args = flags(data, tmp_path / "run", "--epochs", 20, "--gold", gold, "--num_prompts", 5)
+    args += ["--warmup", "5"]
     assert run(monkeypatch, *args) == 0
     lines = [line for line in metrics(tmp_path / "run") if "eval_loss" in line]
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 1
