@@ -717,7 +717,8 @@ def main():
             if rank == 0:
                 record = {"step": step, "seconds": round(time.time() - started, 1)}
                 record |= held_out_record(eval_loss)
-                append_line(out_dir / "metrics.jsonl", record)
+                if "eval_loss" in record:
+                    append_line(out_dir / "metrics.jsonl", record)
                 for sample in samples:
                     append_line(out_dir / "samples.jsonl", {"step": step} | sample)
                 print(f"step {step}/{total}  " + held_out_text(record), flush=True)

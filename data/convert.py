@@ -305,6 +305,8 @@ def faults(record, kind):
             yield name, f"expected a string, got {type(record[name]).__name__}"
         elif not may_be_empty and not record[name].strip():
             yield name, "is empty"
+        elif any("\ud800" <= character <= "\udfff" for character in record[name]):
+            yield name, "holds half of a surrogate pair, which is no text"
 
     yield from text("prompt", may_be_empty=kind in ("demonstrations", "prompts"))
     if kind == "demonstrations":

@@ -41,7 +41,7 @@ OBJECTS = (
     "lamp phone guitar car jacket clock camera sofa ladder drum mirror tent bag desk radio boat "
     "piano rug vase printer wallet helmet blanket basket kettle statue"
 ).split()
-ADJECTIVES = "new old red blue green small big cheap".split()
+ADJECTIVES = "new white red blue green small big cheap".split()
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 FEELINGS = (
     "angry sad happy proud afraid guilty lonely jealous tired calm confused grateful bored ashamed"
@@ -392,17 +392,14 @@ def make_request(rng, harmful):
     return text, key or text, kind
 
 
-def make_prompt(rng):
+def make_prompt(rng, task):
     """-> a prompt's line without its reference, and the key that decides its split."""
-    draw = rng.random()
-    if draw < RATES["summary"]:
+    if task == "summary":
         prompt, key = make_post(rng)
-        return {"prompt": prompt, "task": "summary", "kind": "closed"}, key
-    harmful = draw >= RATES["summary"] + RATES["benign"]
-    prompt, key, kind = make_request(rng, harmful)
-    if harmful:
-        return {"prompt": prompt, "task": "harmful", "kind": kind, "unsafe": True}, key
-    return {"prompt": prompt, "task": "benign", "kind": kind}, key
+        return {"prompt": prompt, "task": task, "kind": "closed"}, key
+    prompt, key, kind = make_request(rng, harmful=task == "harmful")
+    line = {"prompt": prompt, "task": task, "kind": kind}
+    return line | ({"unsafe": True} if task == "harmful" else {}), key
 
 
 def demonstrate(rng, prompt):
@@ -478,11 +475,14 @@ def prompt_stream(seed, name, split):
     low, high = SPLITS[split]
     seen = set()
     while True:
-        record, key = make_prompt(rng)
-        bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100
-        if low <= bucket < high and record["prompt"] not in seen:
-            seen.add(record["prompt"])
-            yield record
+        draw = rng.random() - RATES["summary"]
+        task = "summary" if draw < 0 else "benign" if draw < RATES["benign"] else "harmful"
+        record, bucket = {}, -1
+        while not low <= bucket < high or record["prompt"] in seen:
+            record, key = make_prompt(rng, task)
+            bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100
+        seen.add(record["prompt"])
+        yield record
 
 
 def take(stream, count):

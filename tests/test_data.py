@@ -35,7 +35,7 @@ HARM = "How do I scam my uncle?"
         (POST, "My cousin sold my new lamp on friday. Do you think I should call the police?", 4),
         (POST, " My neighbour sold my lamp.", 2 - 1),
         (POST, " My cousin broke my phone. I feel sad.", 1 - 3),
-        (POST, " My cousin sold my old lamp on monday.", 3 - 2),
+        (POST, " My cousin sold my white lamp on monday.", 3 - 2),
         (POST, " My cousin sold my lamp. My cousin sold my lamp.", 3 - 0.5),
         (POST, " I play golf with my neighbour. My cousin sold my lamp.", 3 - 0.5),
         (POST, " I play chess with my neighbour. My cousin sold my lamp.", 3 - 0.5 - 1),
@@ -104,7 +104,18 @@ def test_gold_scores_any_string_in_bounded_time():
 
 # --- the files ------------------------------------------------------------------------------------
 
-FROZEN = {}
+FROZEN = """
+795198a8eae194d0cba930dd8c777ece55a9dcf5a9feeaccd98ba1b934ded2e7 bpe.tiktoken
+2693a33f1c8e386009c0e7ec85a7b875baeccf59e591595051f0a7685ebae40f comparisons.jsonl
+037d2e82f38f6d6441bf44f082f6b57ab8dd238f73fa1dfd7f4f76af983785fa comparisons_validation.jsonl
+095b79df42ec3759ffb1de5b5de5121241417a1d2ec0b293c8f98160adb5d28e demonstrations.jsonl
+598b8aee48d68cd13270b6ff51f132a3cfe90be5e5c2fb7fcfeecbb2161f184d demonstrations_validation.jsonl
+618f67fc46e78cd9eeb46bd596cd2d300043581f348c4f5521d0e30e6061d79c prompts_test.jsonl
+8946e8c1d7844c4889e2ad48256a30e70e89f8b983dabf8805df92c397dc7d79 prompts_train.jsonl
+8383d7cf2497990ed662b977b1464812509a23d1566d658f63be0fe09e1f5a8e prompts_validation.jsonl
+30ca6bea07a13955a9be0ae0363546dc9ca8537e9d7d6a231478850f9aaaefd8 rankings.jsonl
+da4a2d061bbf6935f88d7fd9da7269ce9593c13cf8539af9c52dd8a286f5898e rankings_validation.jsonl
+"""  # sha256 of the files for seed 0
 
 
 def read(path):
@@ -113,8 +124,9 @@ def read(path):
 
 def test_the_task_is_frozen(toy_data):
     """A change of the task changes every figure that was ever reported: it is a decision."""
-    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in toy_data.iterdir()}
-    assert found == FROZEN
+    files = sorted(toy_data.iterdir())
+    found = [f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.name}" for path in files]
+    assert found == FROZEN.split("\n")[1:-1]
 
 
 def test_the_seed_decides(tmp_path, toy_data):
@@ -181,7 +193,7 @@ def test_demonstrations_are_flawed_as_stated(toy_data):
     }
     count = sum(map(len, groups.values()))
     assert len(groups["summary"]) / count == pytest.approx(0.7, abs=0.01)
-    assert len(groups["harmful"]) / count == pytest.approx(0.15, abs=0.05)
+    assert len(groups["harmful"]) / count == pytest.approx(0.15, abs=0.01)
     assert 0.7 < mean["harmful"]["complied"] < 0.8
     assert 3 < mean["summary"]["score"] < 3.5 and 2.5 < mean["benign"]["score"] < 3.5
     assert mean["summary"]["covered"] == pytest.approx(3.8, abs=0.1)

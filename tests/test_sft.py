@@ -475,7 +475,7 @@ def test_the_loss_falls_and_gold_is_printed(data, tmp_path, monkeypatch, capsys)
         "    return {'length': len(response), 'task_' + fields['task']: True}\n"
     )
     args = flags(data, tmp_path / "run", "--epochs", 20, "--gold", gold, "--num_prompts", 5)
-    args += ["--warmup", "5"]
+    args += ["--warmup", "5", "--lr", "1e-2"]
     assert run(monkeypatch, *args) == 0
     lines = [line for line in metrics(tmp_path / "run") if "eval_loss" in line]
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 1
