@@ -82,15 +82,18 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
+    def qkv(self, x):
+        """x (B, T, C) -> queries, keys and values, (3, B, H, T, D)."""
+        B, T, C = x.shape
+        return self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+
     def forward(self, x, cache=None, start=0, visible=None):
         """x (B, T, C) -> (B, T, C). `cache` (2, B, H, columns, D) takes this call's keys and values
         at columns start..start+T; then queries see what `visible` (B, 1, 1, columns) allows."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = qkv = self.qkv(x)
         if cache is not None:
-            cache[0, :, :, start : start + T] = k
-            cache[1, :, :, start : start + T] = v
+            cache[:, :, :, start : start + T] = qkv[1:]
         if start > 0:
             # One new token a row: everything in the cache lies before it, so no causal mask.
             k, v = cache[:, :, :, : start + T]
@@ -169,6 +172,15 @@ class GPT(nn.Module):
         for i, block in enumerate(self.h):
             x = block(x, None if caches is None else caches[i], start, visible)
         return self.ln_f(x)
+
+    def read(self, tokens, caches):
+        """Fills `caches` with the keys and values of tokens (B, T) from position 0. Nobody asks for
+        the outputs, so the last block computes none."""
+        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+        for block, cache in zip(self.h[:-1], caches, strict=False):
+            x = block(x, cache)
+        last = self.h[-1]
+        caches[-1][:, :, :, : tokens.shape[1]] = last.attn.qkv(last.ln_1(x))[1:]
 
     def head(self, hidden):
         """(..., C) -> logits (..., V), or (...) with a scalar head."""
@@ -452,7 +464,9 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = at_least_float32(logits) / temperature
+    logits = at_least_float32(logits)
+    if temperature != 1:
+        logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, sorted=True).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -497,28 +511,26 @@ def decode(
         raise ValueError("dropout is on: call model.eval() before sampling")
     device, dtype = model.wte.weight.device, model.wte.weight.dtype
     H, D = model.config.n_head, model.config.n_embd // model.config.n_head
-    tokens = pad(prompts, [[]] * N)[0].to(device)  # (N, P)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    P = tokens.shape[1]
+    P = longest - 1  # the last token of a prompt is read by the first step, as a sampled one is
 
-    # Keys and values of every layer and row. Prompts fill columns 0..P and new tokens columns P..
+    # Keys and values of every layer and row. Prompts fill columns 0..P and later tokens columns P..
     # of every row alike, so that a step writes one slice; positions, not columns, say where a
     # token stands. Each prompt is read once, some 4,096 tokens at a time (which fit into a CPU's
     # caches: 1.4 times the speed), and its K samples get copies.
     columns = P + max_new_tokens
     caches = torch.empty(len(model.h), 2, N, K, H, columns, D, device=device, dtype=dtype)
-    hidden = torch.empty(N, model.config.n_embd, device=device, dtype=dtype)  # each prompt's last
-    size = max(4096 // P, 1)
-    for i in range(0, N, size):
-        part = slice(i, i + size)
-        states = model.trunk(tokens[part], torch.arange(P, device=device), caches[:, :, part, 0])
-        hidden[part] = states[torch.arange(len(states), device=device), lengths[part] - 1]
-    caches[:, :, :, 1:, :, :P] = caches[:, :, :, :1, :, :P]
-    caches = list(caches.flatten(2, 3))  # each (2, B, H, columns, D)
-    logits = model.head(hidden).repeat_interleave(K, 0)  # (B, V), a prompt's samples adjacent
-    positions = lengths.repeat_interleave(K)  # (B,) the next token's
+    if P > 0:
+        tokens = pad([prompt[:-1] for prompt in prompts], [[]] * N)[0].to(device)  # (N, P)
+        size = max(4096 // P, 1)
+        for i in range(0, N, size):
+            model.read(tokens[i : i + size], caches[:, :, i : i + size, 0])
+        caches[:, :, :, 1:, :, :P] = caches[:, :, :, :1, :, :P]
+    caches = list(caches.flatten(2, 3))  # each (2, B, H, columns, D), a prompt's samples adjacent
+    next_tokens = torch.tensor([prompt[-1] for prompt in prompts], device=device)
+    positions = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    next_tokens, positions = next_tokens.repeat_interleave(K), positions.repeat_interleave(K)
     visible = None
-    if (lengths != P).any():  # else there are no pads to hide
+    if any(len(prompt) < longest for prompt in prompts):  # else there are no pads to hide
         column = torch.arange(columns, device=device)
         visible = (column < positions[:, None]) | (column >= P)  # (B, columns)
         visible = visible[:, None, None]
@@ -526,22 +538,22 @@ def decode(
     rows = torch.arange(N * K, device=device)  # those still computed
     ended = torch.zeros(N * K, dtype=torch.bool, device=device)  # of those rows, whether done
     for step in range(max_new_tokens):
+        hidden = model.trunk(next_tokens[:, None], positions[:, None], caches, P + step, visible)
+        logits = model.head(hidden[:, 0])  # (rows, V)
+        positions = positions + 1
         # Every row has its number at every step, so that retiring others changes no sample.
-        uniform = torch.rand(
-            N * K, generator=generator, device=generator.device if generator else device
-        )
-        next_tokens = sample(logits, uniform.to(device)[rows], temperature, top_k, top_p)
+        source = generator.device if generator else device
+        uniform = torch.rand(N * K, generator=generator, device=source).to(device)
+        next_tokens = sample(logits, uniform[rows], temperature, top_k, top_p)
         if eos is None:
             yield next_tokens
-        else:
-            next_tokens = torch.where(ended, eos, next_tokens)
-            ended = ended | (next_tokens == eos)
-            yield torch.full((N * K,), eos, device=device).index_copy(0, rows, next_tokens)
-        if step + 1 == max_new_tokens:
-            break
+            continue
+        next_tokens = torch.where(ended, eos, next_tokens)
+        ended = ended | (next_tokens == eos)
+        yield torch.full((N * K,), eos, device=device).index_copy(0, rows, next_tokens)
         # Asking which rows go on makes a GPU wait: every eighth step. Compacting copies the cache:
         # when a quarter of the rows have ended.
-        if eos is not None and step % 8 == 7:
+        if step % 8 == 7:
             going = (~ended).nonzero().squeeze(1)
             if len(going) == 0:
                 break
@@ -550,9 +562,6 @@ def decode(
                 positions = positions[going]
                 caches = [cache[:, going] for cache in caches]
                 visible = None if visible is None else visible[going]
-        hidden = model.trunk(next_tokens[:, None], positions[:, None], caches, P + step, visible)
-        logits = model.head(hidden[:, 0])  # (rows, V)
-        positions = positions + 1
 
 
 def generate(
