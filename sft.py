@@ -467,14 +467,6 @@ def held_out_record(loss):
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
 
 
-def held_out_text(record):
-    if "eval_loss" not in record:
-        return "samples"
-    return "held-out loss {eval_loss:.4f} nats a token, perplexity {eval_perplexity:.3f}".format(
-        **record
-    )
-
-
 def sample_responses(model, tokenizer, prompts, cfg, device, temperature, gold, rank, world):
     """One response to each prompt, at a temperature, and what it is worth, from all ranks.
 
@@ -551,11 +543,9 @@ def mean_interval(values):
 
 def summarise(samples):
     """{task: {part: [mean, low, high]}} of samples; "all" has the parts that all of them have."""
-    groups = {"all": samples}
-    for sample in samples:
-        groups.setdefault(sample.get("task", "all"), []).append(sample)
-    groups["all"] = samples
-    table = {}
+    groups, table = {"all": samples}, {}
+    for task in dict.fromkeys(sample["task"] for sample in samples if "task" in sample):
+        groups[task] = [sample for sample in samples if sample.get("task") == task]
     for task, members in groups.items():
         shared = set.intersection(*(set(sample["parts"]) for sample in members))
         names = [name for name in members[0]["parts"] if name in shared]
@@ -709,6 +699,7 @@ def main():
             stop()
 
         if step == total or (cfg.eval_every and step % cfg.eval_every == 0):
+            # The same held-out lines and prompts every time, so that evaluations compare.
             eval_loss = held_out_loss(policy, held_out, cfg, device, autocast, rank, world)
             few = one_a_task(prompts)[:6]
             samples = sample_responses(policy, tokenizer, few, cfg, device, 1.0, gold, rank, world)
@@ -719,9 +710,12 @@ def main():
                 record |= held_out_record(eval_loss)
                 if "eval_loss" in record:
                     append_line(out_dir / "metrics.jsonl", record)
+                    print(
+                        f"step {step}/{total}  held-out loss {eval_loss:.4f} nats a token, "
+                        f"perplexity {record['eval_perplexity']:.3f}"
+                    )
                 for sample in samples:
                     append_line(out_dir / "samples.jsonl", {"step": step} | sample)
-                print(f"step {step}/{total}  " + held_out_text(record), flush=True)
                 print_samples(samples)
         if step == total:
             break

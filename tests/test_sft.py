@@ -485,6 +485,27 @@ def test_the_loss_falls_and_gold_is_printed(data, tmp_path, monkeypatch, capsys)
     assert "gold +0." in capsys.readouterr().out
 
 
+def test_summarise():
+    """Means with their intervals, over all and by task; prompts may have a task or none."""
+    values = [("a", 1.0), ("a", 3.0), (None, 8.0)]
+    samples = [{"parts": {"x": v}} | ({"task": t} if t else {}) for t, v in values]
+    samples[0]["parts"]["y"] = samples[1]["parts"]["y"] = 0.5
+    table = sft.summarise(samples)
+    assert list(table) == ["all", "a"] and table["all"]["count"] == 3
+    half = 1.96 * (13 / 3) ** 0.5
+    assert table["all"]["x"] == pytest.approx([4, 4 - half, 4 + half])
+    assert table["a"] == {"x": pytest.approx([2, 0.04, 3.96]), "y": [0.5, 0.5, 0.5], "count": 2}
+    assert sft.summarise([samples[2]]) == {"all": {"x": [8.0, None, None], "count": 1}}
+
+
+def test_prompts_without_a_task(data, tmp_path, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "My car."}\n{"prompt": "", "index": 7}\n')
+    args = flags(data, tmp_path / "run", "--prompts", tmp_path / "prompts.jsonl", "--steps", 1)
+    assert run(monkeypatch, *args) == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert list(report["greedy"]) == ["all"] and report["greedy"]["all"]["count"] == 2
+
+
 def test_bad_gold_files(data, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.py").write_text("x = 1\n")
     for name, message in [("empty.py", "score: no such function"), ("none.py", "not a Python")]:
