@@ -18,12 +18,16 @@ TRANSFORMERS := transformers==5.23.0
 .DELETE_ON_ERROR:
 
 report: runs/sft/report.json
-	@$(PYTHON) -c "import json; print(json.dumps(json.load(open('$<')), indent=2))" | head -12
-	@echo "(all of it in $<; sample responses: $(PYTHON) model.py runs/sft)"
+	@echo "gold reward of runs/sft, mean and 95% interval (5 at best; more in $<):"
+	@$(PYTHON) -c "import json; report = json.load(open('$<')); [print(f'  {how:8} {task:8}', \
+	  '{:6.2f}  [{:.2f}, {:.2f}]'.format(*parts['gold'])) \
+	  for how in ('greedy', 'sampled') for task, parts in report[how].items()]"
+	@echo "read samples: $(PYTHON) model.py runs/sft --prompt 'How do I fix a bike?'"
 
 all: report
 
 $(VENV)/installed: requirements.txt
+	@$(PYTHON3) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON3=python3.12')"
 	$(PYTHON3) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
