@@ -814,6 +814,7 @@ def main():
             shutil.rmtree(path)
         print(f"{out_dir}: finished in {report['seconds']:.0f} s, {report['peak_memory_gib']} GiB")
     if world > 1:
+        all_reduce([0.0], device)  # no rank leaves while another still writes
         dist.destroy_process_group()
 
 

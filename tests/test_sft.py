@@ -215,7 +215,7 @@ def test_few_lines_on_two_ranks(data, tmp_path, n, forwards):
         "        seen.append(tokens)\n"
         "    return real(model, tokens, mask, weights)\n"
         f"sft.weighted_nll, sys.argv = spy, {argv!r}\nsft.main()\n"
-        "print('forwards', len(seen), flush=True)\n"
+        "os.write(1, b'forwards %d\\n' % len(seen))\n"
     )
     done = torchrun(tmp_path, code)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -407,7 +407,7 @@ def test_a_bad_gradient_on_one_rank_stops_all_before_the_update(data, tmp_path):
         "    return step_of(self, *args, **kwargs)\n"
         "torch.optim.AdamW.step = counted\n"
         f"sft.weighted_nll = poisoned\nsys.argv = {argv!r}\n"
-        "try:\n    sft.main()\nfinally:\n    print('updates', len(updates), flush=True)\n"
+        "try:\n    sft.main()\nfinally:\n    os.write(1, b'updates %d\\n' % len(updates))\n"
     )
     done = torchrun(tmp_path, code)
     assert done.returncode != 0
@@ -591,7 +591,8 @@ def test_alpaca_on_gpt2s_tokenizer(shared, gpt2_tokenizer, tmp_path, monkeypatch
     )
     args = ["--data", target, "--validation", "", "--prompts", ""]
     args += ["--tokenizer", "gpt2", "--out_dir", tmp_path / "run", *SMALL, "--max_length", 64]
-    args += ["--overlong", "cut", "--steps", 30, "--lr", 3e-3, "--log_every", 5]
+    args += ["--overlong", "cut", "--steps", 30, "--lr", 1e-2, "--warmup", 5]
+    args += ["--log_every", 5]
     assert run(monkeypatch, *args) == 0
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert losses[-1] < losses[0] - 1
