@@ -592,6 +592,7 @@ def test_alpaca_on_gpt2s_tokenizer(shared, gpt2_tokenizer, tmp_path, monkeypatch
     args = ["--data", target, "--validation", "", "--prompts", ""]
     args += ["--tokenizer", "gpt2", "--out_dir", tmp_path / "run", *SMALL, "--max_length", 64]
     args += ["--overlong", "cut", "--steps", 30, "--lr", 1e-2, "--warmup", 5]
+    args += ["--batch_size", 4]
     args += ["--log_every", 5]
     assert run(monkeypatch, *args) == 0
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
