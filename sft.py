@@ -20,6 +20,7 @@ import argparse
 import copy
 import dataclasses
 import datetime
+import gc
 import gzip
 import hashlib
 import importlib.util
@@ -815,6 +816,10 @@ def main():
         print(f"{out_dir}: finished in {report['seconds']:.0f} s, {report['peak_memory_gib']} GiB")
     if world > 1:
         all_reduce([0.0], device)  # no rank leaves while another still writes
+        # DDP is part of a reference cycle and keeps the group: left to the interpreter's end, its
+        # threads would now and then abort the process after all was done.
+        del model
+        gc.collect()
         dist.destroy_process_group()
 
 
