@@ -47,8 +47,10 @@ data/toy/bpe.tiktoken: data/toy.py | $(VENV)/installed
 runs/sft/report.json: data/toy/bpe.tiktoken sft.py model.py
 	$(RUN) sft.py --prompt_loss_weight 0.3 --gold data/toy.py --out_dir runs/sft $(call again,runs/sft)
 
-# A run whose source is the present one is resumed; one of an older source is begun anew.
-again = $(shell cmp -s $(1)/script.py $(notdir $(1)).py && test ! -e $(1)/report.json && echo --resume || echo --overwrite)
+# A run of the present source and data is resumed; an older one is begun anew.
+again = $(shell cmp -s $(1)/script.py $(notdir $(1)).py && test ! -e $(1)/report.json \
+  && test $(1)/script.py -nt model.py && test $(1)/script.py -nt data/toy/bpe.tiktoken \
+  && echo --resume || echo --overwrite)
 
 # --- tests ---
 

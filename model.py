@@ -230,7 +230,9 @@ def token_logprobs(logits, tokens, mask, temperature=1.0):
     Returns:
         (B, T), 0 outside the mask; float32 at least, whatever the logits' type.
     """
-    logits = at_least_float32(logits) / temperature
+    logits = at_least_float32(logits)
+    if temperature != 1:  # dividing would hold a second (N, V) tensor
+        logits = logits / temperature
     targets = tokens[mask.bool()]  # (N,)
     # Gather, then subtract: log_softmax would hold a second (N, V) tensor for the backward pass.
     logprobs = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)  # (N,)
@@ -351,6 +353,30 @@ def directory_tokenizer(directory):
             raise ValueError(f"{path}: {token!r} is not a token of a byte-level BPE, as GPT-2's")
         ranks[bytes(to_byte[character] for character in token)] = rank
     return make_encoding(ranks, path)
+
+
+def text_of(tokenizer, ids):
+    """The text of token ids. A model whose vocabulary is padded to a round size can sample an id
+    that the tokenizer does not have: U+FFFD."""
+    known = tokenizer.n_vocab
+    return b"".join(
+        tokenizer.decode_single_token_bytes(i) if i < known else b"\xef\xbf\xbd" for i in ids
+    ).decode("utf-8", "replace")
+
+
+def check_tokenizer(tokenizer, directory, config):
+    """ValueError unless the model in `directory`, with that config.json, can use the tokenizer."""
+    known, found = config.get("tokenizer"), tokenizer_hash(tokenizer)
+    if known not in (None, found):
+        raise ValueError(
+            f"{directory}: was trained with the tokenizer {known}, not with {tokenizer.name}, "
+            f"which is {found}"
+        )
+    if config["vocab_size"] < tokenizer.n_vocab:
+        raise ValueError(
+            f"{directory}: has {config['vocab_size']} embeddings, the tokenizer {tokenizer.name} "
+            f"{tokenizer.n_vocab} tokens"
+        )
 
 
 def tokenizer_hash(tokenizer):
@@ -667,6 +693,7 @@ def save_model(directory, model, tokenizer, extra=None):
     unpadded sequence. `extra` (a dict) goes into config.json: `stage`, `reward_mean`, ..."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    files = tokenizer_files(tokenizer)
     config = model.config
     fields = dataclasses.asdict(config)
     dropout = fields.pop("dropout")
@@ -694,7 +721,7 @@ def save_model(directory, model, tokenizer, extra=None):
         tensors[name] = tensor.detach().float().cpu().contiguous()
     with whole_file(directory / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    for name, contents in tokenizer_files(tokenizer).items():
+    for name, contents in files.items():
         write_json(directory / name, contents)
     write_json(directory / "config.json", fields | (extra or {}))
 
@@ -834,7 +861,8 @@ def stream(model, tokenizer, prompt, args, generator):
             token = int(next_tokens[0])
             if token == tokenizer.eot_token:
                 break
-            piece = tokenizer.decode_single_token_bytes(token)
+            known = token < tokenizer.n_vocab
+            piece = tokenizer.decode_single_token_bytes(token) if known else b"\xef\xbf\xbd"
             print(decoder.decode(piece), end="", flush=True)
         print(decoder.decode(b"", final=True), flush=True)
 
@@ -861,14 +889,15 @@ def main():
         if model.score is not None:
             raise ValueError(f"{args.run}: has a scalar head; it scores text and writes none")
         tokenizer = load_tokenizer(args.tokenizer or args.run)
+        check_tokenizer(tokenizer, args.run, load_config(args.run))
         generator = torch.Generator(args.device).manual_seed(args.seed)
         if args.prompt is not None:
             stream(model, tokenizer, args.prompt, args, generator)
             return
         while True:
             stream(model, tokenizer, input("\nprompt> "), args, generator)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: --device
+        print(str(error).split("\n")[0], file=sys.stderr)
         sys.exit(2)
     except (EOFError, KeyboardInterrupt):
         print()

@@ -47,6 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model import (
     GPT,
     GPTConfig,
+    check_tokenizer,
     encode,
     generate,
     load_config,
@@ -56,8 +57,9 @@ from model import (
     predicts,
     read_json,
     save_model,
+    text_of,
     token_logprobs,
-    tokenizer_hash,
+    tokenizer_files,
     whole_file,
     write_json,
 )
@@ -151,10 +153,13 @@ def parse_config(config_class, doc, argv=None):
 def start_process(cfg):
     """-> device, dtype, rank, world. torchrun sets the world; without it, a world of one."""
     signal.signal(signal.SIGTERM, lambda *_: stop_signals.append(1))
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        refuse(f"--device {name}: expected cpu or cuda")
+    device = torch.device(name)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            refuse(f"--device {cfg.device}: there is no CUDA device here")
+        if (device.index or 0) >= torch.cuda.device_count():
+            refuse(f"--device {name}: there is no such CUDA device here")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     dtype = getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -216,6 +221,8 @@ def open_run(cfg, inputs, device, rank, world):
     settings = {name: value for name, value in vars(cfg).items() if name not in free}
     settings |= {"world": world} | {f"sha256 of {path}": sha256(path) for path in inputs}
     known, checkpoints = (out_dir / "args.json").is_file(), []
+    # What a run that was killed in its first moments left is not in use.
+    in_use = out_dir.exists() and any(path.suffix != ".tmp" for path in out_dir.iterdir())
     resume = cfg.resume and known
     if resume:
         old = read_json(out_dir / "args.json").get("settings", {})
@@ -228,12 +235,15 @@ def open_run(cfg, inputs, device, rank, world):
             sys.exit(0)
         found = [path.name.removeprefix("checkpoint-") for path in out_dir.glob("checkpoint-*")]
         checkpoints = sorted(int(step) for step in found if step.isdigit())
-    elif out_dir.exists() and not (cfg.overwrite and known) and (known or any(out_dir.iterdir())):
+    elif in_use and not (cfg.overwrite and known):
         refuse(f"{out_dir}: in use; --resume goes on with its run, --overwrite deletes it")
     all_reduce([0.0], device)  # every rank has looked; only now may rank 0 change what is there
     if rank == 0 and not checkpoints:
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
+        if out_dir.exists():  # renamed first: deleted half, it would look like somebody's folder
+            old = out_dir.with_name(f".{out_dir.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(out_dir, old)
+            shutil.rmtree(old)
         out_dir.mkdir(parents=True)
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
         record = {"settings": settings, "command": sys.argv, "versions": versions}
@@ -244,7 +254,7 @@ def open_run(cfg, inputs, device, rank, world):
 
 def append_line(path, record):
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write(json.dumps(record) + "\n")
 
 
 def save_checkpoint(cfg, step, modules, optimizers, state, device, rank):
@@ -319,11 +329,14 @@ def read_jsonl(path, texts):
     `texts`: {field: whether it may be empty}, the fields that must be there and be strings. The
     first bad line ends the script: `file:line: field: what is wrong`, exit status 2.
     """
-    where, number = f"{path}:1", 0
+    where, number, seen = f"{path}:1", 0, 0
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
+                if not line.strip():
+                    continue
+                seen += 1
                 record = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
                 if not isinstance(record, dict):
                     refuse(f"{where}: line: expected an object, got {type(record).__name__}")
@@ -345,7 +358,7 @@ def read_jsonl(path, texts):
         refuse(f"{path}:{number + 1}: line: not a whole gzip file: {error}")
     except OSError as error:
         refuse(f"{path}:0: file: can't be read: {error.strerror or error}")
-    if number == 0:
+    if not seen:
         refuse(f"{path}:0: file: is empty")
 
 
@@ -379,6 +392,16 @@ def read_demonstrations(path, tokenizer, max_length, cut_response):
             f"{path}:0: file: no response fits into {max_length} tokens; --overlong cut cuts them"
         )
     return examples, counts
+
+
+def read_prompts(path):
+    """The lines of a prompts file, `task` being a string where there is one."""
+    prompts = []
+    for where, record in read_jsonl(path, {"prompt": True}):
+        if not isinstance(record.get("task", ""), str):
+            refuse(f"{where}: task: expected a string, got {json.dumps(record['task'])[:40]}")
+        prompts.append(record)
+    return prompts
 
 
 def grouped_batches(lengths, batch_size, seed):
@@ -481,10 +504,11 @@ def sample_responses(model, tokenizer, prompts, cfg, device, temperature, gold, 
     prompt_ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))  # few pads in a batch
     samples = []
-    for begin in range(0, len(prompts), 256 * world):
+    rows = 4 * cfg.micro_batch_size or 256  # on one rank; no gradients are kept, so more fit
+    for begin in range(0, len(prompts), rows * world):
         if stop_requested(device):
             return None
-        indices = order[begin : begin + 256 * world][rank::world]
+        indices = order[begin : begin + rows * world][rank::world]
         if not indices:
             continue
         tokens, mask = generate(
@@ -498,7 +522,7 @@ def sample_responses(model, tokenizer, prompts, cfg, device, temperature, gold, 
         for i, row, inside in zip(indices, tokens, mask, strict=True):
             ids = row[inside].tolist()
             ended = ids[-1] == tokenizer.eot_token
-            response = tokenizer.decode(ids[:-1] if ended else ids)
+            response = text_of(tokenizer, ids[:-1] if ended else ids)
             parts = {"eos": float(ended), "words": float(len(response.split()))}
             parts |= judge(gold, prompts[i], response)
             samples.append(prompts[i] | {"index": i, "response": response, "parts": parts})
@@ -507,11 +531,15 @@ def sample_responses(model, tokenizer, prompts, cfg, device, temperature, gold, 
 
 def load_gold(path):
     """A user's Python file as a module: score(prompt, response, **fields), perhaps explain(...)."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
     if not Path(path).is_file() or spec is None:
         refuse(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # dataclasses and the like look themselves up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        refuse(f"{path}: can't be run: {type(error).__name__}: {error}")
     if not callable(getattr(module, "score", None)):
         refuse(f"{path}: score: no such function; expected score(prompt, response, **fields)")
     return module
@@ -545,7 +573,7 @@ def mean_interval(values):
 def summarise(samples):
     """{task: {part: [mean, low, high]}} of samples; "all" has the parts that all of them have."""
     groups, table = {"all": samples}, {}
-    for task in dict.fromkeys(sample["task"] for sample in samples if "task" in sample):
+    for task in dict.fromkeys(s["task"] for s in samples if s.get("task", "all") != "all"):
         groups[task] = [sample for sample in samples if sample.get("task") == task]
     for task, members in groups.items():
         shared = set.intersection(*(set(sample["parts"]) for sample in members))
@@ -583,6 +611,8 @@ def main():
     cfg = parse_config(Config, __doc__)
     if cfg.overlong not in ("drop", "cut"):
         refuse(f"--overlong: expected drop or cut, got {cfg.overlong}")
+    if cfg.dropout >= 1 or cfg.adam_beta2 >= 1 or cfg.max_length == 1:
+        refuse("--dropout, --adam_beta2: expected less than 1; --max_length: expected 2 or more")
     if min(cfg.batch_size, cfg.max_new_tokens, cfg.log_every) < 1 or not cfg.clip_norm > 0:
         refuse("--batch_size, --max_new_tokens, --log_every, --clip_norm: expected more than 0")
     device, dtype, rank, world = start_process(cfg)
@@ -590,20 +620,12 @@ def main():
     # The model: an --init directory's, or a new one. Its tokenizer comes with it.
     try:
         tokenizer = load_tokenizer(cfg.tokenizer or cfg.init or "data/toy/bpe.tiktoken")
+        tokenizer_files(tokenizer)  # one that can't be saved is refused now, not after training
         if cfg.init:
-            known = load_config(cfg.init).get("tokenizer")
-            if known not in (None, tokenizer_hash(tokenizer)):
-                refuse(
-                    f"--tokenizer {cfg.tokenizer}: {cfg.init} was trained with another tokenizer"
-                )
             policy = load_model(cfg.init)
+            check_tokenizer(tokenizer, cfg.init, load_config(cfg.init))
             if policy.score is not None:
                 refuse(f"--init {cfg.init}: has a scalar head, no language model's")
-            if policy.config.vocab_size < tokenizer.n_vocab:
-                refuse(
-                    f"--init {cfg.init}: {policy.config.vocab_size} embeddings for a tokenizer of "
-                    f"{tokenizer.n_vocab} tokens"
-                )
         else:
             torch.manual_seed(cfg.seed)
             sizes = {name: getattr(cfg, name) for name in ("n_layer", "n_embd", "n_head")}
@@ -622,10 +644,10 @@ def main():
     examples, counts = read_demonstrations(cfg.data, tokenizer, max_length, cut)
     held_out, prompts, inputs = [], [], [cfg.data]
     if cfg.validation:
-        held_out, _ = read_demonstrations(cfg.validation, tokenizer, max_length, cut)
+        held_out, held_counts = read_demonstrations(cfg.validation, tokenizer, max_length, cut)
         inputs.append(cfg.validation)
     if cfg.prompts:
-        prompts = [line for _, line in read_jsonl(cfg.prompts, {"prompt": True})]
+        prompts = read_prompts(cfg.prompts)
         inputs.append(cfg.prompts)
     gold = load_gold(cfg.gold) if cfg.gold else None
     lengths = [len(prompt) + len(response) for prompt, response in examples]
@@ -641,6 +663,12 @@ def main():
             f"{counts['dropped']} dropped; {total} steps of {cfg.batch_size} lines",
             flush=True,
         )
+        if held_out:
+            print(
+                f"{cfg.validation}: {len(held_out)} lines, {held_counts['cut']} cut, "
+                f"{held_counts['dropped']} dropped",
+                flush=True,
+            )
 
     decayed = [p for p in policy.parameters() if p.dim() == 2]
     others = [p for p in policy.parameters() if p.dim() != 2]
@@ -687,6 +715,7 @@ def main():
     def stop():
         """SIGTERM: what was done is saved, and --resume goes on from here to the same weights."""
         save()
+        all_reduce([0.0], device)  # when one rank ends, torchrun ends the others: let rank 0 finish
         if rank == 0:
             print(f"stopped by SIGTERM at step {step}; --resume goes on from there", flush=True)
         sys.exit(128 + signal.SIGTERM)
@@ -799,8 +828,7 @@ def main():
     report["peak_memory_gib"] = round(peak_memory(device) / 2**30, 2)
     report |= held_out_record(eval_loss)
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        if prompts:
-            some = prompts[: cfg.num_prompts]
+        if some := prompts[: cfg.num_prompts]:
             samples = sample_responses(
                 policy, tokenizer, some, cfg, device, temperature, gold, rank, world
             )

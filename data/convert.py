@@ -40,28 +40,33 @@ def refuse_constant(name):
     raise ValueError(f"{name} is not a JSON number")
 
 
-def stream_objects(path):
-    """Yields (where, object) from JSON Lines or from one JSON array, `where` being file:line."""
+def stream_objects(path, arrays=True):
+    """Yields (where, object) from JSON Lines, or from one JSON array; `where` is file:line."""
     decoder = json.JSONDecoder(parse_constant=refuse_constant)
     buffer, number, in_array, begin, seen, ended = "", 0, None, 1, 0, False
     try:
         with open_file(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                text = line.decode("utf-8")
-                if in_array is None and text.strip():
-                    in_array = text.lstrip().startswith("[")
-                    text = text.lstrip()[1:] if in_array else text
-                if ended and text.strip():
-                    refuse(f"{path}:{number}: line: something follows the end of the JSON array")
                 if not buffer:
                     begin = number
+                text, at = line.decode("utf-8"), 0
+                if in_array is None and text.strip():
+                    in_array = text.lstrip().startswith("[") and arrays
+                    text = text.lstrip()[1:] if in_array else text
                 buffer += text
-                while buffer := buffer.lstrip(" \t\r\n," if in_array else " \t\r\n"):
-                    if in_array and buffer[0] == "]":
-                        ended, buffer = True, buffer[1:]
+                while True:
+                    skipped = " \t\r\n," if in_array else " \t\r\n"
+                    while at < len(buffer) and buffer[at] in skipped:
+                        at += 1
+                    if at == len(buffer):
+                        break
+                    if ended:
+                        refuse(f"{path}:{number}: line: something follows the end of the array")
+                    if in_array and buffer[at] == "]":
+                        ended, at = True, at + 1
                         continue
                     try:
-                        record, end = decoder.raw_decode(buffer)
+                        record, end = decoder.raw_decode(buffer, at)
                     except json.JSONDecodeError as error:
                         # An object of several lines ends where the text read so far ends; an
                         # error before that is one.
@@ -73,13 +78,14 @@ def stream_objects(path):
                         refuse(f"{path}:{begin}: line: expected an object, got {kind}")
                     seen += 1
                     yield f"{path}:{begin}", record
-                    buffer, begin = buffer[end:], number
-                    if not in_array and buffer.strip():
-                        refuse(f"{path}:{number}: line: not JSON: extra data after the object")
+                    at, begin = end, number
+                    if not in_array and buffer[at:].strip():
+                        refuse(f"{path}:{number}: line: not JSON: more follows the object")
+                buffer = buffer[at:]
             if buffer.strip() or (in_array and not ended):
                 refuse(f"{path}:{number}: line: not JSON: the file ends in the middle")
     except UnicodeDecodeError as error:
-        refuse(f"{path}:{number + 1}: line: not UTF-8: {error.reason}")
+        refuse(f"{path}:{number}: line: not UTF-8: {error.reason}")
     except (ValueError, RecursionError) as error:
         refuse(f"{path}:{begin}: line: not JSON: {error}")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -137,7 +143,8 @@ def convert_tldr(record):
     prompt = f"{head}POST: {info['post'].strip()}\n\nTL;DR:"
     if "summaries" in record:
         summaries, choice = record["summaries"], record.get("choice")
-        if not isinstance(summaries, list) or len(summaries) != 2 or choice not in (0, 1):
+        whole = type(choice) is int and choice in (0, 1)
+        if not isinstance(summaries, list) or len(summaries) != 2 or not whole:
             return "not two summaries and a choice"
         if not all(isinstance(s, dict) and is_text(s.get("text")) for s in summaries):
             return "an empty response"
@@ -178,7 +185,7 @@ def convert_ultrafeedback(record):
         if isinstance(completion, dict) and is_text(completion.get("response")):
             try:
                 score = float(completion.get("overall_score"))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
             if math.isfinite(score):
                 text = " " + completion["response"].strip()
@@ -262,8 +269,11 @@ def convert(name, source, target):
                 if isinstance(line, str):
                     dropped[line] += 1
                     continue
-                # ASCII: a lone surrogate, which JSON allows, can then be written too.
-                file.write(json.dumps(line).encode() + b"\n")
+                try:
+                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                except UnicodeEncodeError:  # valid JSON, but no text
+                    dropped["half of a surrogate pair"] += 1
+                    continue
                 written += 1
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -283,7 +293,7 @@ def convert(name, source, target):
 
 
 def is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 def kind_of(record):
@@ -348,7 +358,7 @@ def faults(record, kind):
 def check(path):
     """Says what a file is, and refuses it at its first bad line."""
     lines, kind, tasks = 0, None, collections.Counter()
-    for where, record in stream_objects(path):
+    for where, record in stream_objects(path, arrays=False):
         kind = kind or kind_of(record)
         for field, reason in faults(record, kind):
             refuse(f"{where}: {field}: {reason}")

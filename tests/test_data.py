@@ -358,6 +358,28 @@ def test_public_files(shared, tmp_path, capsys):
         assert f"wrote {written} to" in printed and f"{kind}, {written} lines, all good" in printed
 
 
+def test_arrays_end_where_they_end_and_half_characters_are_dropped(tmp_path, capsys):
+    good, half = '{"instruction": "a", "output": "b"}', '{"instruction": "a", "output": "\\ud83d"}'
+    source, target = tmp_path / "source.json", tmp_path / "target.jsonl"
+    source.write_text(f"[{good},{half}]")
+    convert.convert("alpaca", source, target)
+    assert "dropped 1: half of a surrogate pair" in capsys.readouterr().out
+    for text, message in [
+        (f"[{good}] {good}", "1: line: something follows the end of the array"),
+        (f"[{good},\n", "1: line: not JSON: the file ends in the middle"),
+        (f"{good}\n\n{good} {good}", "3: line: not JSON: more follows the object"),
+        (f"[{good},\n3]", "2: line: expected an object, got int"),
+    ]:
+        source.write_text(text)
+        with pytest.raises(SystemExit):
+            convert.convert("alpaca", source, target)
+        assert f"source.json:{message}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        source.write_text(f"[{good}]")
+        convert.check(source)
+    assert "source.json:1: line: expected an object, got list" in capsys.readouterr().err
+
+
 def test_a_file_of_another_format_is_refused_and_nothing_is_written(tmp_path, capsys):
     (tmp_path / "source.json").write_text('{"text": "x"}\n')
     (tmp_path / "target.jsonl").write_text("old")

@@ -30,6 +30,7 @@ from model import (
     read_json,
     sample,
     save_model,
+    text_of,
     token_logprobs,
     tokenizer_hash,
     whole_file,
@@ -240,6 +241,11 @@ def test_encode_cuts_the_prompt_first(tokenizer):
         encode(tokenizer, "My car.", " I feel sad.", 5)
     prompt, response = encode(tokenizer, "My car.", " I feel sad.", 5, cut_response=True)
     assert response == whole[:4] and len(prompt) == 1 and tokenizer.eot_token not in response
+
+
+def test_text_of_ids_that_a_padded_vocabulary_has(tokenizer):
+    ids = [*tokenizer.encode_ordinary("My car"), 1030, *tokenizer.encode_ordinary(".")]
+    assert text_of(tokenizer, ids) == "My car\ufffd."
 
 
 def test_pad():
@@ -535,6 +541,8 @@ def run(tmp_path_factory, tokenizer):
     directory = tmp_path_factory.mktemp("model") / "run"
     save_model(directory, GPT(config), tokenizer)
     save_model(directory.with_name("scorer"), GPT(config, scalar_head=True), tokenizer)
+    lines = (f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256))
+    directory.with_name("bytes.tiktoken").write_text("\n".join(lines))
     return directory
 
 
@@ -561,6 +569,10 @@ def test_sampler_refuses(run):
         ((run.with_name("scorer"), "--prompt", "x"), "has a scalar head"),
         ((run, "--prompt", "x", "--max_new_tokens", 64), "leaves no room for a prompt"),
         ((run, "--top_p", 0), "expected --temperature >= 0"),
+        (
+            (run, "--prompt", "x", "--tokenizer", run.with_name("bytes.tiktoken")),
+            "was trained with",
+        ),
     ]:
         done = sampler(*args)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 """sft.py: its loss against oracles, and the whole script on small data: ranks, resume, faults."""
 
+import base64
 import json
 import math
 import os
@@ -506,9 +507,37 @@ def test_prompts_without_a_task(data, tmp_path, monkeypatch):
     assert list(report["greedy"]) == ["all"] and report["greedy"]["all"]["count"] == 2
 
 
+def test_no_prompts_are_sampled_when_none_are_asked_for(data, tmp_path, monkeypatch):
+    args = flags(data, tmp_path / "run", "--num_prompts", 0, "--steps", 1)
+    assert run(monkeypatch, *args) == 0
+    assert "greedy" not in json.loads((tmp_path / "run/report.json").read_text())
+
+
+def test_a_prompt_whose_task_is_no_string(data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n\n{"prompt": "x", "task": ["a"]}\n')
+    args = flags(data, tmp_path / "run", "--prompts", tmp_path / "prompts.jsonl")
+    assert run(monkeypatch, *args) == 2
+    assert 'prompts.jsonl:3: task: expected a string, got ["a"]' in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_refused_at_once(data, tmp_path, monkeypatch, capsys):
+    """The 256 bytes and a word that no merges lead to."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b"hello"]
+    lines = [f"{base64.b64encode(token).decode()} {i}" for i, token in enumerate(tokens)]
+    (tmp_path / "odd.tiktoken").write_text("\n".join(lines))
+    args = flags(data, tmp_path / "run", "--tokenizer", tmp_path / "odd.tiktoken")
+    assert run(monkeypatch, *args) == 2
+    assert "can't be reached by merging two others" in capsys.readouterr().err
+
+
 def test_bad_gold_files(data, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.py").write_text("x = 1\n")
-    for name, message in [("empty.py", "score: no such function"), ("none.py", "not a Python")]:
+    (tmp_path / "broken.py").write_text("import nothing_of_the_kind\n")
+    for name, message in [
+        ("empty.py", "score: no such function"),
+        ("none.py", "not a Python"),
+        ("broken.py", "can't be run"),
+    ]:
         args = flags(data, tmp_path / "run", "--gold", tmp_path / name)
         assert run(monkeypatch, *args) == 2
         assert f"{name}: {message}" in capsys.readouterr().err
@@ -545,7 +574,7 @@ def test_init_continues_a_run_and_checks_its_tokenizer(
     assert weights(tmp_path / "more") == weights(uninterrupted)
     args = flags(data, tmp_path / "other", "--init", uninterrupted, "--tokenizer", "gpt2")
     assert run(monkeypatch, *args) == 2
-    assert "was trained with another tokenizer" in capsys.readouterr().err
+    assert "was trained with the tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -556,7 +585,10 @@ def test_init_continues_a_run_and_checks_its_tokenizer(
         (["--lr", "-1"], "--lr: expected a number of at least 0"),
         (["--lr", "nan"], "--lr: expected a number of at least 0"),
         (["--dtype", "int8"], "--dtype: expected float32"),
-        (["--device", "cuda"], "there is no CUDA device here"),
+        (["--device", "cuda"], "there is no such CUDA device here"),
+        (["--device", "gpu"], "--device gpu: expected cpu or cuda"),
+        (["--dropout", "1"], "expected less than 1"),
+        (["--max_length", "1"], "--max_length: expected 2 or more"),
         (["--n_head", "3"], "n_embd 16 is not a multiple of n_head 3"),
         (["--init", "nowhere"], "nowhere: not a model directory"),
         (["--tokenizer", "nowhere.tiktoken"], "nowhere.tiktoken"),
