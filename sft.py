@@ -873,3 +873,6 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # a full disk, a folder that can't be written
         sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
