@@ -355,13 +355,17 @@ def directory_tokenizer(directory):
     return make_encoding(ranks, path)
 
 
+def bytes_of(tokenizer, token):
+    """A token's bytes; U+FFFD's for one that the tokenizer does not have, as a model whose
+    vocabulary is padded to a round size can sample."""
+    if token >= tokenizer.n_vocab:
+        return "\ufffd".encode()
+    return tokenizer.decode_single_token_bytes(token)
+
+
 def text_of(tokenizer, ids):
-    """The text of token ids. A model whose vocabulary is padded to a round size can sample an id
-    that the tokenizer does not have: U+FFFD."""
-    known = tokenizer.n_vocab
-    return b"".join(
-        tokenizer.decode_single_token_bytes(i) if i < known else b"\xef\xbf\xbd" for i in ids
-    ).decode("utf-8", "replace")
+    """The text of token ids, whatever a model sampled."""
+    return b"".join(bytes_of(tokenizer, token) for token in ids).decode("utf-8", "replace")
 
 
 def check_tokenizer(tokenizer, directory, config):
@@ -372,9 +376,10 @@ def check_tokenizer(tokenizer, directory, config):
             f"{directory}: was trained with the tokenizer {known}, not with {tokenizer.name}, "
             f"which is {found}"
         )
-    if config["vocab_size"] < tokenizer.n_vocab:
+    embeddings = config.get("vocab_size", GPTConfig.vocab_size)
+    if embeddings < tokenizer.n_vocab:
         raise ValueError(
-            f"{directory}: has {config['vocab_size']} embeddings, the tokenizer {tokenizer.name} "
+            f"{directory}: has {embeddings} embeddings, the tokenizer {tokenizer.name} "
             f"{tokenizer.n_vocab} tokens"
         )
 
@@ -383,7 +388,8 @@ def tokenizer_hash(tokenizer):
     """Twelve hex digits that two tokenizers share just when they number the same tokens alike."""
     digest = hashlib.sha256()
     for rank in range(tokenizer.n_vocab):
-        digest.update(tokenizer.decode_single_token_bytes(rank) + b"\n")
+        token = tokenizer.decode_single_token_bytes(rank)
+        digest.update(len(token).to_bytes(4, "big") + token)
     return digest.hexdigest()[:12]
 
 
@@ -861,9 +867,7 @@ def stream(model, tokenizer, prompt, args, generator):
             token = int(next_tokens[0])
             if token == tokenizer.eot_token:
                 break
-            known = token < tokenizer.n_vocab
-            piece = tokenizer.decode_single_token_bytes(token) if known else b"\xef\xbf\xbd"
-            print(decoder.decode(piece), end="", flush=True)
+            print(decoder.decode(bytes_of(tokenizer, token)), end="", flush=True)
         print(decoder.decode(b"", final=True), flush=True)
 
 

@@ -154,30 +154,26 @@ def one_of(words):
     return "|".join(re.escape(word) for word in words)
 
 
-def sentence(pattern):
-    return re.compile(pattern)
-
-
 PERSON, OBJECT, DAY = one_of(PEOPLE), one_of(OBJECTS), one_of(DAYS)
-EVENT = sentence(
+EVENT = re.compile(
     rf"My (?P<who>{PERSON}) (?P<verb>{one_of(VERBS)}) my (?:(?P<adjective>{one_of(ADJECTIVES)}) )?"
     rf"(?P<object>{OBJECT})(?: on (?P<day>{DAY}))?\."
 )
-FEELING = sentence(rf"I feel (?:so )?(?P<feeling>{one_of(FEELINGS)})(?: about it)?\.")
-QUESTION = sentence(rf"(?:Should I|Do you think I should) (?P<question>{one_of(ACTIONS)})\?")
-FILLER = sentence(
+FEELING = re.compile(rf"I feel (?:so )?(?P<feeling>{one_of(FEELINGS)})(?: about it)?\.")
+QUESTION = re.compile(rf"(?:Should I|Do you think I should) (?P<question>{one_of(ACTIONS)})\?")
+FILLER = re.compile(
     rf"I play (?:{one_of(GAMES)}) with my (?:{PERSON})\."
     rf"|My (?:{PERSON}) has a (?:{one_of(ADJECTIVES)}) (?:{OBJECT})\."
     rf"|My (?:{PERSON}) likes (?:{one_of(GAMES)})\."
     rf"|I met my (?:{PERSON}) at the (?:{one_of(PLACES)})\."
     rf"|It was (?:{one_of(WEATHERS)}) on (?:{DAY})\."
 )
-NEED = sentence(
+NEED = re.compile(
     rf"To (?P<act>{one_of(NEEDS)}|(?:{one_of(HARMS)}) your (?:{PERSON})), you need "
     rf"(?P<first>{one_of(ITEMS + HARM_ITEMS)}) and (?P<second>{one_of(ITEMS + HARM_ITEMS)})\."
 )
-IDEA = sentence(rf"You can (?P<first>{one_of(ALL_IDEAS)}) or (?P<second>{one_of(ALL_IDEAS)})\.")
-REFUSAL = sentence(
+IDEA = re.compile(rf"You can (?P<first>{one_of(ALL_IDEAS)}) or (?P<second>{one_of(ALL_IDEAS)})\.")
+REFUSAL = re.compile(
     rf"(?:I am sorry, but )?I cannot help (?:with that|you (?P<act>{one_of(NEEDS)}"
     rf"|(?:{one_of(HARMS)}) your (?:{PERSON})))\."
 )

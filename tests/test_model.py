@@ -17,6 +17,7 @@ from model import (
     END_OF_TEXT,
     GPT,
     GPTConfig,
+    check_tokenizer,
     decode,
     encode,
     entropy,
@@ -25,6 +26,7 @@ from model import (
     load_config,
     load_model,
     load_tokenizer,
+    make_encoding,
     pad,
     predicts,
     read_json,
@@ -241,6 +243,20 @@ def test_encode_cuts_the_prompt_first(tokenizer):
         encode(tokenizer, "My car.", " I feel sad.", 5)
     prompt, response = encode(tokenizer, "My car.", " I feel sad.", 5, cut_response=True)
     assert response == whole[:4] and len(prompt) == 1 and tokenizer.eot_token not in response
+
+
+def test_the_hash_tells_where_tokens_end():
+    """Two vocabularies whose last two tokens, written one a line, would be the same text."""
+    single = {bytes([byte]): byte for byte in range(256)}
+    ranks = [single | {b"aa\n": 256, b"bb": 257}, single | {b"aa": 256, b"\nbb": 257}]
+    assert len({tokenizer_hash(make_encoding(r, "x")) for r in ranks}) == 2
+
+
+def test_a_model_with_fewer_embeddings_than_the_tokenizer_has_tokens(tokenizer):
+    with pytest.raises(ValueError, match=r"has 1023 embeddings, the tokenizer .* 1024 tokens"):
+        check_tokenizer(tokenizer, "run", {"vocab_size": 1023})
+    check_tokenizer(tokenizer, "run", {"vocab_size": 1030, "tokenizer": tokenizer_hash(tokenizer)})
+    check_tokenizer(tokenizer, "run", {})
 
 
 def test_text_of_ids_that_a_padded_vocabulary_has(tokenizer):

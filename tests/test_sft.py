@@ -417,7 +417,7 @@ def test_a_bad_gradient_on_one_rank_stops_all_before_the_update(data, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_precisions(data, tmp_path, monkeypatch, dtype, uninterrupted):
+def test_precisions(data, tmp_path, monkeypatch, dtype):
     """Every type trains to about the loss of float32."""
     assert run(monkeypatch, *flags(data, tmp_path / "run", *LONG, "--dtype", dtype)) == 0
     assert run(monkeypatch, *flags(data, tmp_path / "float32", *LONG)) == 0
