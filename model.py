@@ -185,7 +185,8 @@ class GPT(nn.Module):
     def head(self, hidden):
         """(..., C) -> logits (..., V), or (...) with a scalar head."""
         if self.score is not None:
-            return self.score(hidden).squeeze(-1)
+            # In float32 under autocast too: it is differences between scores that count.
+            return (at_least_float32(hidden) * self.score.weight[0]).sum(-1)
         return F.linear(hidden, self.wte.weight)
 
     def forward(self, tokens, at=None):

@@ -131,22 +131,27 @@ def refuse(message):
     sys.exit(2)
 
 
-def parse_config(config_class, doc, argv=None):
-    """`config_class` from the command line; its annotations are the flags' help."""
+def parse_config(config_class, doc, command=""):
+    """`config_class` from the command line; its annotations are the flags' help.
+
+    `command`: the sub-command that stands before the flags; "": the script's main job.
+    """
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+    name = f"{Path(sys.argv[0]).name} {command}".strip()
+    parser = argparse.ArgumentParser(name, None, doc, formatter_class=form, allow_abbrev=False)
     hints = typing.get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
         kind, text = hints[field.name].__origin__, hints[field.name].__metadata__[0]
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         text = f"{text} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", default=field.default, help=text, **how)
-    cfg = config_class(**vars(parser.parse_args(argv)))
+    cfg = config_class(**vars(parser.parse_args(sys.argv[2:] if command else None)))
     for name, value in vars(cfg).items():
         if type(value) in (int, float) and not 0 <= value < math.inf:
             parser.error(f"--{name}: expected a number of at least 0, got {value}")
-    if cfg.dtype not in ("", "float32", "bfloat16", "float16", "float64"):
-        parser.error(f"--dtype: expected float32, bfloat16, float16 or float64, got {cfg.dtype}")
+    dtype = getattr(cfg, "dtype", "")
+    if dtype not in ("", "float32", "bfloat16", "float16", "float64"):
+        parser.error(f"--dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
     return cfg
 
 
@@ -210,46 +215,63 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_run(cfg, inputs, device, rank, world):
-    """Makes out_dir, or finds what to resume there: the last checkpoint's path, or None.
+def settings_of(cfg, inputs, world):
+    """What must be the same when a run goes on: flags, number of ranks, sha256 of the inputs."""
+    free = ("resume", "overwrite", "timeout_s")
+    settings = {name: value for name, value in vars(cfg).items() if name not in free}
+    return settings | {"world": world} | {f"sha256 of {path}": sha256(path) for path in inputs}
+
+
+def may_resume(cfg, settings):
+    """Whether out_dir holds a run to go on with, all of whose settings are these.
 
     A run goes on only with the settings, the inputs (files) and the world size that it began with:
     another order of the data would train on some examples twice and on others never.
     """
     out_dir = Path(cfg.out_dir)
-    free = ("resume", "overwrite", "timeout_s")
-    settings = {name: value for name, value in vars(cfg).items() if name not in free}
-    settings |= {"world": world} | {f"sha256 of {path}": sha256(path) for path in inputs}
-    known, checkpoints = (out_dir / "args.json").is_file(), []
+    known = (out_dir / "args.json").is_file()
     # What a run that was killed in its first moments left is not in use.
     in_use = out_dir.exists() and any(path.suffix != ".tmp" for path in out_dir.iterdir())
-    resume = cfg.resume and known
-    if resume:
-        old = read_json(out_dir / "args.json").get("settings", {})
-        changed = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
-        if changed:
-            changes = [f"{name}: {old.get(name)!r} -> {settings.get(name)!r}" for name in changed]
-            refuse(f"{out_dir}: can't resume with other settings: {'; '.join(changes)}")
-        if (out_dir / "report.json").exists():
-            print(f"{out_dir}: this run is finished", flush=True)
-            sys.exit(0)
-        found = [path.name.removeprefix("checkpoint-") for path in out_dir.glob("checkpoint-*")]
-        checkpoints = sorted(int(step) for step in found if step.isdigit())
-    elif in_use and not (cfg.overwrite and known):
+    if in_use and not (known and (cfg.resume or cfg.overwrite)):
         refuse(f"{out_dir}: in use; --resume goes on with its run, --overwrite deletes it")
+    if not (known and cfg.resume):
+        return False
+    old = read_json(out_dir / "args.json").get("settings", {})
+    changed = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
+    if changed:
+        changes = [f"{name}: {old.get(name)!r} -> {settings.get(name)!r}" for name in changed]
+        refuse(f"{out_dir}: can't resume with other settings: {'; '.join(changes)}")
+    if (out_dir / "report.json").exists():
+        print(f"{out_dir}: this run is finished", flush=True)
+        sys.exit(0)
+    return True
+
+
+def new_run(out_dir, settings):
+    """Makes out_dir anew, with args.json and the source that runs."""
+    if out_dir.exists():  # renamed first: deleted half, it would look like somebody's folder
+        old = out_dir.with_name(f".{out_dir.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out_dir, old)
+        shutil.rmtree(old)
+    out_dir.mkdir(parents=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    record = {"settings": settings, "command": sys.argv, "versions": versions}
+    write_json(out_dir / "args.json", record)
+    shutil.copyfile(__file__, out_dir / "script.py")
+
+
+def open_run(cfg, inputs, device, rank, world):
+    """Makes out_dir, or finds what to resume there: the last checkpoint's path, or None."""
+    out_dir, settings = Path(cfg.out_dir), settings_of(cfg, inputs, world)
+    steps = []
+    if may_resume(cfg, settings):
+        found = [path.name.removeprefix("checkpoint-") for path in out_dir.glob("checkpoint-*")]
+        steps = [int(step) for step in found if step.isdigit()]
     all_reduce([0.0], device)  # every rank has looked; only now may rank 0 change what is there
-    if rank == 0 and not checkpoints:
-        if out_dir.exists():  # renamed first: deleted half, it would look like somebody's folder
-            old = out_dir.with_name(f".{out_dir.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(out_dir, old)
-            shutil.rmtree(old)
-        out_dir.mkdir(parents=True)
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        record = {"settings": settings, "command": sys.argv, "versions": versions}
-        write_json(out_dir / "args.json", record)
-        shutil.copyfile(__file__, out_dir / "script.py")
-    return out_dir / f"checkpoint-{checkpoints[-1]}" if checkpoints else None
+    if rank == 0 and not steps:
+        new_run(out_dir, settings)
+    return out_dir / f"checkpoint-{max(steps)}" if steps else None
 
 
 def append_line(path, record):
