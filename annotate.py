@@ -36,6 +36,7 @@ import textwrap
 import time
 import typing
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -52,6 +53,7 @@ from model import (
     load_tokenizer,
     read_json,
     text_of,
+    weight_files,
     whole_file,
     write_json,
 )
@@ -65,7 +67,7 @@ ELO = 400 / math.log(10)  # points of Elo's scale in one nat of log-odds
 @dataclasses.dataclass(frozen=True)
 class Config:
     prompts: Annotated[str, "prompts to respond to"] = "data/toy/prompts_train.jsonl"
-    num_prompts: Annotated[int, "prompts taken from the file's start; 0: all"] = 6000
+    num_prompts: Annotated[int, "how many of them, from the file's start; 0: all"] = 6000
     policy: Annotated[
         str, "who responds: run directories, by commas, each perhaps RUN@temperature=T"
     ] = "runs/sft"
@@ -75,7 +77,7 @@ class Config:
     output: Annotated[str, "rankings, or comparisons of two with a margin of 0 to 3"] = "rankings"
     pairs: Annotated[int, "comparisons: pairs judged a prompt; 0: all"] = 1
     gold: Annotated[
-        str, "Python file whose score(prompt, response) simulated annotators see (data/toy.py)"
+        str, "Python file whose score(prompt, response, **fields) simulated annotators see"
     ] = ""
     agreement: Annotated[
         float, "simulated: agreement with gold where it is strict (sources: 0.73 to 0.77)"
@@ -91,7 +93,7 @@ class Config:
     report: Annotated[str, "judged files, by commas: print agreement, and do nothing else"] = ""
     out_dir: Annotated[str, "folder for samples.jsonl and what was judged"] = "runs/feedback"
     max_new_tokens: Annotated[int, "longest sampled response, tokens"] = 48
-    micro_batch_size: Annotated[int, "prompts sampled at a time, on one rank"] = 64
+    micro_batch_size: Annotated[int, "prompts sampled at a time on one rank, K times each"] = 64
     seed: Annotated[int, "of samples, annotators and orders"] = 0
     device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
     dtype: Annotated[str, "of sampling on cuda (bfloat16 when empty); on the cpu float32"] = ""
@@ -206,6 +208,9 @@ def settings_of(cfg, inputs, world):
     """What must be the same when a run goes on: flags, number of ranks, sha256 of the inputs."""
     free = ("resume", "overwrite", "timeout_s")
     settings = {name: value for name, value in vars(cfg).items() if name not in free}
+    for path in inputs if cfg.overwrite else ():
+        if Path(cfg.out_dir).resolve() in Path(path).resolve().parents:
+            refuse(f"{path}: is in --out_dir, which --overwrite would delete")
     return settings | {"world": world} | {f"sha256 of {path}": sha256(path) for path in inputs}
 
 
@@ -307,16 +312,16 @@ def load_gold(path):
     return module
 
 
-def judge(gold, line, response):
-    """{"gold": score, and the parts that explain it} of a response to a prompt's line."""
-    if gold is None:
-        return {}
+def gold_score(gold, line, response):
+    """The user's score of a response to a prompt's line: a number, or the script ends."""
     fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
-    parts = {}
-    if hasattr(gold, "explain"):
-        parts = {k: float(v) for k, v in gold.explain(line["prompt"], response, **fields).items()}
-        parts.pop("score", None)
-    return {"gold": float(gold.score(line["prompt"], response, **fields))} | parts
+    try:
+        score = float(gold.score(line["prompt"], response, **fields))
+    except Exception as error:
+        refuse(f"{gold.__file__}: score: {type(error).__name__}: {error}")
+    if not math.isfinite(score):
+        refuse(f"{gold.__file__}: score: {score} for {response[:40]!r} to {line['prompt'][:40]!r}")
+    return score
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -344,34 +349,46 @@ def read_preferences(path):
     `scores`, where it has them; equal scores are a tie, and no pair.
     """
     for where, record in read_jsonl(path, {"prompt": False}):
+        check_task(where, record)
         if "responses" in record:
             responses = read_responses(where, record)
-            scores = record.get("scores", list(range(len(responses), 0, -1)))
-            numbers = isinstance(scores, list) and all(type(s) in (int, float) for s in scores)
-            if not numbers or not all(a >= b for a, b in itertools.pairwise(scores)):
-                refuse(f"{where}: scores: expected numbers that fall, as the best comes first")
             known = "scores" in record
-            yield (
-                where,
-                record,
-                responses,
-                [
-                    (i, j, float(scores[i] - scores[j]) if known else 0.0, 1.0)
-                    for i, j in itertools.combinations(range(len(responses)), 2)
-                    if scores[i] > scores[j]
-                ],
-            )
+            scores = record["scores"] if known else list(range(len(responses), 0, -1))
+            good = isinstance(scores, list) and all(map(is_number, scores))
+            if not good or not all(a >= b for a, b in itertools.pairwise(scores)):
+                refuse(f"{where}: scores: expected numbers that fall, as the best comes first")
+            pairs = []
+            for i, j in itertools.combinations(range(len(responses)), 2):
+                if scores[i] > scores[j]:
+                    pairs.append((i, j, float(scores[i] - scores[j]) if known else 0.0, 1.0))
+            yield where, record, responses, pairs
             continue
         for name in ("chosen", "rejected"):
             if not isinstance(record.get(name), str) or not record[name].strip():
                 refuse(f"{where}: {name}: expected a string with text in it")
         margin, label = record.get("margin", 0.0), record.get("label", 1.0)
-        if type(margin) not in (int, float) or not 0 <= margin < math.inf:
-            refuse(f"{where}: margin: expected a number of at least 0, got {margin!r}")
-        if type(label) not in (int, float) or not 0.5 <= label <= 1:
-            refuse(f"{where}: label: expected a probability from 0.5 to 1, got {label!r}")
+        if not is_number(margin) or margin < 0:
+            refuse(f"{where}: margin: expected a number of at least 0, got {str(margin)[:40]}")
+        if not is_number(label) or not 0.5 <= label <= 1:
+            refuse(f"{where}: label: expected a probability from 0.5 to 1, got {str(label)[:40]}")
         responses = [record["chosen"], record["rejected"]]
         yield where, record, responses, [(0, 1, float(margin), float(label))]
+
+
+def check_task(where, record):
+    if not isinstance(record.get("task", ""), str):
+        refuse(f"{where}: task: expected a string, got {json.dumps(record['task'])[:40]}")
+
+
+def is_number(value):
+    """Whether it is a number that arithmetic stays finite with."""
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def grade_of(margin):
+    """A margin -> its grade, Llama 2's four steps: 0 negligibly better or unsure, 1 slightly
+    better, 2 better, 3 significantly better. Rounded down, but 2.9999999 is 3."""
+    return min(int(margin + 1e-6), 3)
 
 
 def split_names(text):
@@ -394,14 +411,8 @@ def read_policy(text):
 # --- sampling -------------------------------------------------------------------------------------
 
 
-def sample_all(cfg, prompts, device, dtype, rank, world):
-    """Writes out_dir/samples.jsonl: K responses to each prompt, from all policies in turn.
-
-    A chunk of prompts is the unit of work: its random numbers depend on the seed and its number
-    alone, so that any number of ranks, and a run that was stopped and resumed, write the same.
-    Equal responses to a prompt become one, and those that are empty or did not end are dropped,
-    all of which is counted.
-    """
+def load_policies(cfg, device, dtype):
+    """[(name, model, tokenizer, temperature)] of --policy."""
     policies = []
     for text in split_names(cfg.policy):
         directory, temperature = read_policy(text)
@@ -415,18 +426,32 @@ def sample_all(cfg, prompts, device, dtype, rank, world):
         if cfg.max_new_tokens >= model.config.n_positions:
             refuse(f"--max_new_tokens: {directory} has only {model.config.n_positions} positions")
         if device.type == "cuda":
-            model = model.to(dtype if dtype != torch.float32 or cfg.dtype else torch.bfloat16)
+            model = model.to(dtype)
         policies.append((text, model, tokenizer, temperature))
-    K, size = cfg.num_responses, cfg.micro_batch_size
-    if len(policies) > K:
-        refuse(f"--num_responses {K}: fewer than the {len(policies)} policies")
+    if not 1 <= len(policies) <= cfg.num_responses:
+        refuse(
+            f"--policy: expected 1 to {cfg.num_responses} (--num_responses), got {len(policies)}"
+        )
+    return policies
 
+
+def sample_all(cfg, policies, prompts, device, rank, world):
+    """Writes out_dir/samples.jsonl: K responses to each prompt, from all policies in turn.
+
+    A chunk of prompts of like lengths is the unit of work: its random numbers depend on the seed
+    and its number alone, so that any number of ranks, and a run that was stopped and resumed, write
+    the same. Of equal responses to a prompt one is kept; those that are empty or did not end are
+    dropped; all is counted. Returns how many prompts have two responses to compare.
+    """
+    size = cfg.micro_batch_size
+    lengths = [len(policies[0][2].encode_ordinary(line["prompt"])) for line in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: lengths[i])
+    chunks = [order[i : i + size] for i in range(0, len(order), size)]
     partial = Path(cfg.out_dir) / "samples.partial.jsonl"
-    chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     done = 0
     if partial.exists():  # each line that was written whole counts, if its whole chunk is there
         lines = [line for line in partial.read_bytes().splitlines(True) if line.endswith(b"\n")]
-        done = len(lines) // size
+        done = len(chunks) if len(lines) == len(prompts) else len(lines) // size
         if rank == 0:
             os.truncate(partial, sum(map(len, lines[: done * size])))
     all_reduce([0.0], device)  # every rank has looked; only now may rank 0 write there
@@ -434,84 +459,95 @@ def sample_all(cfg, prompts, device, dtype, rank, world):
     for first in range(done, len(chunks), world):
         if stop_requested(device):
             if rank == 0:
-                print(f"stopped by SIGTERM at prompt {first * size}; --resume goes on from there")
+                print(f"stopped by SIGTERM after {first * size} prompts; --resume goes on there")
             sys.exit(128 + signal.SIGTERM)
-        number, records = first + rank, []
+        number, found = first + rank, []
         if number < len(chunks):
-            chunk = chunks[number]
-            responses = [[] for _ in chunk]  # of each prompt: text, policy, whether it ended
-            generator = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + number)
-            for p, (name, model, tokenizer, temperature) in enumerate(policies):
-                # K responses, dealt out to the policies; who gets one more changes by the chunk.
-                count = len(range((p + number) % len(policies), K, len(policies)))
-                room = model.config.n_positions - cfg.max_new_tokens
-                ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in chunk]
-                eos = tokenizer.eot_token
-                tokens, mask = generate(
-                    model,
-                    ids,
-                    cfg.max_new_tokens,
-                    num_samples=count,
-                    temperature=temperature,
-                    eos=eos,
-                    generator=generator,
-                )
-                for i, (row, inside) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
-                    new = row[inside].tolist()
-                    ended = new[-1] == eos
-                    text = text_of(tokenizer, new[:-1] if ended else new)
-                    responses[i // count].append([text, name, ended])
-            for line, found in zip(chunk, responses, strict=True):
-                whole = [r for r in found if r[2] and r[0].strip()]
-                kept = list({text: (text, name) for text, name, _ in reversed(whole)}.values())
-                record = line | {
-                    "responses": [text for text, _ in kept[::-1]],
-                    "policy": [name for _, name in kept[::-1]],
-                    "unended": sum(not ended for _, _, ended in found),
-                    "empty": sum(ended and not text.strip() for text, _, ended in found),
-                    "equal": len(whole) - len(kept),
-                }
-                records.append(record)
-        records = gather(records, device)
-        if rank == 0:
-            with open(partial, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-            reached, now = min(first + world, len(chunks)), time.time()
-            if now - last_time > 10 or reached == len(chunks):
-                last_time = now
-                left = (now - started) / (reached - done) * (len(chunks) - reached)
-                print(
-                    f"sampled {min(reached * size, len(prompts))}/{len(prompts)} prompts, "
-                    f"{left // 60:.0f}:{left % 60:02.0f} left",
-                    flush=True,
-                )
-    if rank == 0:
-        finish_samples(partial, K, cfg.max_new_tokens)
+            found = sample_chunk(cfg, policies, [prompts[i] for i in chunks[number]], number)
+            found = [[i, responses] for i, responses in zip(chunks[number], found, strict=True)]
+        found = gather(found, device)
+        if rank > 0:
+            continue
+        with open(partial, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in found)
+        reached, now = min(first + world, len(chunks)), time.time()
+        if now - last_time > 10 or reached == len(chunks):
+            last_time = now
+            left = (now - started) / (reached - done) * (len(chunks) - reached)
+            print(
+                f"sampled {min(reached * size, len(prompts))}/{len(prompts)} prompts, "
+                f"{left // 60:.0f}:{left % 60:02.0f} left",
+                flush=True,
+            )
+    kept = finish_samples(cfg, prompts, partial) if rank == 0 else 0
+    return int(all_reduce([kept], device)[0])
 
 
-def finish_samples(partial, K, max_new_tokens):
-    """samples.partial.jsonl -> samples.jsonl: without the prompts that have nothing to compare."""
-    counts, kept, total = dict.fromkeys(("unended", "empty", "equal"), 0), [], 0
-    for _, record in read_jsonl(partial, {"prompt": False}):
-        total += 1
-        for name in counts:
-            counts[name] += record.pop(name)
-        if len(record["responses"]) >= 2:
-            kept.append(record)
-    path = partial.with_name("samples.jsonl")
+def sample_chunk(cfg, policies, prompts, number):
+    """-> each prompt's responses, [text, policy, whether it ended, whether the prompt was cut].
+
+    The K responses are dealt out to the policies; who gets one more changes from chunk to chunk.
+    """
+    responses = [[] for _ in prompts]
+    generator = torch.Generator(policies[0][1].wte.weight.device)
+    generator.manual_seed(cfg.seed * 1_000_003 + number)
+    for p, (name, model, tokenizer, temperature) in enumerate(policies):
+        count = len(range((p + number) % len(policies), cfg.num_responses, len(policies)))
+        room, eos = model.config.n_positions - cfg.max_new_tokens, tokenizer.eot_token
+        whole = [encode(tokenizer, line["prompt"], None, sys.maxsize)[0] for line in prompts]
+        tokens, mask = generate(
+            model,
+            [ids[-room:] for ids in whole],
+            cfg.max_new_tokens,
+            num_samples=count,
+            temperature=temperature,
+            eos=eos,
+            generator=generator,
+        )
+        for i, (row, inside) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
+            new = row[inside].tolist()
+            ended = new[-1] == eos
+            text = text_of(tokenizer, new[:-1] if ended else new)
+            responses[i // count].append([text, name, ended, len(whole[i // count]) > room])
+    return responses
+
+
+def finish_samples(cfg, prompts, partial):
+    """samples.partial.jsonl -> samples.jsonl, in the prompts' order and without those that have
+    nothing to compare; returns how many there are."""
+    counts, records = dict.fromkeys(("unended", "empty", "equal", "cut"), 0), {}
+    for text in partial.read_text("utf-8").splitlines():
+        index, responses = json.loads(text)
+        kept = {}
+        for text, name, ended, cut in responses:
+            counts["cut"] += cut
+            if not ended or not text.strip():
+                counts["unended" if not ended else "empty"] += 1
+            elif text in kept:
+                counts["equal"] += 1
+            else:
+                kept[text] = name
+        if len(kept) >= 2:
+            fields = {"responses": list(kept), "policy": list(kept.values())}
+            records[index] = prompts[index] | fields
+    path, total = partial.with_name("samples.jsonl"), len(prompts) * cfg.num_responses
     print(
-        f"{path}: {len(kept)} prompts, {total * K} responses, of which {counts['equal']} equal to "
-        f"another, {counts['empty']} empty, {counts['unended']} not ended: dropped; "
-        f"{total - len(kept)} prompts had fewer than two left",
+        f"{path}: {len(records)} prompts; of {total} responses dropped: {counts['unended']} not "
+        f"ended, {counts['empty']} empty, {counts['equal']} equal to another; {counts['cut']} to a "
+        f"prompt that was cut; {len(prompts) - len(records)} prompts had fewer than two left",
         flush=True,
     )
-    if not kept or counts["unended"] > 0.5 * total * K:
-        print(f"most did not end within --max_new_tokens {max_new_tokens}: give them more")
-    if not kept:
-        refuse(f"{path}: no prompt has two responses to compare")
-    with whole_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
+    if counts["unended"] > 0.5 * total:
+        print(f"most did not end within --max_new_tokens {cfg.max_new_tokens}: give them more")
+    if records:
+        write_lines(path, [records[index] for index in sorted(records)])
     partial.unlink()
+    return len(records)
+
+
+def write_lines(path, records):
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 # --- simulated annotators -------------------------------------------------------------------------
@@ -562,7 +598,7 @@ def simulate(cfg, samples, gold):
     gaps, gap_factors, ties = [], [], 0
     for number, line in enumerate(samples):
         K = len(line["responses"])
-        golds = np.array([judge(gold, line, r)["gold"] for r in line["responses"]])
+        golds = np.array([gold_score(gold, line, r) for r in line["responses"]])
         words = np.array([len(r.split()) for r in line["responses"]])
         everyone = rng.random() < cfg.overlap
         who = range(cfg.annotators) if everyone else [number % cfg.annotators]
@@ -593,12 +629,12 @@ def simulate(cfg, samples, gold):
             seen = values + scale * factors[a] * rng.gumbel(size=len(values))
             order = np.argsort(-seen, kind="stable").tolist()
             # The annotator's own marks, in grades: their differences are margins.
-            marks = [round(float(seen[i]) / cfg.grade_step, 3) for i in order]
+            marks = [float(seen[i]) / cfg.grade_step for i in order]
             yield ranking(line, order, name, marks)
             continue
         for i, j in pairs:
             seen = values[[i, j]] + scale * factors[a] * rng.gumbel(size=2)
-            grade = min(int(abs(seen[0] - seen[1]) / cfg.grade_step), len(GRADES) - 1)
+            grade = grade_of(abs(seen[0] - seen[1]) / cfg.grade_step)
             yield comparison(line, (i, j) if seen[0] > seen[1] else (j, i), name, grade)
 
 
@@ -613,7 +649,8 @@ def ranking(line, order, annotator, scores=None):
 
 def comparison(line, pair, annotator, grade):
     """A comparisons line: the sample's line, its responses pair[0] over pair[1], by a grade."""
-    record = {name: line[name] for name in line if name not in ("responses", "scores")}
+    others = ("responses", "scores", "label")  # a label of the prompt's is not of the pair
+    record = {name: value for name, value in line.items() if name not in others}
     record |= {"chosen": line["responses"][pair[0]], "rejected": line["responses"][pair[1]]}
     if isinstance(line.get("policy"), list):
         record["policy"] = [line["policy"][i] for i in pair]
@@ -623,35 +660,50 @@ def comparison(line, pair, annotator, grade):
 # --- a person at the terminal ---------------------------------------------------------------------
 
 
+@contextmanager
+def keyboard():
+    """While it lasts, keys come one by one and unseen. Whatever ends it, the terminal is as it was
+    before: SIGTERM, too, then ends Python by an exception."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios  # not on every system, and only needed here
+    import tty
+
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setcbreak(sys.stdin)
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
 def read_key():
-    """One key, as a person presses it; from a pipe one character, spaces aside. "": the end."""
+    """One key; from a pipe one character, spaces aside. "": the end."""
     if not sys.stdin.isatty():
         while (key := sys.stdin.read(1)) and key.isspace():
             pass
         return key
-    import termios  # not on every system, and only needed here
-    import tty
-
     descriptor = sys.stdin.fileno()
-    before = termios.tcgetattr(descriptor)
-    try:
-        tty.setcbreak(descriptor)
-        key = os.read(descriptor, 1)
-        if key == b"\x1b":  # an arrow or a function key: the rest of it is no answer
-            while select.select([descriptor], [], [], 0.01)[0]:
-                os.read(descriptor, 1)
-        return "" if key in (b"", b"\x04") else key.decode("latin-1")
-    finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+    key = os.read(descriptor, 1)
+    if key == b"\x1b":  # an arrow or a function key: the rest of it is no answer
+        while select.select([descriptor], [], [], 0.01)[0]:
+            byte = os.read(descriptor, 1)
+            if byte not in (b"[", b"O") and b"@" <= byte <= b"~":
+                break
+    return "" if key in (b"", b"\x04") else key.decode("latin-1")
 
 
-def show(text, first, width):
-    """Wraps a text under a label. What could command the terminal is shown as a question mark."""
-    safe = "".join(c if c.isprintable() or c == "\n" else "?" for c in text.strip())
-    for number, line in enumerate(safe.split("\n")):
-        lines = textwrap.wrap(line, width, break_on_hyphens=False) or [""]
-        for i, part in enumerate(lines):
-            print(f"{first if number == i == 0 else ' ' * len(first)}{part}")
+def show(text, label, width):
+    """Wraps a text under a label. What could command the terminal is shown as U+FFFD."""
+    text = text.strip().replace("\r", "")
+    text = "".join(
+        c if c.isprintable() or c == "\n" else " " if c.isspace() else "\ufffd" for c in text
+    )
+    for number, line in enumerate(text.split("\n")):
+        for i, part in enumerate(textwrap.wrap(line, width, break_on_hyphens=False) or [""]):
+            print(f"{label if number == i == 0 else ' ' * len(label)}{part}")
 
 
 def ask(line, order, head, output):
@@ -665,23 +717,24 @@ def ask(line, order, head, output):
         print("\x1b[2J\x1b[H", end="")
     print(head)
     print()
-    show(line["prompt"][-4000:], "  ", width)
+    prompt = line["prompt"]
+    show(prompt if len(prompt) <= 4000 else f"[...] {prompt[-4000:]}", "  ", width)
     print()
-    for label, i in enumerate(order, 1):
+    for label, i in zip("AB" if output == "comparisons" else "123456789", order, strict=False):
         show(line["responses"][i], f" {label}  ", width)
         print()
     print("u: take back   l: later   q: quit (all judgements are saved)")
     if output == "comparisons":
-        print("1 is better: 1 significantly  2 better  3 slightly  4 negligibly, or unsure")
+        print("A is better: 1 significantly  2 better  3 slightly  4 negligibly, or unsure")
         print(
-            "2 is better: 8 significantly  7 better  6 slightly  5 negligibly, or unsure",
+            "B is better: 8 significantly  7 better  6 slightly  5 negligibly, or unsure",
             flush=True,
         )
         while True:
             key = read_key()
             if key in OTHER_KEYS:
                 return None, OTHER_KEYS[key]
-            if key and key in GRADE_KEYS:
+            if key in GRADE_KEYS:
                 side, grade = GRADE_KEYS[key]
                 return ((order[side], order[1 - side]), grade), "judged"
     groups = []
@@ -710,21 +763,16 @@ def ask(line, order, head, output):
 
 
 def level_scores(groups):
-    """Groups of equals, best first -> the responses in order, and scores that tell ties apart.
-
-    Without a tie there are no scores: the order says all, and a score's size would say more than
-    the person did.
-    """
-    order = [i for group in groups for i in group]
-    if len(groups) == len(order):
-        return order, None
-    return order, [len(groups) - level for level, group in enumerate(groups) for _ in group]
+    """Groups of equals, best first -> the responses in order, and the level of each as its score:
+    equal scores are a tie, and others differ by how many levels lie between."""
+    scores = [len(groups) - level for level, group in enumerate(groups) for _ in group]
+    return [i for group in groups for i in group], scores
 
 
 def ask_person(cfg, samples, path):
     """Has a person judge, in an order of their own. Every judgement is on the disk before the next
     is asked, so a run that is quit, killed or cut off loses none. -> whether all are judged."""
-    items = []  # (line, which pair of its responses or None, the order that they are shown in)
+    items = []  # (line, which of its responses, in the order that they are shown in)
     rng = np.random.default_rng([cfg.seed, 2, zlib.crc32(cfg.name.encode())])
     for line in samples:
         K = len(line["responses"])
@@ -737,9 +785,15 @@ def ask_person(cfg, samples, path):
                 history.append((json.loads(text)["item"], len(text)))
     done = {item for item, _ in history}
     queue = [item for item in queue if item not in done]
-    with open(path, "ab") as file:
+    with keyboard(), open(path, "ab") as file:
         file.truncate(sum(size for _, size in history))
-        while queue:
+        while True:
+            if not queue:
+                print("\nall are judged; u: take back the last   any other key: finish", flush=True)
+                if read_key() != "u":
+                    break
+                queue.append(history.pop()[0])
+                file.truncate(sum(size for _, size in history))
             line, order = items[queue[0]]
             head = f"{cfg.name}: {len(history)} of {len(items)} judged"
             answer, what = ask(line, order, head, cfg.output)
@@ -755,7 +809,8 @@ def ask_person(cfg, samples, path):
                 if cfg.output == "comparisons":
                     record = comparison(line, answer[0], cfg.name, answer[1])
                 else:
-                    record = ranking(line, *level_scores(answer), cfg.name)
+                    ranked, levels = level_scores(answer)
+                    record = ranking(line, ranked, cfg.name, levels)
                 text = (json.dumps(record | {"item": queue[0]}) + "\n").encode()
                 file.write(text)
                 file.flush()
@@ -769,21 +824,25 @@ def ask_person(cfg, samples, path):
 
 
 def rate_interval(hits, counts):
-    """[rate, low, high]: sum(hits) / sum(counts) with its 95% interval over groups.
+    """[rate, low, high]: sum(hits) / sum(counts) with its 95% interval.
 
-    hits, counts (n,): of each prompt, whose pairs are not independent. By the normal approximation
-    to a ratio; fewer than two groups have no interval.
+    hits, counts (n,): of groups (prompts), within which pairs are not independent. It is Wilson's
+    interval for as many independent pairs as would vary like the groups; for as many pairs as there
+    are groups, when nothing varies. One group has no interval.
     """
     hits, counts = np.asarray(hits, dtype=np.float64), np.asarray(counts, dtype=np.float64)
-    if counts.sum() == 0:
+    groups, total = int((counts > 0).sum()), float(counts.sum())
+    if groups == 0:
         return [None, None, None]
-    rate = float(hits.sum() / counts.sum())
-    n = int((counts > 0).sum())
-    if n < 2:
+    rate = float(hits.sum()) / total
+    if groups == 1:
         return [rate, None, None]
-    residuals = hits - rate * counts
-    half = 1.96 * math.sqrt((residuals**2).sum() * n / (n - 1)) / float(counts.sum())
-    return [rate, max(rate - half, 0.0), min(rate + half, 1.0)]
+    variance = ((hits - rate * counts) ** 2).sum() * groups / (groups - 1) / total**2
+    n = rate * (1 - rate) / variance if variance > 0 else groups
+    z = 1.96
+    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    return [rate, float(centre - half), float(centre + half)]
 
 
 def grouped_rate(rows):
@@ -801,14 +860,16 @@ def grouped_rate(rows):
 
 def agreement_report(paths, gold):
     """Agreement of what was judged with gold, where gold is strict, and between annotators."""
-    with_gold, verdicts, ties, known = {"all": []}, {}, 0, {}
+    with_gold, verdicts, ties, known = {"all": []}, {}, 0, {}  # known: gold scores by text
     for path in paths:
         for where, record, responses, pairs in read_preferences(path):
             prompt, annotator = record["prompt"], record.get("annotator", path)
-            if not isinstance(annotator, str) or not isinstance(record.get("task", ""), str):
-                refuse(f"{where}: annotator, task: expected strings")
+            if not isinstance(annotator, str):
+                refuse(f"{where}: annotator: expected a string")
             graded = any(margin > 0 for _, _, margin, _ in pairs) or "margin" in record
-            for i, j, margin, _ in pairs:
+            for i, j, margin, label in pairs:
+                if label == 0.5:  # nobody is better
+                    continue
                 both = frozenset((responses[i], responses[j]))
                 verdicts.setdefault((prompt, both), {})[annotator] = responses[i]
                 if gold is None:
@@ -816,14 +877,14 @@ def agreement_report(paths, gold):
                 scores = []
                 for response in (responses[i], responses[j]):
                     if (prompt, response) not in known:
-                        known[prompt, response] = judge(gold, record, response)["gold"]
+                        known[prompt, response] = gold_score(gold, record, response)
                     scores.append(known[prompt, response])
                 if scores[0] == scores[1]:
                     ties += 1
                     continue
                 keys = ["all", f"annotator {annotator}"]
                 keys += [f"task {record['task']}"] if "task" in record else []
-                keys += [GRADES[min(int(margin), len(GRADES) - 1)]] if graded else []
+                keys += [GRADES[grade_of(margin)]] if graded else []
                 for key in keys:
                     with_gold.setdefault(key, []).append((prompt, float(scores[0] > scores[1])))
     between = {"all": []}
@@ -852,6 +913,8 @@ def print_report(report):
             rate, low, high = found["rate"]
             interval = "" if low is None else f"[{low:.3f}, {high:.3f}]"
             print(f"  {key:<30} {rate:.3f}  {interval:<16}  {found['pairs']} pairs")
+    if not report["between_annotators"]["all"]["pairs"]:
+        print("no pair was judged by two annotators")
     if report.get("gold_ties"):
         print(f"  {report['gold_ties']} more pairs are ties in gold")
 
@@ -919,7 +982,8 @@ def fit_ratings(wins, met=None):
 
 
 def bootstrap_ratings(games, players, replicates, rng):
-    """`fit_ratings` of resampled games -> (replicates, players).
+    """`fit_ratings` of resampled games -> (replicates, players), and the share of replicates in
+    which some score was finite only for the half wins that were added.
 
     games: [(a, b, score of a, group)]; groups are resampled whole, since games on one prompt are
     not independent.
@@ -932,12 +996,14 @@ def bootstrap_ratings(games, players, replicates, rng):
         table[numbers[group], b * n + a] += 1 - score
     total = table.sum(0).reshape(n, n)
     met = total + total.T > 0
-    found = []
+    found, weak = [], 0
     for begin in range(0, replicates, 100):
         size = min(100, replicates - begin)
         weights = rng.multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), size)
-        found.append(fit_ratings((weights @ table).reshape(size, n, n), met))
-    return np.concatenate(found)
+        wins = (weights @ table).reshape(size, n, n)
+        weak += int((~connected(wins > 0)).sum())
+        found.append(fit_ratings(wins, met))
+    return np.concatenate(found), weak / replicates
 
 
 def to_reward(scores, scale):
@@ -958,8 +1024,8 @@ def elo_main(cfg):
         refuse("--players: expected policies or responses; --method: mle or sequential")
     if cfg.scale not in ("logit", "zscore"):
         refuse(f"--scale: expected logit or zscore, got {cfg.scale}")
-    if cfg.players == "responses" and not cfg.out:
-        refuse("--players responses: expected --out, the file to write")
+    if (cfg.players == "responses" and not cfg.out) or cfg.out.endswith(".gz"):
+        refuse("--out: expected a file to write, not compressed, with --players responses")
     games, lines = [], {}  # (a, b, score of a, prompt); {prompt: its first line}
     for path in split_names(cfg.data):
         for where, record, responses, pairs in read_preferences(path):
@@ -968,6 +1034,8 @@ def elo_main(cfg):
             names = responses
             if cfg.players == "policies":
                 names = record.get("policy")
+                if isinstance(names, str):  # one wrote them all: no game
+                    continue
                 if not isinstance(names, list) or len(names) != len(responses):
                     refuse(f"{where}: policy: expected a list, who wrote each response")
                 if not all(isinstance(name, str) for name in names):
@@ -1000,34 +1068,49 @@ def rate_policies(cfg, games):
     rng = np.random.default_rng(cfg.seed)
     shuffled = [games[i][:3] for i in rng.permutation(len(games))]
     sequential = elo_ratings(shuffled, n, cfg.k, cfg.start)
-    report = {"games": len(games), "players": {}}
-    replicates = np.zeros((0, n))
+    report = {"games": len(games), "players": {}, "gaps": []}
+    replicates, weak = None, 0.0
     if cfg.bootstrap and len({group for *_, group in games}) > 1:
-        replicates = cfg.start + ELO * bootstrap_ratings(games, n, cfg.bootstrap, rng)
-    for i in sorted(range(n), key=lambda i: -ratings[i]):
-        low, high = (None, None)
-        if len(replicates):
-            low, high = (float(x) for x in np.percentile(replicates[:, i], [2.5, 97.5]))
+        replicates, weak = bootstrap_ratings(games, n, cfg.bootstrap, rng)
+        replicates = cfg.start + ELO * replicates
+
+    def interval(values):
+        # Were more than 2.5% of the resampled scores finite by decree, the decree would be an end.
+        if replicates is None or weak > 0.025:
+            return [None, None]
+        return [float(x) for x in np.percentile(values(replicates), [2.5, 97.5])]
+
+    order = sorted(range(n), key=lambda i: -ratings[i])
+    for i in order:
         report["players"][names[i]] = {
-            "rating": [float(ratings[i]), low, high],
+            "rating": [float(ratings[i]), *interval(lambda r, i=i: r[:, i])],
             "sequential": float(sequential[i]),
             "games": float(wins[i].sum() + wins[:, i].sum()),
             "wins": float(wins[i].sum()),
             "reward_logit": float(to_reward(ratings / ELO, "logit")[i]),
             "reward_zscore": float(to_reward(ratings / ELO, "zscore")[i]),
         }
+    for i, j in itertools.combinations(order, 2):
+        gap = [float(ratings[i] - ratings[j]), *interval(lambda r, i=i, j=j: r[:, i] - r[:, j])]
+        report["gaps"].append({"better": names[i], "worse": names[j], "gap": gap})
     print(
         f"{len(games)} games; ratings of greatest likelihood with 95% intervals, mean {cfg.start}"
     )
     for name, found in report["players"].items():
         rating, low, high = found["rating"]
-        interval = "" if low is None else f"[{low:.0f}, {high:.0f}]"
+        text = "" if low is None else f"[{low:.0f}, {high:.0f}]"
         print(
-            f"  {name:<40} {rating:7.1f}  {interval:<14}  sequential {found['sequential']:7.1f}  "
+            f"  {name:<40} {rating:7.1f}  {text:<14}  sequential {found['sequential']:7.1f}  "
             f"won {found['wins']:g} of {found['games']:g}"
         )
+    for found in report["gaps"]:
+        if found["gap"][1] is not None:
+            gap, low, high = found["gap"]
+            print(f"  {found['better']} over {found['worse']}: {gap:.0f} [{low:.0f}, {high:.0f}]")
     if not connected(wins > 0):
-        print("  some lost or won all: half a win each way was added between all who met")
+        print("  wins do not lead from all to all: half a win each way was added among who met")
+    if replicates is not None and weak > 0.025:
+        print(f"  no intervals: in {weak:.0%} of the resampled results a rating has no bound")
     if cfg.out:
         write_json(cfg.out, report)
 
@@ -1055,12 +1138,11 @@ def rate_responses(cfg, games, lines):
                 continue
         rewards = to_reward(scores, cfg.scale)
         order = np.argsort(-rewards, kind="stable").tolist()
-        drop = ("responses", "chosen", "rejected", "scores", "margin", "label", "policy", "item")
+        drop = "responses chosen rejected scores margin label policy annotator item".split()
         line = {name: value for name, value in lines[prompt].items() if name not in drop}
         line |= {"responses": [names[i] for i in order], "games": len(played)}
         records.append(line | {"scores": [round(float(rewards[i]), 6) for i in order]})
-    with whole_file(cfg.out) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    write_lines(cfg.out, records)
     print(f"{cfg.out}: {len(records)} prompts with rewards from {len(games)} games")
     if apart:
         print(f"{apart} prompts left out: some of their responses never met")
@@ -1093,54 +1175,51 @@ def main():
         )
     if simulated and not 0.5 < cfg.agreement <= 1:
         refuse(f"--agreement: expected more than 0.5 and at most 1, got {cfg.agreement}")
-    gold = load_gold(cfg.gold) if simulated else None
+    gold = load_gold(cfg.gold) if cfg.gold else None
     device, dtype, rank, world = start_process(cfg)
-    if not simulated:
-        if world > 1:
-            refuse("--annotator terminal: there is one terminal; run it without torchrun")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing to save: all judgements are
+    if not simulated and world > 1:
+        refuse("--annotator terminal: there is one terminal; run it without torchrun")
 
     # 1. What is to be judged: a samples file, or responses sampled here.
     out_dir, source = Path(cfg.out_dir), cfg.samples or cfg.prompts
-    if cfg.samples:
-        prompts = []
-        for where, record in read_jsonl(source, {"prompt": False}):
-            read_responses(where, record)
-            prompts.append(record)
-    else:
-        prompts = [record for _, record in read_jsonl(source, {"prompt": False})]
-    prompts = prompts[: cfg.num_prompts or None]
-    inputs = [source]
+    samples, inputs = [], [source]
+    for where, record in read_jsonl(source, {"prompt": False}):
+        check_task(where, record)
+        if cfg.samples:
+            count = len(read_responses(where, record))
+            if not simulated and count > 9:
+                refuse(f"{where}: responses: {count}; nine keys are all that a person has here")
+        samples.append(record)
     if not cfg.samples:
-        weights = [Path(read_policy(p)[0]) / "model.safetensors" for p in split_names(cfg.policy)]
-        inputs += [path for path in weights if path.is_file()]
+        samples = samples[: cfg.num_prompts or None]
+        policies = load_policies(cfg, device, dtype)
+        for text in split_names(cfg.policy):
+            inputs += weight_files(Path(read_policy(text)[0]))
     settings = settings_of(cfg, inputs, world)
     resume = may_resume(cfg, settings)
     all_reduce([0.0], device)  # every rank has looked; only now may rank 0 change what is there
     if rank == 0 and not resume:
         new_run(out_dir, settings)
     all_reduce([0.0], device)
-    samples_path = out_dir / "samples.jsonl"
     if not cfg.samples:
-        if not samples_path.exists():
-            sample_all(cfg, prompts, device, dtype, rank, world)
-        if world > 1:
-            all_reduce([0.0], device)  # no rank leaves while another still writes
-            dist.destroy_process_group()
-        if rank > 0:
-            return None
-        prompts = [record for _, record in read_jsonl(samples_path, {"prompt": False})]
-    elif rank > 0:
+        path = out_dir / "samples.jsonl"
+        if not path.exists() and not sample_all(cfg, policies, samples, device, rank, world):
+            refuse(f"{path}: no prompt has two responses to compare")
+        all_reduce([0.0], device)  # no rank leaves while another still writes
+        samples = [record for _, record in read_jsonl(path, {"prompt": False})]
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
         return None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the samples are on the disk
 
     # 2. Judging, by rank 0 alone.
     path = out_dir / f"{cfg.output}.jsonl"
     if simulated:
-        records = list(simulate(cfg, prompts, gold))
-        with whole_file(path) as temporary:
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+        records = list(simulate(cfg, samples, gold))
+        write_lines(path, records)
         print(f"{path}: {len(records)} lines", flush=True)
-    elif not ask_person(cfg, prompts, path):
+    elif not ask_person(cfg, samples, path):
         return None
 
     # 3. How far they agree.

@@ -40,6 +40,7 @@ import sys
 import time
 import typing
 import zlib
+from array import array
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -67,6 +68,7 @@ from model import (
     text_of,
     tokenizer_files,
     tokenizer_hash,
+    weight_files,
     whole_file,
     write_json,
 )
@@ -86,12 +88,14 @@ class Config:
     validation: Annotated[str, "held-out rankings or comparisons; empty: none"] = (
         "runs/feedback_validation/rankings.jsonl"
     )
-    gold: Annotated[str, "Python file whose score(prompt, response) the model should match"] = ""
+    gold: Annotated[str, "Python file whose score(prompt, response, **fields) is the truth"] = ""
     init: Annotated[
         str, "trunk to start from: a run or Hugging Face GPT-2 directory; a reward model goes on"
     ] = "runs/sft"
     tokenizer: Annotated[str, "gpt2, FILE.tiktoken or directory; empty: --init's"] = ""
-    old: Annotated[str, "an older reward model: its accuracy on the data is printed first"] = ""
+    old: Annotated[
+        str, "an older reward model: its accuracy on 1,000 lines of each file is printed first"
+    ] = ""
     normalise_with: Annotated[
         str, "policy on whose samples scores get mean 0, std 1; empty: --init; none: don't"
     ] = ""
@@ -140,7 +144,7 @@ class ScoreConfig:
     field: Annotated[
         str, "name of the scores' field; plural for a list, chosen_ and rejected_ for a pair"
     ] = "score"
-    micro_batch_size: Annotated[int, "responses a forward is a quarter of; 0: 64"] = 0
+    micro_batch_size: Annotated[int, "a quarter of the responses a forward; 0: 64"] = 0
     device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
     dtype: Annotated[
         str, "float32, bfloat16, float16, float64; empty: bfloat16 on cuda, else float32"
@@ -247,6 +251,9 @@ def settings_of(cfg, inputs, world):
     """What must be the same when a run goes on: flags, number of ranks, sha256 of the inputs."""
     free = ("resume", "overwrite", "timeout_s")
     settings = {name: value for name, value in vars(cfg).items() if name not in free}
+    for path in inputs if cfg.overwrite else ():
+        if Path(cfg.out_dir).resolve() in Path(path).resolve().parents:
+            refuse(f"{path}: is in --out_dir, which --overwrite would delete")
     return settings | {"world": world} | {f"sha256 of {path}": sha256(path) for path in inputs}
 
 
@@ -444,34 +451,46 @@ def read_preferences(path):
     `scores`, where it has them; equal scores are a tie, and no pair.
     """
     for where, record in read_jsonl(path, {"prompt": False}):
+        check_task(where, record)
         if "responses" in record:
             responses = read_responses(where, record)
-            scores = record.get("scores", list(range(len(responses), 0, -1)))
-            numbers = isinstance(scores, list) and all(type(s) in (int, float) for s in scores)
-            if not numbers or not all(a >= b for a, b in itertools.pairwise(scores)):
-                refuse(f"{where}: scores: expected numbers that fall, as the best comes first")
             known = "scores" in record
-            yield (
-                where,
-                record,
-                responses,
-                [
-                    (i, j, float(scores[i] - scores[j]) if known else 0.0, 1.0)
-                    for i, j in itertools.combinations(range(len(responses)), 2)
-                    if scores[i] > scores[j]
-                ],
-            )
+            scores = record["scores"] if known else list(range(len(responses), 0, -1))
+            good = isinstance(scores, list) and all(map(is_number, scores))
+            if not good or not all(a >= b for a, b in itertools.pairwise(scores)):
+                refuse(f"{where}: scores: expected numbers that fall, as the best comes first")
+            pairs = []
+            for i, j in itertools.combinations(range(len(responses)), 2):
+                if scores[i] > scores[j]:
+                    pairs.append((i, j, float(scores[i] - scores[j]) if known else 0.0, 1.0))
+            yield where, record, responses, pairs
             continue
         for name in ("chosen", "rejected"):
             if not isinstance(record.get(name), str) or not record[name].strip():
                 refuse(f"{where}: {name}: expected a string with text in it")
         margin, label = record.get("margin", 0.0), record.get("label", 1.0)
-        if type(margin) not in (int, float) or not 0 <= margin < math.inf:
-            refuse(f"{where}: margin: expected a number of at least 0, got {margin!r}")
-        if type(label) not in (int, float) or not 0.5 <= label <= 1:
-            refuse(f"{where}: label: expected a probability from 0.5 to 1, got {label!r}")
+        if not is_number(margin) or margin < 0:
+            refuse(f"{where}: margin: expected a number of at least 0, got {str(margin)[:40]}")
+        if not is_number(label) or not 0.5 <= label <= 1:
+            refuse(f"{where}: label: expected a probability from 0.5 to 1, got {str(label)[:40]}")
         responses = [record["chosen"], record["rejected"]]
         yield where, record, responses, [(0, 1, float(margin), float(label))]
+
+
+def check_task(where, record):
+    if not isinstance(record.get("task", ""), str):
+        refuse(f"{where}: task: expected a string, got {json.dumps(record['task'])[:40]}")
+
+
+def is_number(value):
+    """Whether it is a number that arithmetic stays finite with."""
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def grade_of(margin):
+    """A margin -> its grade, Llama 2's four steps: 0 negligibly better or unsure, 1 slightly
+    better, 2 better, 3 significantly better. Rounded down, but 2.9999999 is 3."""
+    return min(int(margin + 1e-6), 3)
 
 
 def split_names(text):
@@ -482,41 +501,44 @@ def read_examples(path, tokenizer, max_length, cut_response):
     """-> examples and counts of what was cut and dropped.
 
     An example: `prompt` and `responses` (token ids, best first), `pairs` [(i, j, margin, label)],
-    `length` (of its longest row), and the `record` with the texts of the responses kept. Responses
-    that are too long or equal to one before are dropped, and lines without a pair left.
+    `length` (of its longest row), `texts` of the responses, and `line`, the line's other fields.
+    Responses that are too long, or equal to one before, are dropped, and lines without a pair.
     """
-    examples, counts = [], {"cut": 0, "dropped": 0, "equal": 0, "lines dropped": 0}
+    examples, lines = [], 0
+    counts = {"cut": 0, "too long": 0, "equal": 0, "lines without a pair": 0}
     for _, record, texts, pairs in read_preferences(path):
-        # One length for the prompt: all of a line's responses are read after the same text.
-        encoded = [encode(tokenizer, record["prompt"], text, sys.maxsize) for text in texts]
-        prompt, kept = encoded[0][0], {}  # {number of a response: its ids}
+        lines += 1
+        prompt, kept = encode(tokenizer, record["prompt"], None, sys.maxsize)[0], {}
         limit = max_length - 1
-        for k, (_, ids) in enumerate(encoded):
+        for k, text in enumerate(texts):
+            ids = encode(tokenizer, "", text, sys.maxsize)[1]
             if len(ids) > limit and not cut_response:
-                counts["dropped"] += 1
+                counts["too long"] += 1
                 continue
-            counts["cut"] += len(ids) > limit or len(ids) + len(prompt) > max_length
-            if ids[:limit] in kept.values():
+            counts["cut"] += len(ids) > limit
+            ids = array("i", ids[:limit])  # 4 bytes a token; a list has 36
+            if ids in kept.values():
                 counts["equal"] += 1
                 continue
-            kept[k] = ids[:limit]
+            kept[k] = ids
         place = {k: i for i, k in enumerate(kept)}
         pairs = [(place[i], place[j], m, p) for i, j, m, p in pairs if i in place and j in place]
         if not pairs:
-            counts["lines dropped"] += 1
+            counts["lines without a pair"] += 1
             continue
-        room = max_length - max(map(len, kept.values()))
-        example = {"prompt": prompt[-room:], "responses": list(kept.values()), "pairs": pairs}
-        example["length"] = max_length - room + len(example["prompt"])
-        example["record"] = {"prompt": record["prompt"], "texts": [texts[k] for k in kept]}
-        example["record"]["fields"] = {
-            name: value
-            for name, value in record.items()
-            if name not in ("prompt", "responses", "chosen", "rejected")
-        }
+        # One cut for the prompt: all of a line's responses are read after the same text.
+        longest = max(map(len, kept.values()))
+        room = max_length - longest
+        counts["cut"] += len(kept) * (len(prompt) > room)
+        example = {"prompt": array("i", prompt[-room:]), "responses": list(kept.values())}
+        example |= {"pairs": pairs, "length": longest + min(len(prompt), room)}
+        example["texts"] = [texts[k] for k in kept]
+        others = ("responses", "chosen", "rejected")
+        example["line"] = {name: value for name, value in record.items() if name not in others}
         examples.append(example)
     if not examples:
-        refuse(f"{path}:0: file: no two responses fit into {max_length} tokens; --overlong cut")
+        what = ", ".join(f"{n} {name}" for name, n in counts.items())
+        refuse(f"{path}:0: file: none of its {lines} lines has a pair to learn from ({what})")
     return examples, counts
 
 
@@ -591,7 +613,7 @@ def collate(examples):
     number = {pair: p for p, pair in enumerate(itertools.combinations(range(K), 2))}
     prompts, responses, rows = [], [], []
     keep = torch.zeros(len(examples), len(number), dtype=torch.bool)
-    margin, label = torch.zeros(keep.shape), torch.ones(keep.shape)
+    margin, label = (torch.full(keep.shape, x, dtype=torch.float64) for x in (0.0, 1.0))
     for b, example in enumerate(examples):
         count = len(example["responses"])
         rows.append([len(responses) + (k if k < count else 0) for k in range(K)])
@@ -614,7 +636,7 @@ def pairwise_loss(chosen_scores, rejected_scores, margin=0.0, label=1.0, utility
     soft ones, and its least loss is then the entropy of p, not 0. utility: any increasing function.
     """
     difference = chosen_scores - rejected_scores - margin
-    if isinstance(label, float) and label == 1.0:  # U need not be defined below 0
+    if not torch.is_tensor(label) and label == 1:  # U need not be defined below 0
         return -utility(difference)
     return -(label * utility(difference) + (1 - label) * utility(-difference))
 
@@ -638,15 +660,11 @@ def ranking_loss(scores, utility=F.logsigmoid, margin=0.0, label=1.0, keep=None)
 
 
 def margin_of(margins, setting):
-    """Margins as the data has them -> those of the loss: "none", "data", or a table by grade.
-
-    A pair's grade is its margin in the data rounded down, 3 at most: 0 negligibly better or unsure,
-    1 slightly better, 2 better, 3 significantly better (annotate.py's; Llama 2's four).
-    """
+    """Margins as the data has them -> the loss's: "none", "data", or a table by `grade_of`."""
     if setting in ("none", "data"):
         return margins if setting == "data" else torch.zeros_like(margins)
     table = torch.tensor(setting, dtype=margins.dtype, device=margins.device)
-    return table[margins.clamp(max=3).long()]
+    return table[(margins + 1e-6).clamp(max=3).long()]
 
 
 def smoothed(label, smoothing):
@@ -711,9 +729,13 @@ def score_rows(model, rows, cfg, device, autocast, rank, world):
     scores = []
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     size = 4 * cfg.micro_batch_size or 256  # no gradients are kept, so more fit
+    last_time = time.time()
     for begin in range(0, len(rows), size * world):
         if stop_requested(device):
             return None
+        if rank == 0 and time.time() - last_time > 30:
+            last_time = time.time()
+            print(f"scored {begin}/{len(rows)} responses", flush=True)
         indices = order[begin : begin + size * world][rank::world]
         if indices:
             tokens, mask = pad(*zip(*[rows[i] for i in indices], strict=True))
@@ -772,6 +794,18 @@ def sample_responses(model, tokenizer, prompts, cfg, device, temperature, gold, 
     return sorted(gather(samples, device), key=lambda sample: sample["index"])
 
 
+def gold_score(gold, line, response):
+    """The user's score of a response to a prompt's line: a number, or the script ends."""
+    fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
+    try:
+        score = float(gold.score(line["prompt"], response, **fields))
+    except Exception as error:
+        refuse(f"{gold.__file__}: score: {type(error).__name__}: {error}")
+    if not math.isfinite(score):
+        refuse(f"{gold.__file__}: score: {score} for {response[:40]!r} to {line['prompt'][:40]!r}")
+    return score
+
+
 def judge(gold, line, response):
     """{"gold": score, and the parts that explain it} of a response to a prompt's line."""
     if gold is None:
@@ -781,7 +815,7 @@ def judge(gold, line, response):
     if hasattr(gold, "explain"):
         parts = {k: float(v) for k, v in gold.explain(line["prompt"], response, **fields).items()}
         parts.pop("score", None)
-    return {"gold": float(gold.score(line["prompt"], response, **fields))} | parts
+    return {"gold": gold_score(gold, line, response)} | parts
 
 
 def load_gold(path):
@@ -800,53 +834,70 @@ def load_gold(path):
     return module
 
 
-def reference_samples(cfg, device, tokenizer, max_length, rank, world):
-    """(prompt ids, response ids) of samples of --normalise_with. None if told to stop."""
+def load_reference(cfg, tokenizer, max_length, device):
+    """The policy of --normalise_with, which must write in the reward model's tokens."""
     directory = cfg.normalise_with or cfg.init
+    flag = f"--normalise_with {directory}"
     try:
-        policy, its_tokenizer = load_model(directory, device), load_tokenizer(directory)
-        check_tokenizer(its_tokenizer, directory, load_config(directory))
+        policy = load_model(directory, device)
+        # --init's tokenizer may have come from --tokenizer.
+        theirs = tokenizer if directory == cfg.init else load_tokenizer(directory)
+        check_tokenizer(theirs, directory, load_config(directory))
     except (OSError, ValueError) as error:
         refuse(error)
-    flag = f"--normalise_with {directory}"
     if policy.score is not None:
         refuse(f"{flag}: has a scalar head; scores are normalised on samples of a language model")
-    if tokenizer_hash(its_tokenizer) != tokenizer_hash(tokenizer):
-        refuse(f"{flag}: another tokenizer ({its_tokenizer.name}) than {cfg.init}'s")
+    if tokenizer_hash(theirs) != tokenizer_hash(tokenizer):
+        refuse(f"{flag}: another tokenizer ({theirs.name}) than {cfg.init}'s ({tokenizer.name})")
     if cfg.max_new_tokens >= min(policy.config.n_positions, max_length):
         refuse(f"--max_new_tokens {cfg.max_new_tokens}: leaves a prompt no room in {directory}")
-    prompts = [line for _, line in read_jsonl(cfg.prompts, {"prompt": True})][: cfg.num_prompts]
+    return policy
+
+
+def reference_rows(policy, tokenizer, prompts, cfg, device, max_length, rank, world):
+    """(prompt ids, response ids) of a sample to each prompt, those that ended: what did not end has
+    a score of its own in RL. None if told to stop."""
     samples = sample_responses(policy, tokenizer, prompts, cfg, device, 1.0, None, rank, world)
     if samples is None:
         return None
-    # What did not end is not scored in RL: it has a score of its own there.
     ended = [s for s in samples if s["parts"]["eos"] and s["response"].strip()]
     if len(ended) < 2:
-        refuse(f"{flag}: {len(ended)} of {len(samples)} samples ended: raise --max_new_tokens")
+        refuse(
+            f"{len(ended)} of {len(samples)} samples to normalise on ended, 2 are needed at least: "
+            f"more --num_prompts, or more --max_new_tokens than {cfg.max_new_tokens}"
+        )
     if rank == 0:
-        print(f"{flag}: {len(samples)} samples, {len(ended)} of which ended", flush=True)
-    return [encode(tokenizer, s["prompt"], s["response"], max_length) for s in ended]
+        print(
+            f"scores are normalised on {len(ended)} samples ({len(samples) - len(ended)} more did "
+            f"not end)" + (": few, 256 are usual" if len(ended) < 256 else ""),
+            flush=True,
+        )
+    return [encode(tokenizer, s["prompt"], s["response"], max_length, True) for s in ended]
 
 
 # --- evaluation -----------------------------------------------------------------------------------
 
 
 def rate_interval(hits, counts):
-    """[rate, low, high]: sum(hits) / sum(counts) with its 95% interval over groups.
+    """[rate, low, high]: sum(hits) / sum(counts) with its 95% interval.
 
-    hits, counts (n,): of each prompt, whose pairs are not independent. By the normal approximation
-    to a ratio; fewer than two groups have no interval.
+    hits, counts (n,): of groups (prompts), within which pairs are not independent. It is Wilson's
+    interval for as many independent pairs as would vary like the groups; for as many pairs as there
+    are groups, when nothing varies. One group has no interval.
     """
     hits, counts = np.asarray(hits, dtype=np.float64), np.asarray(counts, dtype=np.float64)
-    if counts.sum() == 0:
+    groups, total = int((counts > 0).sum()), float(counts.sum())
+    if groups == 0:
         return [None, None, None]
-    rate = float(hits.sum() / counts.sum())
-    n = int((counts > 0).sum())
-    if n < 2:
+    rate = float(hits.sum()) / total
+    if groups == 1:
         return [rate, None, None]
-    residuals = hits - rate * counts
-    half = 1.96 * math.sqrt((residuals**2).sum() * n / (n - 1)) / float(counts.sum())
-    return [rate, max(rate - half, 0.0), min(rate + half, 1.0)]
+    variance = ((hits - rate * counts) ** 2).sum() * groups / (groups - 1) / total**2
+    n = rate * (1 - rate) / variance if variance > 0 else groups
+    z = 1.96
+    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    return [rate, float(centre - half), float(centre + half)]
 
 
 def grouped_rate(rows):
@@ -862,22 +913,30 @@ def grouped_rate(rows):
     }
 
 
-def compare(examples, scores, golds=None):
-    """What each pair says, as dicts: `prompt` (number), `task`, `difference` of the raw scores and
-    `words` longer, of the better response over the worse, by the label, or by gold where `golds`
-    (the gold scores of each example's responses) is given; `margin` and `label`."""
-    found = []
+def pair_records(examples, scores, golds=None):
+    """What each pair says, as dicts: `prompt`, `task`; `difference` of the raw scores, and how many
+    `words` longer, of the better response over the worse; `margin` and `label`.
+
+    Better by the label, or by gold where `golds` (gold scores of each example's responses) is
+    given: then a prompt's pair counts once, however many annotators judged it.
+    """
+    found, seen = [], set()
     for number, (example, raw) in enumerate(zip(examples, scores, strict=True)):
-        words = [len(text.split()) for text in example["record"]["texts"]]
+        prompt, texts = example["line"]["prompt"], example["texts"]
         pairs = example["pairs"]
         if golds is not None:
             value = golds[number]
             both = itertools.permutations(range(len(raw)), 2)
             pairs = [(i, j, value[i] - value[j], 1.0) for i, j in both if value[i] > value[j]]
         for i, j, margin, label in pairs:
-            pair = {"prompt": number, "task": example["record"]["fields"].get("task", "all")}
-            pair |= {"difference": raw[i] - raw[j], "words": words[i] - words[j]}
-            found.append(pair | {"margin": margin, "label": label})
+            if golds is not None:
+                if (prompt, texts[i], texts[j]) in seen:
+                    continue
+                seen.add((prompt, texts[i], texts[j]))
+            words = len(texts[i].split()) - len(texts[j].split())
+            pair = {"prompt": prompt, "task": example["line"].get("task", "all"), "words": words}
+            pair |= {"difference": raw[i] - raw[j], "margin": margin, "label": label}
+            found.append(pair)
     return found
 
 
@@ -931,10 +990,10 @@ def calibration(pairs, bins=10):
 
 
 def by_grade(pairs):
-    """Accuracy by the pair's grade, 0 to 3 (see `margin_of`); {} when no pair has a margin."""
+    """Accuracy by the pair's grade, 0 to 3 (see `grade_of`); {} when no pair has a margin."""
     if not any(pair["margin"] > 0 for pair in pairs):
         return {}
-    rows = [(min(int(p["margin"]), 3), p["prompt"], hit(p["difference"])) for p in pairs]
+    rows = [(grade_of(p["margin"]), p["prompt"], hit(p["difference"])) for p in pairs]
     return {
         str(grade): grouped_rate([(prompt, h) for g, prompt, h in rows if g == grade])
         for grade in sorted({g for g, _, _ in rows})
@@ -943,8 +1002,8 @@ def by_grade(pairs):
 
 def evaluate(examples, scores, golds):
     """Everything that report.json says of a model with these raw scores on held-out examples."""
-    pairs = compare(examples, scores)
-    sure = [pair for pair in pairs if pair["label"] > 0.5]  # 0.5 has no better response
+    pairs = pair_records(examples, scores)
+    sure = [pair for pair in pairs if pair["label"] > 0.5]  # at 0.5 none is better
     report = {"labels": accuracies(sure), "calibration": calibration(pairs)}
     report["by_grade"] = by_grade(sure)
     difference = torch.tensor([p["difference"] for p in pairs], dtype=torch.float64)
@@ -954,15 +1013,15 @@ def evaluate(examples, scores, golds):
     report["loss"] = float(losses.mean())  # nats a pair, without margins or smoothing
     report["label_entropy"] = float(entropy.mean())  # the least that the loss can be
     raw = np.array([s for row in scores for s in row])
-    words = np.array([len(t.split()) for e in examples for t in e["record"]["texts"]])
+    words = np.array([len(text.split()) for e in examples for text in e["texts"]])
     if raw.std() > 0 and words.std() > 0:
         report["score_length_correlation"] = float(np.corrcoef(raw, words)[0, 1])
     shorter = [(p["prompt"], hit(p["difference"])) for p in sure if p["words"] < 0]
     if shorter:
         report["where_the_shorter_is_better"] = grouped_rate(shorter)
     if golds is not None:
-        strict = compare(examples, scores, golds)
-        report["gold"] = accuracies(strict) if strict else {}
+        strict = pair_records(examples, scores, golds)
+        report["gold"] = accuracies(strict)
         report["gold_by_grade"] = by_grade(strict)
     return report
 
@@ -970,6 +1029,8 @@ def evaluate(examples, scores, golds):
 def print_evaluation(report):
     for name, what in [("labels", "the labels"), ("gold", "gold, where it is strict")]:
         for group, row in report.get(name, {}).items():
+            if not row["pairs"]:
+                continue
             if group == "all":
                 print(f"agreement with {what}: rate with 95% interval; controls")
             rate, low, high = row["model"]
@@ -990,6 +1051,8 @@ def print_evaluation(report):
 
 def score_main(cfg):
     """reward.py score: writes the lines of a file with normalised scores."""
+    if not cfg.out or cfg.out.endswith(".gz"):
+        refuse("--out: expected a file to write, not compressed")
     device, dtype, rank, world = start_process(cfg)
     try:
         model, tokenizer, statistics = load_reward_model(cfg.init, device)
@@ -1000,7 +1063,7 @@ def score_main(cfg):
     model.to(torch.float64 if dtype == torch.float64 else torch.float32)
     names = {"response": cfg.field, "responses": f"{cfg.field}s"}
     names |= {"chosen": f"chosen_{cfg.field}", "rejected": f"rejected_{cfg.field}"}
-    lines, rows, longest = [], [], model.config.n_positions
+    lines, rows, longest, cut = [], [], model.config.n_positions, 0
     for where, record in read_jsonl(cfg.data, {"prompt": True}):
         parts = [name for name in names if name in record]
         if not parts:
@@ -1014,7 +1077,9 @@ def score_main(cfg):
             for text in texts:
                 if not isinstance(text, str) or not text.strip():
                     refuse(f"{where}: {name}: expected text, got {json.dumps(text)[:40]}")
-                rows.append(encode(tokenizer, record["prompt"], text, longest, cut_response=True))
+                ids = encode(tokenizer, record["prompt"], text, longest, cut_response=True)
+                cut += sum(map(len, ids)) == longest
+                rows.append([array("i", part) for part in ids])
         lines.append((record, parts))
     raw = score_rows(model, rows, cfg, device, autocast, rank, world)
     if raw is None:
@@ -1028,7 +1093,10 @@ def score_main(cfg):
                     found = list(itertools.islice(scores, len(record[name]) if many else 1))
                     record[names[name]] = found if many else found[0]
                 file.write(json.dumps(record) + "\n")
-        print(f"{cfg.out}: {len(lines)} lines, {len(rows)} responses scored")
+        print(
+            f"{cfg.out}: {len(lines)} lines, {len(rows)} responses scored, {cut} of which fill the "
+            f"model's {longest} positions and may have been cut"
+        )
     if world > 1:
         all_reduce([0.0], device)
         dist.destroy_process_group()
@@ -1057,9 +1125,9 @@ def main():
 
     # The model: a language model's trunk under a new scalar head, or a reward model that goes on.
     try:
+        model = load_model(cfg.init)
         tokenizer = load_tokenizer(cfg.tokenizer or cfg.init)
         tokenizer_files(tokenizer)  # one that can't be saved is refused now, not after training
-        model = load_model(cfg.init)
         check_tokenizer(tokenizer, cfg.init, load_config(cfg.init))
         if model.score is None:
             torch.manual_seed(cfg.seed)
@@ -1073,6 +1141,8 @@ def main():
         refuse(error)
     if old and tokenizer_hash(old[1]) != tokenizer_hash(tokenizer):
         refuse(f"--old {cfg.old}: another tokenizer ({old[1].name}) than {cfg.init}'s")
+    if old and old[0].config.n_positions < (cfg.max_length or model.config.n_positions):
+        refuse(f"--old {cfg.old}: has fewer positions than {cfg.init}: give a --max_length")
     set_dropout(model, 0.0)
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     model.to(device, precision)
@@ -1093,8 +1163,7 @@ def main():
     if cfg.gold and held_out:
         gold, golds = load_gold(cfg.gold), []
         for e in held_out:
-            line = {"prompt": e["record"]["prompt"]} | e["record"]["fields"]
-            golds.append([judge(gold, line, text)["gold"] for text in e["record"]["texts"]])
+            golds.append([gold_score(gold, e["line"], text) for text in e["texts"]])
     lengths = [example["length"] for example in examples]
     lines_an_epoch = sum(round(w * size) for w, size in zip(weights, sizes, strict=True))
     if not lines_an_epoch:
@@ -1102,42 +1171,54 @@ def main():
     steps_an_epoch = math.ceil(lines_an_epoch / cfg.batch_size)
     total = cfg.steps or math.ceil(cfg.epochs * steps_an_epoch)
     normalise = cfg.normalise_with != "none"
-    inputs = [*files, *([cfg.validation] * bool(cfg.validation)), *([cfg.prompts] * normalise)]
-    # Sampled before training, since bad flags had better be seen then.
-    reference = []
+    inputs = [*files, *([cfg.validation] if cfg.validation else [])]
+    reference, prompts, models = None, [], [cfg.init, *([cfg.old] if cfg.old else [])]
     if normalise:
-        reference = reference_samples(cfg, device, tokenizer, max_length, rank, world)
-        if reference is None:
-            sys.exit(128 + signal.SIGTERM)  # nothing is begun yet
+        reference = load_reference(cfg, tokenizer, max_length, device)
+        prompts = [line for _, line in read_jsonl(cfg.prompts, {"prompt": True})]
+        inputs.append(cfg.prompts)
+        models.append(cfg.normalise_with or cfg.init)
+    inputs += [path for directory in models for path in weight_files(Path(directory))]
     checkpoint = open_run(cfg, inputs, device, rank, world)
     out_dir = Path(cfg.out_dir)
     if rank == 0:
         size = sum(parameter.numel() for parameter in model.parameters())
         print(f"reward model: {size / 1e6:.2f}M parameters; {device}, {dtype}, {world} rank(s)")
-        for path, number, count in zip(
-            [*files, cfg.validation], [*sizes, len(held_out)], [*counts, held_counts], strict=True
-        ):
+        counted = list(zip(files, sizes, counts, strict=True))
+        if held_out:
+            counted.append((cfg.validation, len(held_out), held_counts))
+        for path, number, count in counted:
             what = ", ".join(f"{n} {name}" for name, n in count.items())
-            print(f"{path}: {number} lines; responses {what}") if path else None
+            print(f"{path}: {number} lines kept; responses: {what}")
         pairs = sum(len(example["pairs"]) for example in examples)
         print(f"{pairs} pairs; {total} steps of {cfg.batch_size} prompts", flush=True)
 
     mixed = dtype in (torch.bfloat16, torch.float16)
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
-    report_old = {}
-    if old:  # how far the old model still holds on the new data: Llama 2 refreshed it weekly
-        old[0].to(precision)
-        for path in files:
-            first = sum(sizes[: files.index(path)])
-            some = examples[first : first + sizes[files.index(path)]][:1000]
-            scores = score_examples(old[0], some, cfg, device, autocast, rank, world)
-            if scores is None:
-                sys.exit(128 + signal.SIGTERM)
-            report_old[path] = accuracies(compare(some, scores))["all"]
-            if rank == 0:
-                rate = report_old[path]["model"][0]
-                print(f"--old {cfg.old} agrees with the labels of {path} in {rate:.3f} of pairs")
-        del old
+    yardstick = []
+    if normalise:  # now, since bad flags had better be seen before training than after
+        yardstick = reference_rows(
+            reference, tokenizer, prompts[: cfg.num_prompts], cfg, device, max_length, rank, world
+        )
+    report_old, begin = {}, 0
+    for path, number in zip(files, sizes, strict=True):
+        # How far an older model still holds on the new data: Llama 2's was refreshed weekly.
+        some, begin = examples[begin : begin + min(number, 1000)], begin + number
+        if not old or yardstick is None:
+            continue
+        scores = score_examples(old[0].to(precision), some, cfg, device, autocast, rank, world)
+        if scores is None:
+            yardstick = None
+            continue
+        sure = [pair for pair in pair_records(some, scores) if pair["label"] > 0.5]
+        report_old[path] = accuracies(sure)["all"]
+        rate = report_old[path]["model"][0]
+        if rank == 0 and sure:
+            print(f"--old {cfg.old}: agrees with the labels of {path} in {rate:.3f} of pairs")
+    if yardstick is None:
+        print("stopped by SIGTERM before the first step", flush=True)
+        sys.exit(128 + signal.SIGTERM)
+    del reference, old
 
     decayed = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
@@ -1197,20 +1278,18 @@ def main():
             report = evaluate(held_out, scores, golds)
             record = {"step": step, "seconds": round(time.time() - started, 1)}
             record |= {"eval_loss": report["loss"], "eval_ece": report["calibration"]["ece"]}
-            record["eval_accuracy"] = report["labels"]["all"]["model"][0]
-            if report.get("gold"):
-                record["eval_gold_accuracy"] = report["gold"]["all"]["model"][0]
+            agreement = ""
+            for name in ("labels", "gold"):
+                if report.get(name, {"all": {"pairs": 0}})["all"]["pairs"]:
+                    rate = record[f"eval_{name}_accuracy"] = report[name]["all"]["model"][0]
+                    agreement += f"  agreement with {name} {rate:.3f}"
             if rank == 0:
                 append_line(out_dir / "metrics.jsonl", record)
-                print(
-                    f"step {step}/{total}  held-out loss {record['eval_loss']:.4f} nats a pair, "
-                    f"agreement with labels {record['eval_accuracy']:.3f}"
-                    + (f", with gold {report['gold']['all']['model'][0]:.3f}" if golds else ""),
-                    flush=True,
-                )
+                loss = f"held-out loss {record['eval_loss']:.4f} nats a pair"
+                print(f"step {step}/{total}  {loss}{agreement}", flush=True)
                 for example, raw in list(zip(held_out, scores, strict=True))[:4]:
-                    sample = {"step": step, "prompt": example["record"]["prompt"]}
-                    sample |= {"responses": example["record"]["texts"], "raw_scores": raw}
+                    sample = {"step": step, "prompt": example["line"]["prompt"]}
+                    sample |= {"responses": example["texts"], "raw_scores": raw}
                     append_line(out_dir / "samples.jsonl", sample)
         if step == total:
             break
@@ -1304,25 +1383,28 @@ def main():
     # Normalised scores, then the finished model and what it is worth.
     statistics = {}
     if normalise:
-        raw = score_rows(model, reference, cfg, device, autocast, rank, world)
+        raw = score_rows(model, yardstick, cfg, device, autocast, rank, world)
         if raw is None:
             stop()
-        statistics = score_statistics(torch.tensor(raw, dtype=torch.float64))
+        try:
+            statistics = score_statistics(torch.tensor(raw, dtype=torch.float64))
+        except ValueError as error:  # the model is saved nevertheless, and refused by its readers
+            if rank == 0:
+                print(f"{out_dir}: not normalised: {error}", file=sys.stderr, flush=True)
     report |= {"old": report_old} if cfg.old else {}
     report |= statistics | {"step": step, "seconds": round(time.time() - started, 1)}
     report["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    report["training_lines"] = lines_an_epoch
-    report["training_pairs"] = sum(len(example["pairs"]) for example in examples)
+    first_epoch = epoch_order(sizes, weights, [cfg.seed, 0])
+    report["epoch_lines"] = lines_an_epoch
+    report["epoch_pairs"] = sum(len(examples[i]["pairs"]) for i in first_epoch)
     report["peak_memory_gib"] = round(peak_memory(device) / 2**30, 2)
     if rank == 0:
         save_model(out_dir, model, tokenizer, {"stage": "reward"} | statistics)
         if held_out:
             print_evaluation(report)
-        if normalise:
-            print(
-                f"normalised: raw mean {statistics['reward_mean']:.3f}, std "
-                f"{statistics['reward_std']:.3f} on {len(reference)} samples of the policy"
-            )
+        if statistics:
+            mean, std = statistics["reward_mean"], statistics["reward_std"]
+            print(f"normalised: raw mean {mean:.3f}, std {std:.3f} on {len(yardstick)} samples")
         write_json(out_dir / "report.json", report)
         for path in out_dir.glob("checkpoint-*"):
             shutil.rmtree(path)

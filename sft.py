@@ -60,6 +60,7 @@ from model import (
     text_of,
     token_logprobs,
     tokenizer_files,
+    weight_files,
     whole_file,
     write_json,
 )
@@ -74,7 +75,7 @@ class Config:
     prompts: Annotated[str, "prompts to sample from when evaluating; empty: none"] = (
         "data/toy/prompts_validation.jsonl"
     )
-    gold: Annotated[str, "Python file whose score(prompt, response) judges samples"] = ""
+    gold: Annotated[str, "Python file whose score(prompt, response, **fields) judges samples"] = ""
     out_dir: Annotated[str, "run directory"] = "runs/sft"
     init: Annotated[str, "run or Hugging Face GPT-2 directory; empty: random weights"] = ""
     tokenizer: Annotated[
@@ -219,6 +220,9 @@ def settings_of(cfg, inputs, world):
     """What must be the same when a run goes on: flags, number of ranks, sha256 of the inputs."""
     free = ("resume", "overwrite", "timeout_s")
     settings = {name: value for name, value in vars(cfg).items() if name not in free}
+    for path in inputs if cfg.overwrite else ():
+        if Path(cfg.out_dir).resolve() in Path(path).resolve().parents:
+            refuse(f"{path}: is in --out_dir, which --overwrite would delete")
     return settings | {"world": world} | {f"sha256 of {path}": sha256(path) for path in inputs}
 
 
@@ -567,6 +571,18 @@ def load_gold(path):
     return module
 
 
+def gold_score(gold, line, response):
+    """The user's score of a response to a prompt's line: a number, or the script ends."""
+    fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
+    try:
+        score = float(gold.score(line["prompt"], response, **fields))
+    except Exception as error:
+        refuse(f"{gold.__file__}: score: {type(error).__name__}: {error}")
+    if not math.isfinite(score):
+        refuse(f"{gold.__file__}: score: {score} for {response[:40]!r} to {line['prompt'][:40]!r}")
+    return score
+
+
 def judge(gold, line, response):
     """{"gold": score, and the parts that explain it} of a response to a prompt's line."""
     if gold is None:
@@ -576,7 +592,7 @@ def judge(gold, line, response):
     if hasattr(gold, "explain"):
         parts = {k: float(v) for k, v in gold.explain(line["prompt"], response, **fields).items()}
         parts.pop("score", None)
-    return {"gold": float(gold.score(line["prompt"], response, **fields))} | parts
+    return {"gold": gold_score(gold, line, response)} | parts
 
 
 def mean_interval(values):
@@ -671,6 +687,7 @@ def main():
     if cfg.prompts:
         prompts = read_prompts(cfg.prompts)
         inputs.append(cfg.prompts)
+    inputs += weight_files(Path(cfg.init)) if cfg.init else []
     gold = load_gold(cfg.gold) if cfg.gold else None
     lengths = [len(prompt) + len(response) for prompt, response in examples]
     steps_an_epoch = math.ceil(len(examples) / cfg.batch_size)

@@ -1,17 +1,20 @@
 """Shared by the tests: a small vocabulary, small models, real public data where it is at hand."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-from model import GPT, GPTConfig, load_tokenizer  # noqa: E402
+from model import GPT, GPTConfig, load_tokenizer, save_model  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +57,77 @@ def shared():
 def gpt2_tokenizer(shared):
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken-cache"))
     return load_tokenizer("gpt2")
+
+
+# --- running scripts ------------------------------------------------------------------------------
+
+
+def run_script(module, monkeypatch, *args):
+    """A script's main(), in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    module.stop_signals.clear()
+    try:
+        module.main()
+    except SystemExit as ended:
+        return ended.code
+    finally:
+        torch.set_num_threads(threads)
+        signal.signal(signal.SIGTERM, handler)
+    return 0
+
+
+def torchrun(folder, script, code, ranks=2):
+    """Runs `code`, which has the script's module, `sys`, `os` and `torch`, on several ranks."""
+    driver = folder / "driver.py"
+    driver.write_text(
+        f"import os, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport {script}\n{code}"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}", str(driver)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def metrics(out):
+    """A run's metrics without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    times = ("seconds", "tokens_per_s")
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
+
+
+def weights(out):
+    return (out / "model.safetensors").read_bytes()
+
+
+def gradient(out):
+    """The gradient of a run's first step: Adam's first moment after one step from zero is 0.1 times
+    it, and checkpoints keep it in float64."""
+    tensors = load_file(out / "checkpoint-1/tensors.safetensors")
+    moments = {name: t for name, t in tensors.items() if name.endswith("exp_avg")}
+    assert moments and all(t.dtype == torch.float64 for t in moments.values())
+    return torch.cat([10 * moments[name].flatten() for name in sorted(moments)])
+
+
+@pytest.fixture(scope="session")
+def policy_run(toy_data, tokenizer, tmp_path_factory):
+    """A run directory with an untrained language model on the embedded task's vocabulary, which
+    ends one response in six at each token."""
+    directory = tmp_path_factory.mktemp("policy") / "run"
+    torch.manual_seed(0)
+    sizes = {"n_positions": 96, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    policy = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, initializer_range=0.3, **sizes)).eval()
+    with torch.no_grad():
+        eos = policy.wte.weight[tokenizer.eot_token]
+        policy.ln_f.bias.copy_(5.5 * eos / eos.square().sum())
+    save_model(directory, policy, tokenizer, {"stage": "sft"})
+    return directory
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -12,8 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file
+from conftest import ROOT, gradient, metrics, run_script, torchrun, weights
 
 import sft
 from model import generate, load_config, load_model, load_tokenizer, pad
@@ -45,40 +44,7 @@ def flags(data, out, *more):
 
 
 def run(monkeypatch, *args):
-    """The script's main(), in this process; returns its exit status."""
-    monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, args)])
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
-    sft.stop_signals.clear()
-    try:
-        sft.main()
-    except SystemExit as ended:
-        return ended.code
-    finally:
-        torch.set_num_threads(threads)
-        signal.signal(signal.SIGTERM, handler)
-    return 0
-
-
-def torchrun(folder, code, ranks=2):
-    """Runs `code`, which has `sft`, `sys`, `os` and `torch`, on several ranks."""
-    driver = folder / "driver.py"
-    driver.write_text(
-        f"import os, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport sft\n{code}"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={ranks}", str(driver)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-
-
-def metrics(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    times = ("seconds", "tokens_per_s")
-    return [{k: v for k, v in line.items() if k not in times} for line in lines]
-
-
-def weights(out):
-    return (out / "model.safetensors").read_bytes()
+    return run_script(sft, monkeypatch, *args)
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -166,16 +132,8 @@ def test_learning_rate():
 
 # --- the same update whatever the ranks -----------------------------------------------------------
 
-# Adam's first moment after one step from zero is 0.1 times the gradient, and checkpoints keep it in
-# float64. The drivers keep the checkpoint that a finished run deletes.
+# The drivers keep the checkpoint that a finished run deletes, for `gradient`.
 KEEP = "sft.shutil.rmtree = lambda *args, **kwargs: None\n"
-
-
-def gradient(out):
-    tensors = load_file(out / "checkpoint-1/tensors.safetensors")
-    moments = {name: t for name, t in tensors.items() if name.endswith("exp_avg")}
-    assert moments and all(t.dtype == torch.float64 for t in moments.values())
-    return torch.cat([10 * moments[name].flatten() for name in sorted(moments)])
 
 
 def test_ranks_and_accumulation_take_the_same_gradient(data, tmp_path, monkeypatch):
@@ -190,7 +148,7 @@ def test_ranks_and_accumulation_take_the_same_gradient(data, tmp_path, monkeypat
         assert run(patch, *flags(data, tmp_path / "accumulated", *args, *more)) == 0
     for name, more in (("two", []), ("both", ["--micro_batch_size", 3])):
         argv = ["sft.py", *flags(data, tmp_path / name, *args, *more)]
-        done = torchrun(tmp_path, f"{KEEP}sys.argv = {argv!r}\nsft.main()\n")
+        done = torchrun(tmp_path, "sft", f"{KEEP}sys.argv = {argv!r}\nsft.main()\n")
         assert done.returncode == 0, done.stderr[-3000:]
     expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
     assert expected.norm() > 0.1
@@ -218,7 +176,7 @@ def test_few_lines_on_two_ranks(data, tmp_path, n, forwards):
         f"sft.weighted_nll, sys.argv = spy, {argv!r}\nsft.main()\n"
         "os.write(1, b'forwards %d\\n' % len(seen))\n"
     )
-    done = torchrun(tmp_path, code)
+    done = torchrun(tmp_path, "sft", code)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(f"forwards {forwards}\n") == 2
     report = json.loads((tmp_path / "run/report.json").read_text())
@@ -297,11 +255,11 @@ def test_sigterm_to_one_of_two_ranks(data, tmp_path):
         "    return real(step, total, cfg)\n"
         "sft.learning_rate = rate\n"
     )
-    done = torchrun(tmp_path, f"{interrupt}sys.argv = {broken!r}\nsft.main()\n")
+    done = torchrun(tmp_path, "sft", f"{interrupt}sys.argv = {broken!r}\nsft.main()\n")
     assert done.returncode != 0 and "stopped by SIGTERM at step 7" in done.stdout
     assert [path.name for path in (tmp_path / "broken").glob("check*")] == ["checkpoint-7"]
     for argv in (broken, whole):
-        done = torchrun(tmp_path, f"sys.argv = {argv!r}\nsft.main()\n")
+        done = torchrun(tmp_path, "sft", f"sys.argv = {argv!r}\nsft.main()\n")
         assert done.returncode == 0, done.stderr[-3000:]
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
 
@@ -410,7 +368,7 @@ def test_a_bad_gradient_on_one_rank_stops_all_before_the_update(data, tmp_path):
         f"sft.weighted_nll = poisoned\nsys.argv = {argv!r}\n"
         "try:\n    sft.main()\nfinally:\n    os.write(1, b'updates %d\\n' % len(updates))\n"
     )
-    done = torchrun(tmp_path, code)
+    done = torchrun(tmp_path, "sft", code)
     assert done.returncode != 0
     assert done.stdout.count("updates 2\n") == 2
     assert "step 2: the gradient is nan on the batch of lines" in done.stderr
