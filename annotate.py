@@ -540,12 +540,12 @@ def finish_samples(cfg, prompts, partial):
     if counts["unended"] > 0.5 * total:
         print(f"most did not end within --max_new_tokens {cfg.max_new_tokens}: give them more")
     if records:
-        write_lines(path, [records[index] for index in sorted(records)])
+        write_jsonl(path, [records[index] for index in sorted(records)])
     partial.unlink()
     return len(records)
 
 
-def write_lines(path, records):
+def write_jsonl(path, records):
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
@@ -1142,7 +1142,7 @@ def rate_responses(cfg, games, lines):
         line = {name: value for name, value in lines[prompt].items() if name not in drop}
         line |= {"responses": [names[i] for i in order], "games": len(played)}
         records.append(line | {"scores": [round(float(rewards[i]), 6) for i in order]})
-    write_lines(cfg.out, records)
+    write_jsonl(cfg.out, records)
     print(f"{cfg.out}: {len(records)} prompts with rewards from {len(games)} games")
     if apart:
         print(f"{apart} prompts left out: some of their responses never met")
@@ -1217,7 +1217,7 @@ def main():
     path = out_dir / f"{cfg.output}.jsonl"
     if simulated:
         records = list(simulate(cfg, samples, gold))
-        write_lines(path, records)
+        write_jsonl(path, records)
         print(f"{path}: {len(records)} lines", flush=True)
     elif not ask_person(cfg, samples, path):
         return None

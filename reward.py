@@ -1000,6 +1000,16 @@ def by_grade(pairs):
     }
 
 
+def bimodality(values):
+    """Sarle's coefficient (skewness^2 + 1) / kurtosis: 1/3 for a Gaussian, 5/9 for a uniform law,
+    1 for two points. Margins push scores into two clumps (Llama 2, figure 27)."""
+    x = values - values.mean()
+    if not x.any():
+        return 0.0
+    skewness, kurtosis = ((x**n).mean() / x.std() ** n for n in (3, 4))
+    return float((skewness**2 + 1) / kurtosis)
+
+
 def evaluate(examples, scores, golds):
     """Everything that report.json says of a model with these raw scores on held-out examples."""
     pairs = pair_records(examples, scores)
@@ -1016,6 +1026,7 @@ def evaluate(examples, scores, golds):
     words = np.array([len(text.split()) for e in examples for text in e["texts"]])
     if raw.std() > 0 and words.std() > 0:
         report["score_length_correlation"] = float(np.corrcoef(raw, words)[0, 1])
+    report["bimodality"] = bimodality(raw)
     shorter = [(p["prompt"], hit(p["difference"])) for p in sure if p["words"] < 0]
     if shorter:
         report["where_the_shorter_is_better"] = grouped_rate(shorter)
@@ -1047,6 +1058,11 @@ def print_evaluation(report):
 
 
 # --- reward.py score ------------------------------------------------------------------------------
+
+
+def write_jsonl(path, records):
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def score_main(cfg):
@@ -1086,13 +1102,12 @@ def score_main(cfg):
         sys.exit(128 + signal.SIGTERM)
     if rank == 0:
         scores = iter(normalised(torch.tensor(raw, dtype=torch.float64), statistics).tolist())
-        with whole_file(cfg.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            for record, parts in lines:
-                for name in parts:
-                    many = name == "responses"
-                    found = list(itertools.islice(scores, len(record[name]) if many else 1))
-                    record[names[name]] = found if many else found[0]
-                file.write(json.dumps(record) + "\n")
+        for record, parts in lines:
+            for name in parts:
+                many = name == "responses"
+                found = list(itertools.islice(scores, len(record[name]) if many else 1))
+                record[names[name]] = found if many else found[0]
+        write_jsonl(cfg.out, [record for record, _ in lines])
         print(
             f"{cfg.out}: {len(lines)} lines, {len(rows)} responses scored, {cut} of which fill the "
             f"model's {longest} positions and may have been cut"

@@ -15,6 +15,7 @@ conversion with exit status 2, and then nothing is written.
 import argparse
 import collections
 import gzip
+import itertools
 import json
 import math
 import os
@@ -293,7 +294,12 @@ def convert(name, source, target):
 
 
 def is_number(value):
-    return type(value) is int or (type(value) is float and math.isfinite(value))
+    """Whether it is a number that arithmetic stays finite with."""
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def fall(scores):
+    return all(a >= b for a, b in itertools.pairwise(scores))
 
 
 def kind_of(record):
@@ -301,7 +307,10 @@ def kind_of(record):
     if "chosen" in record or "rejected" in record:
         return "comparisons"
     if "responses" in record:
-        return "rankings" if "scores" in record else "rankings or samples"
+        scores = record.get("scores")
+        if not isinstance(scores, list) or not all(map(is_number, scores)):
+            return "rankings" if "scores" in record else "rankings or samples"
+        return "rankings" if fall(scores) else "samples"
     return "demonstrations" if "response" in record else "prompts"
 
 
@@ -329,7 +338,7 @@ def faults(record, kind):
             yield "margin", f"expected a number of at least 0, got {margin!r}"
         if not is_number(label) or not 0.5 <= label <= 1:
             yield "label", f"expected a probability from 0.5 to 1, got {label!r}"
-    if kind.startswith("rankings"):
+    if kind.startswith("rankings") or kind == "samples":
         responses, scores = record.get("responses"), record.get("scores")
         if not isinstance(responses, list) or (len(responses) < 2 and kind == "rankings"):
             yield "responses", "expected a list of two strings or more"
@@ -341,6 +350,8 @@ def faults(record, kind):
             or not all(map(is_number, scores))
         ):
             yield "scores", f"expected {len(responses)} numbers, one a response"
+        elif kind == "rankings" and not fall(scores or []):
+            yield "scores", "expected numbers that fall, as the best comes first"
     if record.get("kind", "open") not in ("open", "closed"):
         yield "kind", f"expected open or closed, got {record['kind']!r}"
     if not isinstance(record.get("unsafe", False), bool):

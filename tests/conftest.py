@@ -66,7 +66,7 @@ def run_script(module, monkeypatch, *args):
     """A script's main(), in this process; returns its exit status."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
-    module.stop_signals.clear()
+    getattr(module, "stop_signals", []).clear()
     try:
         module.main()
     except SystemExit as ended:

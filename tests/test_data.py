@@ -473,6 +473,10 @@ def test_malformed_data_on_the_command_line(tmp_path, toy_data):
         ({"prompt": "p", "responses": ["a"], "scores": [1]}, "responses: expected a list of two"),
         ({"prompt": "p", "responses": ["a", " "]}, "responses: expected strings, none"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1]}, "scores: expected 2 numbers"),
+        (
+            {"prompt": "p", "responses": ["a", "b"], "scores": [10**400, 1]},
+            "scores: expected 2 numbers",
+        ),
         ({"prompt": "p", "response": "r", "kind": "ajar"}, "kind: expected open or closed"),
         ({"prompt": "p", "unsafe": 1}, "unsafe: expected true or false"),
         ({"prompt": "p", "reference": ""}, "reference: is empty"),
