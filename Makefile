@@ -1,7 +1,7 @@
 # One command on a fresh machine with Python 3.11 or newer:
 #   make             installs, writes the embedded task, runs every stage that exists, reports
 #   make test        installs, runs all tests
-#   make test-peers  installs transformers beside torch, runs the tests that compare with it
+#   make test-peers  installs transformers and TRL beside torch, runs the tests that compare
 #   make bench       measures against peers
 #   make reward-scaling, make reward-margins   experiments with reward models, three seeds each
 # QUICK=1 makes the experiments with one seed.
@@ -14,7 +14,7 @@ PEERS := .venv-peers
 LAUNCH ?=
 # torchrun comes from the same environment as python.
 RUN := $(if $(LAUNCH),$(VENV)/bin/$(LAUNCH),$(PYTHON))
-TRANSFORMERS := transformers==5.23.0
+PEER_PACKAGES := transformers==5.23.0 trl==1.12.0
 
 SEEDS := $(if $(QUICK),0,0 1 2)
 comma := ,
@@ -46,7 +46,7 @@ $(VENV)/installed: requirements.txt
 $(PEERS)/installed: requirements.txt Makefile
 	$(PYTHON3) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(TRANSFORMERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PEER_PACKAGES)
 	touch $@
 
 # --- the embedded task ---
@@ -63,7 +63,7 @@ runs/sft/report.json: data/toy/bpe.tiktoken sft.py model.py
 	$(SFT) --out_dir runs/sft $(call again,runs/sft,sft)
 
 runs/feedback/report.json: runs/sft/report.json annotate.py
-	$(ANNOTATE) --num_prompts 8000 --out_dir runs/feedback $(call again,runs/feedback,annotate)
+	$(ANNOTATE) --out_dir runs/feedback $(call again,runs/feedback,annotate)
 
 runs/feedback_validation/report.json: runs/sft/report.json annotate.py
 	$(ANNOTATE) --prompts data/toy/prompts_validation.jsonl --out_dir runs/feedback_validation \
@@ -80,7 +80,7 @@ again = $(shell cmp -s $(1)/script.py $(2).py && test ! -e $(1)/report.json \
 # --- experiments with reward models: everything again in each seed ---
 
 SIZES := small medium large
-LINES := 1000 2000 4000 8000
+LINES := 1500 4000 12000
 SIZE_small := --n_layer 2 --n_embd 64
 SIZE_medium := --n_layer 3 --n_embd 128
 SIZE_large := --n_layer 4 --n_embd 192
@@ -95,7 +95,7 @@ endef
 # $(1) seed: feedback on the medium policy, for all sizes; what is held out are the test prompts.
 define feedback
 $(E)/feedback-$(1)/report.json: $(E)/sft-medium-$(1)/report.json annotate.py
-	$(ANNOTATE) --policy $(E)/sft-medium-$(1) --num_prompts 8000 --seed $(1) \
+	$(ANNOTATE) --policy $(E)/sft-medium-$(1) --seed $(1) \
 	  --out_dir $$(@D) $$(call again,$$(@D),annotate)
 $(E)/feedback-test-$(1)/report.json: $(E)/sft-medium-$(1)/report.json annotate.py
 	$(ANNOTATE) --policy $(E)/sft-medium-$(1) --prompts data/toy/prompts_test.jsonl --seed $(1) \
@@ -118,12 +118,12 @@ $(E)/$(5)/report.json: $(E)/sft-$(1)-$(2)/report.json $(E)/rankings-$(2)-$(3).js
 endef
 
 scaled = $(foreach s,$(SIZES),$(foreach n,$(LINES),$(SEEDS:%=reward-$(s)-$(n)-%)))
-with_margins = $(SEEDS:%=reward-medium-8000-%) $(foreach m,small large,$(SEEDS:%=margin-$(m)-%))
+with_margins = $(SEEDS:%=reward-medium-12000-%) $(foreach m,small large,$(SEEDS:%=margin-$(m)-%))
 $(foreach seed,$(SEEDS),$(eval $(call feedback,$(seed))) \
   $(foreach n,$(LINES),$(eval $(call part,$(seed),$(n)))) \
   $(foreach s,$(SIZES),$(eval $(call trunk,$(s),$(seed))) \
     $(foreach n,$(LINES),$(eval $(call reward_run,$(s),$(seed),$(n),none,reward-$(s)-$(n)-$(seed))))) \
-  $(foreach m,small large,$(eval $(call reward_run,medium,$(seed),8000,$(m),margin-$(m)-$(seed)))))
+  $(foreach m,small large,$(eval $(call reward_run,medium,$(seed),12000,$(m),margin-$(m)-$(seed)))))
 
 # Figure 6 of Stiennon et al. (2020) in small, and table 28 of Llama 2.
 reward-scaling: $(patsubst %,$(E)/%/report.json,$(scaled))

@@ -67,7 +67,7 @@ ELO = 400 / math.log(10)  # points of Elo's scale in one nat of log-odds
 @dataclasses.dataclass(frozen=True)
 class Config:
     prompts: Annotated[str, "prompts to respond to"] = "data/toy/prompts_train.jsonl"
-    num_prompts: Annotated[int, "how many of them, from the file's start; 0: all"] = 6000
+    num_prompts: Annotated[int, "how many of them, from the file's start; 0: all"] = 0
     policy: Annotated[
         str, "who responds: run directories, by commas, each perhaps RUN@temperature=T"
     ] = "runs/sft"

@@ -1,4 +1,4 @@
-"""Parity with Hugging Face's transformers: run by `make test-peers`."""
+"""Parity with Hugging Face's transformers and TRL: run by `make test-peers`."""
 
 import os
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import reward
 from model import GPT, GPTConfig, generate, load_model, load_tokenizer, pad, save_model
 
 transformers = pytest.importorskip("transformers")
@@ -208,3 +209,46 @@ def test_half_precision_files_of_theirs_keep_their_values(tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     weight = load_model(tmp_path).wpe.weight
     assert torch.equal(weight, model.transformer.wpe.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("margin", [False, True])
+def test_reward_loss_equals_trls(margin):
+    """RewardTrainer.compute_loss on a model whose logits are our scores: loss and gradient."""
+    from collections import defaultdict
+    from types import SimpleNamespace
+
+    accelerate, trl = pytest.importorskip("accelerate"), pytest.importorskip("trl")
+    torch.manual_seed(0)
+    ours = torch.randn(12, dtype=torch.float64, requires_grad=True)  # six chosen, six rejected
+    logits = ours.detach().clone().requires_grad_()
+    margins = torch.rand(6, dtype=torch.float64)
+    trainer = trl.RewardTrainer.__new__(trl.RewardTrainer)
+    trainer.model = SimpleNamespace(training=True)
+    trainer.args = SimpleNamespace(center_rewards_coefficient=None)
+    trainer.accelerator = accelerate.Accelerator(cpu=True)
+    trainer._metrics, trainer._total_train_tokens = {"train": defaultdict(list)}, 0
+    inputs = {"attention_mask": torch.ones(12, 3)} | ({"margin": margins} if margin else {})
+    theirs = trainer.compute_loss(lambda **_: SimpleNamespace(logits=logits[:, None]), inputs)
+    pairs = reward.pairwise_loss(ours[:6], ours[6:], margins if margin else 0.0)
+    assert pairs.mean().item() == pytest.approx(theirs.item(), rel=1e-12)
+    theirs.backward()
+    pairs.mean().backward()
+    assert (ours.grad - logits.grad).abs().max() < 1e-15
+    accuracy = sum(reward.hit(d) for d in (ours[:6] - ours[6:]).tolist()) / 6
+    assert accuracy == pytest.approx(trainer._metrics["train"]["accuracy"][0])
+
+
+def test_reward_scores_equal_theirs(tmp_path, tokenizer, small_gpt):
+    """A saved reward model opens as GPT2ForSequenceClassification and gives the same raw scores."""
+    ours = small_gpt(scalar_head=True, vocab_size=tokenizer.n_vocab)
+    statistics = {"reward_mean": 0.5, "reward_std": 2.0, "score_transform": "identity"}
+    save_model(tmp_path, ours, tokenizer, {"stage": "reward"} | statistics)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    model, same, read = reward.load_reward_model(tmp_path)
+    assert read == statistics
+    for text in (" My cousin sold my lamp.", " no"):
+        ids = [*same.encode_ordinary("What?" + text), same.eot_token]
+        with torch.no_grad():
+            theirs = again(torch.tensor([ids])).logits.item()
+            found = model(torch.tensor([ids]))[0, -1].item()
+        assert found == pytest.approx(theirs, abs=1e-5)
