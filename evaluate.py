@@ -1,36 +1,113 @@
-"""Figures and tables over several runs. (Head to head, best-of-n and learning curves: to come.)
+"""Head to head: which policy is better, by how much, and at what cost in KL.
 
-`scaling` is figure 6 of Stiennon et al. 2020 (arXiv:2009.01325) in small: a reward model's held-out
-accuracy against the number of comparisons and the size of the model, with the slopes of
+Every policy responds to the same prompts; every judge scores every response. For policies A and B,
 
-    accuracy = a + b log2(comparisons) + c log2(parameters)
+    win rate = mean over prompts and over pairs of a response of each of  [A better] + [tie] / 2
+    KL(A, reference) = E sum_t sum_v pi(v | s_t) log(pi(v | s_t) / pi_ref(v | s_t))  nats a sequence
 
-by least squares, and their standard errors. `margins` is table 28 of Llama 2 (arXiv:2307.09288):
-accuracy by how much better the better response is, for losses without and with margins.
+with 95% intervals by the bootstrap over prompts. A judge is a Python file that knows the truth
+(`--gold`), a reward model, or a file of comparisons that somebody else labelled. Beside every win
+rate stand what "the longer response wins" would give, and the win rate at equal length.
 
-    python evaluate.py scaling --runs runs/scaling/a,runs/scaling/b --out runs/figures/scaling
-    python evaluate.py margins --runs runs/reward,runs/small,runs/large --out runs/figures/margins
+    python evaluate.py --policies runs/sft,runs/sft@temperature=0 --gold data/toy.py
+    python evaluate.py --policies runs/sft,runs/sft@best_of=4:runs/reward --judges runs/reward
+    python evaluate.py plot runs/sft runs/reward           # learning curves
+    python evaluate.py scaling RUN...; python evaluate.py margins RUN...     # of reward models
 """
 
 import argparse
 import dataclasses
+import datetime
+import gzip
+import hashlib
+import importlib.util
+import itertools
+import json
 import math
+import os
+import shutil
+import signal
 import sys
+import time
 import typing
+import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
-from model import read_json, whole_file, write_json
+from model import (
+    at_least_float32,
+    check_tokenizer,
+    encode,
+    generate,
+    last_score,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pad,
+    predicts,
+    read_json,
+    text_of,
+    tokenizer_hash,
+    whole_file,
+    write_json,
+)
 
+STATISTICS = ("reward_mean", "reward_std", "score_transform")
+ELO = 400 / math.log(10)  # points of Elo's scale in one nat of log-odds
 # Student's t for 95% and 1, 2, ... degrees of freedom: a few seeds are all that there are.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclasses.dataclass(frozen=True)
+class Config:
+    policies: Annotated[
+        str, "by commas: RUN, RUN@temperature=T, RUN@best_of=N:REWARD; others play the first"
+    ] = "runs/sft"
+    reference: Annotated[str, "run that KL is to; empty: the first policy's"] = ""
+    prompts: Annotated[str, "prompts for all of them"] = "data/toy/prompts_test.jsonl"
+    num_prompts: Annotated[int, "how many of them, from the file's start; 0: all"] = 0
+    num_samples: Annotated[int, "K, responses of a policy to a prompt; greedy, best_of: 1"] = 4
+    gold: Annotated[str, "Python file whose score(prompt, response, **fields) is the truth"] = ""
+    judges: Annotated[str, "more judges, by commas: reward models and Python files"] = ""
+    comparisons: Annotated[
+        str, "file of comparisons between these policies (named in `policy`) as one more judge"
+    ] = ""
+    best_of_n: Annotated[
+        int, "curve of best-of-n for n up to this, of the first policy; 0: none"
+    ] = 0
+    proxy: Annotated[str, "reward that best-of-n goes by"] = "runs/reward"
+    show: Annotated[str, "parts of gold's `explain` in the printed table, by commas"] = "harmless"
+    num_shown: Annotated[int, "prompts whose responses stand side by side in the report"] = 6
+    bootstrap: Annotated[int, "resamplings of the prompts"] = 1000
+    out_dir: Annotated[str, "folder for report.json, samples and figures"] = "runs/evaluation"
+    report: Annotated[str, "Markdown report; empty: report.md in out_dir"] = ""
+    max_new_tokens: Annotated[int, "longest response, tokens"] = 48
+    micro_batch_size: Annotated[int, "a quarter of the responses a forward; 0: 64"] = 0
+    seed: Annotated[int, "of samples and bootstrap"] = 0
+    device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
+    dtype: Annotated[
+        str, "float32, bfloat16, float16, float64; empty: bfloat16 on cuda, else float32"
+    ] = ""
+    timeout_s: Annotated[int, "a collective that takes longer ends the job, seconds"] = 600
+    resume: Annotated[bool, "start anew unless the run in out_dir is finished"] = False
+    overwrite: Annotated[bool, "delete the run in out_dir first"] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PlotConfig:
+    runs: Annotated[str, "run directories, by commas, or before the flags"] = ""
+    metrics: Annotated[str, "names of metrics, by commas; empty: all that change"] = ""
+    out: Annotated[str, "the figure"] = "runs/figures/curves.png"
+
+
+@dataclasses.dataclass(frozen=True)
 class ScalingConfig:
-    runs: Annotated[str, "finished reward.py runs, by commas"] = ""
+    runs: Annotated[str, "finished reward.py runs, by commas, or before the flags"] = ""
     out: Annotated[str, "writes OUT.json, OUT.md and, with matplotlib, OUT.png"] = (
         "runs/figures/reward_scaling"
     )
@@ -38,11 +115,13 @@ class ScalingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MarginsConfig:
-    runs: Annotated[str, "finished reward.py runs, by commas"] = ""
+    runs: Annotated[str, "finished reward.py runs, by commas, or before the flags"] = ""
     out: Annotated[str, "writes OUT.json and OUT.md"] = "runs/figures/reward_margins"
 
 
 # --- from the plumbing of the training scripts (tests/test_copies.py) -----------------------------
+
+stop_signals = []  # the SIGTERMs that came to this rank
 
 
 def refuse(message):
@@ -75,31 +154,595 @@ def parse_config(config_class, doc, command=""):
     return cfg
 
 
+def start_process(cfg):
+    """-> device, dtype, rank, world. torchrun sets the world; without it, a world of one."""
+    signal.signal(signal.SIGTERM, lambda *_: stop_signals.append(1))
+    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        refuse(f"--device {name}: expected cpu or cuda")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            refuse(f"--device {name}: there is no such CUDA device here")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    dtype = getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        limit = datetime.timedelta(seconds=cfg.timeout_s)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    return device, dtype, rank, world
+
+
+def all_reduce(values, device):
+    """A list of numbers -> their sums over the ranks."""
+    if not dist.is_initialized():
+        return list(values)
+    sums = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather(records, device):
+    """The lists of JSON values of all ranks, one after another, on every rank."""
+    if not dist.is_initialized():
+        return list(records)
+    data = torch.tensor(list(json.dumps(records).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    padded = [data.new_zeros(int(max(sizes))) for _ in sizes]
+    dist.all_gather(padded, torch.cat([data, data.new_zeros(len(padded[0]) - len(data))]))
+    texts = [bytes(x[:n].tolist()) for x, n in zip(padded, sizes, strict=True)]
+    return [record for text in texts for record in json.loads(text)]
+
+
+def stop_requested(device):
+    """Whether SIGTERM came to any rank. All ranks ask at the same places, so all stop there."""
+    return all_reduce([float(len(stop_signals))], device)[0] > 0
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settings_of(cfg, inputs, world):
+    """What must be the same when a run goes on: flags, number of ranks, sha256 of the inputs."""
+    free = ("resume", "overwrite", "timeout_s")
+    settings = {name: value for name, value in vars(cfg).items() if name not in free}
+    for path in inputs if cfg.overwrite else ():
+        if Path(cfg.out_dir).resolve() in Path(path).resolve().parents:
+            refuse(f"{path}: is in --out_dir, which --overwrite would delete")
+    return settings | {"world": world} | {f"sha256 of {path}": sha256(path) for path in inputs}
+
+
+def may_resume(cfg, settings):
+    """Whether out_dir holds a run to go on with, all of whose settings are these.
+
+    A run goes on only with the settings, the inputs (files) and the world size that it began with:
+    another order of the data would train on some examples twice and on others never.
+    """
+    out_dir = Path(cfg.out_dir)
+    known = (out_dir / "args.json").is_file()
+    # What a run that was killed in its first moments left is not in use.
+    in_use = out_dir.exists() and any(path.suffix != ".tmp" for path in out_dir.iterdir())
+    if in_use and not (known and (cfg.resume or cfg.overwrite)):
+        refuse(f"{out_dir}: in use; --resume goes on with its run, --overwrite deletes it")
+    if not (known and cfg.resume):
+        return False
+    old = read_json(out_dir / "args.json").get("settings", {})
+    changed = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
+    if changed:
+        changes = [f"{name}: {old.get(name)!r} -> {settings.get(name)!r}" for name in changed]
+        refuse(f"{out_dir}: can't resume with other settings: {'; '.join(changes)}")
+    if (out_dir / "report.json").exists():
+        print(f"{out_dir}: this run is finished", flush=True)
+        sys.exit(0)
+    return True
+
+
+def new_run(out_dir, settings):
+    """Makes out_dir anew, with args.json and the source that runs."""
+    if out_dir.exists():  # renamed first: deleted half, it would look like somebody's folder
+        old = out_dir.with_name(f".{out_dir.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out_dir, old)
+        shutil.rmtree(old)
+    out_dir.mkdir(parents=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    record = {"settings": settings, "command": sys.argv, "versions": versions}
+    write_json(out_dir / "args.json", record)
+    shutil.copyfile(__file__, out_dir / "script.py")
+
+
+def read_jsonl(path, texts):
+    """Yields (where, record) for each line of a JSON Lines file, plain or .gz.
+
+    `texts`: {field: whether it may be empty}, the fields that must be there and be strings. The
+    first bad line ends the script: `file:line: field: what is wrong`, exit status 2.
+    """
+    where, number, seen = f"{path}:1", 0, 0
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                if not line.strip():
+                    continue
+                seen += 1
+                record = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
+                if not isinstance(record, dict):
+                    refuse(f"{where}: line: expected an object, got {type(record).__name__}")
+                for name, may_be_empty in texts.items():
+                    if name not in record:
+                        refuse(f"{where}: {name}: is missing")
+                    if not isinstance(record[name], str):
+                        found = json.dumps(record[name])[:40]
+                        refuse(f"{where}: {name}: expected a string, got {found}")
+                    if not may_be_empty and not record[name].strip():
+                        refuse(f"{where}: {name}: is empty")
+                    record[name].encode("utf-8")  # a lone surrogate is valid JSON, but no text
+                yield where, record
+    except UnicodeError as error:
+        refuse(f"{where}: line: not UTF-8: {error.reason}")
+    except (ValueError, RecursionError) as error:
+        refuse(f"{where}: line: not JSON: {error}")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        refuse(f"{path}:{number + 1}: line: not a whole gzip file: {error}")
+    except OSError as error:
+        refuse(f"{path}:0: file: can't be read: {error.strerror or error}")
+    if not seen:
+        refuse(f"{path}:0: file: is empty")
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+# --- policies -------------------------------------------------------------------------------------
+
+
 def split_names(text):
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-# --- reading runs ---------------------------------------------------------------------------------
-
-
-def read_runs(names):
-    """[(args, report)] of finished runs of reward.py."""
-    runs = []
-    for name in split_names(names):
+def parse_policy(text):
+    """RUN[@temperature=T][@best_of=N:REWARD] -> {"name", "run", "temperature", "best_of", "by"}."""
+    run, *options = text.split("@")
+    policy = {"name": text, "run": run, "temperature": 1.0, "best_of": 1, "by": None}
+    for option in options:
+        name, _, value = option.partition("=")
         try:
-            args = read_json(Path(name) / "args.json").get("settings", {})
-            report = read_json(Path(name) / "report.json")
-        except (OSError, ValueError) as error:
-            refuse(f"{name}: not a finished run: {error}")
-        if "labels" not in report or "epoch_pairs" not in report:
-            refuse(f"{name}: report.json: not of reward.py, or without held-out data")
-        runs.append((args, report))
-    if not runs:
-        refuse("--runs: expected run directories, by commas")
-    return runs
+            if name == "temperature" and 0 <= float(value) < math.inf:
+                policy["temperature"] = float(value)
+                continue
+            count, _, reward = value.partition(":")
+            if name == "best_of" and int(count) >= 1 and reward:
+                policy |= {"best_of": int(count), "by": reward}
+                continue
+        except ValueError:
+            pass
+        refuse(f"--policies {text}: expected RUN, RUN@temperature=T or RUN@best_of=N:REWARD")
+    return policy
+
+
+def load_policy(directory, device):
+    """A language model and its tokenizer."""
+    try:
+        model, tokenizer = load_model(directory, device), load_tokenizer(directory)
+        check_tokenizer(tokenizer, directory, load_config(directory))
+    except (OSError, ValueError) as error:
+        refuse(error)
+    if model.score is not None:
+        refuse(f"{directory}: has a scalar head; it scores text and writes none")
+    return model, tokenizer
+
+
+def sample_policy(model, tokenizer, prompts, count, temperature, seed, cfg, device, rank, world):
+    """`count` responses to each prompt: a list (prompts) of lists of {"prompt_ids", "ids", "text",
+    "ended"}; None if told to stop.
+
+    A chunk of prompts draws from a generator of its own, so that any number of ranks samples the
+    same; `seed` differs between policies.
+    """
+    size = max((4 * cfg.micro_batch_size or 256) // count, 1)
+    room, eos = model.config.n_positions - cfg.max_new_tokens, tokenizer.eot_token
+    ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
+    chunks = [order[i : i + size] for i in range(0, len(order), size)]
+    found, last_time = [], time.time()
+    for number in range(rank, math.ceil(len(chunks) / world) * world, world):
+        if stop_requested(device):
+            return None
+        if number >= len(chunks):
+            continue
+        if rank == 0 and time.time() - last_time > 30:
+            last_time = time.time()
+            print(f"sampled {number * size}/{len(prompts)} prompts", flush=True)
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
+        tokens, mask = generate(
+            model,
+            [ids[i] for i in chunks[number]],
+            cfg.max_new_tokens,
+            num_samples=count,
+            temperature=temperature,
+            eos=eos,
+            generator=generator,
+        )
+        for n, (row, inside) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
+            new = row[inside].tolist()
+            ended = new[-1] == eos
+            text = text_of(tokenizer, new[:-1] if ended else new)
+            found.append([chunks[number][n // count], new, text, ended])
+    samples = [[] for _ in prompts]
+    for i, new, text, ended in gather(found, device):
+        samples[i].append({"prompt_ids": ids[i], "ids": new, "text": text, "ended": ended})
+    return samples
+
+
+def sequence_kl(policy, reference, samples, temperature, cfg, device, autocast, rank, world):
+    """KL to the reference of each sample: sum over its tokens of the KL of the two next-token
+    distributions, nats; its mean is unbiased, and varies less than log-ratios of the tokens drawn.
+
+    A list (prompts) of lists. The policy's logits are divided by its temperature, the reference's
+    are as they are; at temperature 0 the policy puts probability 1 on what it said, so that the KL
+    is -log pi_ref of it. None if told to stop.
+    """
+    rows = [(i, sample) for i, some in enumerate(samples) for sample in some]
+    order = sorted(
+        range(len(rows)), key=lambda n: len(rows[n][1]["prompt_ids"] + rows[n][1]["ids"])
+    )
+    size, found = cfg.micro_batch_size or 64, []
+    for begin in range(0, len(rows), size * world):
+        if stop_requested(device):
+            return None
+        numbers = order[begin : begin + size * world][rank::world]
+        if not numbers:
+            continue
+        some = [rows[n][1] for n in numbers]
+        tokens, mask = pad([s["prompt_ids"] for s in some], [s["ids"] for s in some])
+        tokens, mask = tokens.to(device), mask.to(device)
+        at = predicts(mask)
+        with torch.no_grad(), autocast:
+            ref_logprobs = at_least_float32(reference(tokens, at=at)).log_softmax(-1)  # (N, V)
+            if temperature == 0:
+                kl = -ref_logprobs.gather(1, tokens[mask][:, None]).squeeze(1)  # (N,)
+            else:
+                logprobs = at_least_float32(policy(tokens, at=at) / temperature).log_softmax(-1)
+                kl = (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
+        sums = kl.new_zeros(mask.shape).masked_scatter(mask, kl).sum(1)  # (B,)
+        found += zip(numbers, sums.tolist(), strict=True)
+    values = iter(value for _, value in sorted(gather(found, device)))
+    return [[next(values) for _ in some] for some in samples]
+
+
+# --- judges ---------------------------------------------------------------------------------------
+
+
+def load_gold(path):
+    """A user's Python file as a module: score(prompt, response, **fields), perhaps explain(...)."""
+    spec = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
+    if not Path(path).is_file() or spec is None:
+        refuse(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and the like look themselves up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        refuse(f"{path}: can't be run: {type(error).__name__}: {error}")
+    if not callable(getattr(module, "score", None)):
+        refuse(f"{path}: score: no such function; expected score(prompt, response, **fields)")
+    return module
+
+
+def gold_score(gold, line, response):
+    """The user's score of a response to a prompt's line: a number, or the script ends."""
+    fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
+    try:
+        score = float(gold.score(line["prompt"], response, **fields))
+    except Exception as error:
+        refuse(f"{gold.__file__}: score: {type(error).__name__}: {error}")
+    if not math.isfinite(score):
+        refuse(f"{gold.__file__}: score: {score} for {response[:40]!r} to {line['prompt'][:40]!r}")
+    return score
+
+
+def judge(gold, line, response):
+    """{"gold": score, and the parts that explain it} of a response to a prompt's line."""
+    if gold is None:
+        return {}
+    fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
+    parts = {}
+    if hasattr(gold, "explain"):
+        parts = {k: float(v) for k, v in gold.explain(line["prompt"], response, **fields).items()}
+        parts.pop("score", None)
+    return {"gold": gold_score(gold, line, response)} | parts
+
+
+def load_reward_model(directory, device="cpu"):
+    """-> model, tokenizer, statistics {reward_mean, reward_std, score_transform} for `normalised`.
+
+    Raises ValueError or OSError, in one line: no scalar head, statistics that are missing or no
+    numbers (they are never guessed: other code relies on mean 0 and std 1), another tokenizer.
+    """
+    config, model = load_config(directory), load_model(directory, device)
+    tokenizer = load_tokenizer(directory)
+    check_tokenizer(tokenizer, directory, config)
+    if model.score is None:
+        raise ValueError(f"{directory}: a language model, not a reward model: it has no score head")
+    statistics = {name: config.get(name) for name in STATISTICS}
+    mean, std, transform = statistics.values()
+    numbers = all(type(x) in (int, float) and math.isfinite(x) for x in (mean, std))
+    if not numbers or not std > 0 or transform not in ("identity", "sigmoid"):
+        raise ValueError(
+            f"{directory}: config.json: {statistics}: its scores were never normalised, and can't "
+            f"be used; reward.py --init {directory} --epochs 0 --normalise_with RUN does it"
+        )
+    return model, tokenizer, statistics
+
+
+def normalised(raw, statistics):
+    """(transform(raw) - mean) / std, raw a tensor of the head's outputs."""
+    mean, std, transform = (statistics[name] for name in STATISTICS)
+    return ((torch.sigmoid(raw) if transform == "sigmoid" else raw) - mean) / std
+
+
+def score_rows(model, rows, cfg, device, autocast, rank, world):
+    """The head's outputs, a list of numbers, for rows of (prompt ids, response ids), from all
+    ranks. None if told to stop."""
+    model.eval()
+    scores = []
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    size = 4 * cfg.micro_batch_size or 256  # no gradients are kept, so more fit
+    last_time = time.time()
+    for begin in range(0, len(rows), size * world):
+        if stop_requested(device):
+            return None
+        if rank == 0 and time.time() - last_time > 30:
+            last_time = time.time()
+            print(f"scored {begin}/{len(rows)} responses", flush=True)
+        indices = order[begin : begin + size * world][rank::world]
+        if indices:
+            tokens, mask = pad(*zip(*[rows[i] for i in indices], strict=True))
+            tokens, mask = tokens.to(device), mask.to(device)
+            with torch.no_grad(), autocast:
+                found = last_score(model(tokens), mask)
+            scores += zip(indices, at_least_float32(found).tolist(), strict=True)
+    return [score for _, score in sorted(gather(scores, device))]
+
+
+def load_judge(name, device):
+    """A judge's name -> ("file", module) or ("model", model, tokenizer, statistics)."""
+    if name.endswith(".py"):
+        return "file", load_gold(name)
+    try:
+        return "model", *load_reward_model(name, device)
+    except (OSError, ValueError) as error:
+        refuse(error)
+
+
+def judge_samples(loaded, prompts, samples, cfg, device, autocast, rank, world):
+    """Scores of all samples, a list (prompts) of lists; None if told to stop.
+
+    A reward model reads a response and the EOS that ended it. One that did not end gets the smaller
+    of -1 and the lowest score of those that did, as in ppo.py. A Python file reads the text.
+    """
+    if loaded[0] == "file":
+        mine = [
+            [i, [gold_score(loaded[1], prompts[i], s["text"]) for s in samples[i]]]
+            for i in range(rank, len(prompts), world)
+        ]
+        return [scores for _, scores in sorted(gather(mine, device), key=lambda pair: pair[0])]
+    _, model, tokenizer, statistics = loaded
+    longest = model.config.n_positions
+    rows = [
+        encode(tokenizer, line["prompt"], sample["text"], longest, cut_response=True)
+        for line, some in zip(prompts, samples, strict=True)
+        for sample in some
+    ]
+    raw = score_rows(model, rows, cfg, device, autocast, rank, world)
+    if raw is None:
+        return None
+    scores = normalised(torch.tensor(raw, dtype=torch.float64), statistics).tolist()
+    ended = [sample["ended"] for some in samples for sample in some]
+    missing = min([-1.0, *(s for s, e in zip(scores, ended, strict=True) if e)])
+    values = iter(s if e else missing for s, e in zip(scores, ended, strict=True))
+    return [[next(values) for _ in some] for some in samples]
+
+
+def choose_best(samples, scores, best_of):
+    """The best of each `best_of` samples in turn, by score, the first among equals."""
+    chosen = []
+    for some, values in zip(samples, scores, strict=True):
+        groups = [range(i, i + best_of) for i in range(0, len(some), best_of)]
+        chosen.append([some[max(group, key=lambda k: values[k])] for group in groups])
+    return chosen
 
 
 # --- mathematics ----------------------------------------------------------------------------------
+
+
+def best_of_n(proxy, gold):
+    """Expected gold of the best of n samples by the proxy, n = 1..N: (N,), mean over prompts.
+
+    proxy, gold: (prompts, N). From one set of N samples, without bias: the i-th smallest by proxy
+    is the best of a random subset of n with probability (i-1 choose n-1) / (N choose n); equal
+    proxies share what is theirs. The proxy's own curve is best_of_n(proxy, proxy). Stated in Gao et
+    al. 2022, arXiv:2210.10760; KL to the policy is at most log n - (n-1)/n.
+    """
+    return best_of_n_by_prompt(proxy, gold).mean(0)
+
+
+def best_of_n_by_prompt(proxy, gold):
+    """`best_of_n` of each prompt, (prompts, N)."""
+    proxy, gold = np.asarray(proxy, dtype=np.float64), np.asarray(gold, dtype=np.float64)
+    order = np.argsort(proxy, axis=1, kind="stable")
+    sorted_proxy = np.take_along_axis(proxy, order, 1)
+    sorted_gold = np.take_along_axis(gold, order, 1)
+    for values, ranked in zip(sorted_gold, sorted_proxy, strict=True):
+        _, which, counts = np.unique(ranked, return_inverse=True, return_counts=True)
+        values[:] = (np.bincount(which, weights=values) / counts)[which]
+    N = proxy.shape[1]
+    weights = np.zeros((N, N))  # (n, i)
+    for n in range(1, N + 1):
+        for i in range(n, N + 1):
+            weights[n - 1, i - 1] = math.comb(i - 1, n - 1) / math.comb(N, n)
+    return sorted_gold @ weights.T
+
+
+def best_of_n_kl(n):
+    """log n - (n-1)/n, nats: the KL of the best of n to the policy, or a bound where ties occur."""
+    return math.log(n) - (n - 1) / n
+
+
+def bootstrap(statistic, count, replicates, seed=0):
+    """[low, high]: the 2.5 and 97.5 percentiles of statistic(counts), counts (count,) saying how
+    often each of `count` prompts was drawn in one of `replicates` resamplings."""
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(count, np.full(count, 1 / count), size=replicates)
+    values = [statistic(weights) for weights in draws]
+    return [float(x) for x in np.percentile(values, [2.5, 97.5])]
+
+
+def win_shares(scores_a, scores_b):
+    """(prompts,): the share of pairs, a response of each, in which A's scores more, ties half.
+
+    scores: (prompts,), or lists (prompts) of lists, of any number of responses.
+    """
+    shares = []
+    for a, b in zip(scores_a, scores_b, strict=True):
+        gaps = np.atleast_1d(a)[:, None] - np.atleast_1d(b)[None]
+        shares.append(float((0.5 + 0.5 * np.sign(gaps)).mean()))
+    return np.array(shares)
+
+
+def mean_with_interval(values, replicates=1000, seed=0):
+    """[mean, low, high] of a value a prompt, by the bootstrap; a single prompt has no interval."""
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2 or not replicates:
+        return [float(values.mean()), None, None]
+    return [
+        float(values.mean()),
+        *bootstrap(lambda counts: counts @ values / counts.sum(), len(values), replicates, seed),
+    ]
+
+
+def win_rate(scores_a, scores_b, replicates=1000, seed=0):
+    """-> rate, low, high: how often A's response scores more than B's, ties half, and its 95%
+    interval by the bootstrap over prompts. scores: as in `win_shares`."""
+    return mean_with_interval(win_shares(scores_a, scores_b), replicates, seed)
+
+
+def fit_logistic(x, y, weights, ridge=1e-3):
+    """theta, phi that maximise sum w [y log p + (1 - y) log(1 - p)], p = sigmoid(theta + phi x).
+
+    y in [0, 1]. By Newton's method; the ridge, in units of one prompt, keeps it finite when A
+    always wins.
+    """
+    columns, theta = np.stack([np.ones_like(x), x], 1), np.zeros(2)
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-columns @ theta))
+        gradient = columns.T @ (weights * (y - p)) - ridge * theta
+        hessian = (columns * (weights * p * (1 - p))[:, None]).T @ columns + ridge * np.eye(2)
+        step = np.linalg.solve(hessian, gradient)
+        theta = theta + step * min(1.0, 2.0 / max(np.abs(step).max(), 1e-12))
+        if np.abs(step).max() < 1e-9:
+            break
+    return theta
+
+
+def length_controlled_win_rate(wins, lengths_a, lengths_b, replicates=1000, seed=0):
+    """-> rate, low, high: the win rate were both responses of one length.
+
+    wins (prompts,) in [0, 1]; lengths (prompts,). sigmoid(theta) of a logistic regression of wins
+    on tanh((length_a - length_b) / std), as in length-controlled AlpacaEval (Dubois et al. 2024,
+    arXiv:2404.04475), without its term for each instruction's difficulty.
+    """
+    wins = np.asarray(wins, dtype=np.float64)
+    gap = np.asarray(lengths_a, dtype=np.float64) - np.asarray(lengths_b, dtype=np.float64)
+    x = np.tanh(gap / gap.std()) if gap.std() > 0 else np.zeros_like(gap)
+
+    def rate(counts):
+        return float(1 / (1 + np.exp(-fit_logistic(x, wins, counts)[0])))
+
+    if len(wins) < 2 or not replicates:
+        return [rate(np.ones(len(wins))), None, None]
+    return [rate(np.ones(len(wins))), *bootstrap(rate, len(wins), replicates, seed)]
+
+
+def connected(beats):
+    """(..., n, n) bool, who beat whom -> (...): whether each leads to each by a chain of wins,
+    without which some rating of greatest likelihood is infinite (Ford 1957)."""
+    n = beats.shape[-1]
+    reach = (beats | np.eye(n, dtype=bool)).astype(np.float64)
+    for _ in range(max(n - 1, 1).bit_length()):
+        reach = np.minimum(reach @ reach, 1.0)
+    return (reach > 0).all((-2, -1))
+
+
+def fit_ratings(wins, met=None):
+    """Bradley-Terry scores of greatest likelihood, in nats of log-odds, of mean 0.
+
+    wins (..., n, n): how often (row) beat (column), a tie being half a win each way. Where a chain
+    of wins does not lead from everyone to everyone, half a win each way is added between all who
+    met (in `met`, (n, n) bool, the games of these wins unless given): else a score is infinite.
+    P(a beats b) = sigmoid(s_a - s_b), and 173.7178 s is on Elo's scale.
+
+    Raises ValueError when some players never met, not even by way of others.
+    """
+    wins = np.asarray(wins, dtype=np.float64)
+    n = wins.shape[-1]
+    met = (wins + wins.swapaxes(-1, -2) > 0) if met is None else met
+    if not connected(met).all():
+        raise ValueError("some players never met, not even by way of others")
+    weak = ~connected(wins > 0)
+    wins = wins + 0.5 * (met & weak[..., None, None])
+    games = wins + wins.swapaxes(-1, -2)
+    scores = np.zeros(wins.shape[:-1])
+    for _ in range(200):  # Newton's method on a concave likelihood, at most a nat a step
+        p = 1 / (1 + np.exp(scores[..., None, :] - scores[..., :, None]))  # P(row beats column)
+        gradient = (wins - games * p).sum(-1)
+        if np.abs(gradient).max() < 1e-9 * games.sum((-2, -1)).max():
+            break
+        weight = games * p * (1 - p)
+        hessian = np.eye(n) * weight.sum(-1)[..., None] - weight
+        step = np.linalg.solve(hessian + 1 / n, gradient[..., None])[..., 0]  # keeps the mean at 0
+        scores = scores + step * np.minimum(1, 1 / np.abs(step).max(-1, keepdims=True).clip(1e-12))
+    return scores - scores.mean(-1, keepdims=True)
+
+
+def ratings_of(wins, start=1000.0, replicates=1000, seed=0):
+    """Elo ratings [rating, low, high] of players who all played on all prompts.
+
+    wins (prompts, n, n): each prompt's share of wins of row over column. No interval when more than
+    2.5% of the resamplings had to be made finite.
+    """
+    wins = np.asarray(wins, dtype=np.float64)
+    count, n = wins.shape[:2]
+    total = start + ELO * fit_ratings(wins.sum(0))
+    intervals = np.full((2, n), np.nan)
+    if count > 1 and replicates and n > 1:
+        rng = np.random.default_rng(seed)
+        draws = rng.multinomial(count, np.full(count, 1 / count), size=replicates)
+        resampled = np.einsum("rp,pij->rij", draws, wins, optimize=True)
+        if np.mean(~connected(resampled > 0)) <= 0.025:
+            found = start + ELO * fit_ratings(resampled, wins.sum(0) + wins.sum(0).T > 0)
+            intervals = np.percentile(found, [2.5, 97.5], axis=0)
+    finite = not np.isnan(intervals).any()
+    return [
+        [float(total[i]), *((float(x) for x in intervals[:, i]) if finite else (None, None))]
+        for i in range(n)
+    ]
+
+
+def distinct(texts, n):
+    """Different n-grams of words over all n-grams, of all texts taken together (Li et al. 2016,
+    arXiv:1510.03055); 0 when there are none."""
+    grams = [
+        tuple(words[i : i + n])
+        for words in (text.split() for text in texts)
+        for i in range(len(words) - n + 1)
+    ]
+    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def least_squares(columns, y):
@@ -132,7 +775,409 @@ def with_interval(value):
     return f"{mean:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
-# --- scaling --------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def describe(samples, prompts, gold):
+    """What samples are like, whoever judges them: lengths, endings, diversity, gold's parts."""
+    every = [sample for some in samples for sample in some]
+    texts = [sample["text"] for sample in every]
+    found = {
+        "samples": len(every),
+        "tokens": mean_with_interval([np.mean([len(s["ids"]) for s in some]) for some in samples]),
+        "words": float(np.mean([len(text.split()) for text in texts])),
+        "eos": float(np.mean([sample["ended"] for sample in every])),
+        "empty": sum(not text.strip() for text in texts),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+    }
+    if len(every) > len(samples):
+        # Over one prompt's samples: does the policy say one thing, whatever it is asked?
+        each = [[sample["text"] for sample in some] for some in samples]
+        found["distinct_2_a_prompt"] = float(np.mean([distinct(some, 2) for some in each]))
+        found["different_a_prompt"] = float(np.mean([len(set(some)) / len(some) for some in each]))
+    if gold is not None and hasattr(gold, "explain"):
+        groups = {"all": {}}
+        for line, some in zip(prompts, samples, strict=True):
+            for sample in some:
+                parts = judge(gold, line, sample["text"])
+                for task in {"all", line.get("task", "all")}:
+                    for name, value in parts.items():
+                        groups.setdefault(task, {}).setdefault(name, []).append(value)
+        found["parts"] = {
+            task: {name: float(np.mean(values)) for name, values in parts.items()}
+            for task, parts in groups.items()
+        }
+    return found
+
+
+def compare_texts(module, prompts, samples_a, samples_b):
+    """Win shares of A by a judge who reads two responses, in both orders, and how often the order
+    decided: `compare(prompt, first, second, **fields)` -> P(the first is better)."""
+    shares, flips = [], []
+    for line, a, b in zip(prompts, samples_a, samples_b, strict=True):
+        fields = {k: v for k, v in line.items() if k not in ("prompt", "response")}
+        first = float(module.compare(line["prompt"], a[0]["text"], b[0]["text"], **fields))
+        second = float(module.compare(line["prompt"], b[0]["text"], a[0]["text"], **fields))
+        shares.append((first + 1 - second) / 2)
+        flips.append((first > 0.5) == (second > 0.5))
+    return np.array(shares), float(np.mean(flips))
+
+
+def read_labelled(path, names):
+    """{(a, b): [(prompt, share of a)]} from comparisons whose `policy` names two of `names`."""
+    found = {}
+    for where, record in read_jsonl(path, {"prompt": False, "chosen": False, "rejected": False}):
+        policy, label = record.get("policy"), record.get("label", 1.0)
+        if not isinstance(policy, list) or len(policy) != 2:
+            refuse(f"{where}: policy: expected a list of two, who wrote chosen and rejected")
+        if type(label) not in (int, float) or not 0.5 <= label <= 1:
+            refuse(f"{where}: label: expected a probability from 0.5 to 1, got {str(label)[:40]}")
+        a, b = policy
+        if a != b and a in names and b in names:
+            found.setdefault((a, b), []).append((record["prompt"], float(label)))
+            found.setdefault((b, a), []).append((record["prompt"], 1 - float(label)))
+    if not found:
+        refuse(f"{path}:0: file: compares no two of the policies {', '.join(names)}")
+    return found
+
+
+def mean_by_prompt(rows):
+    """[(prompt, value)] -> one mean a prompt, both orders and several judgements taken together."""
+    groups = {}
+    for prompt, value in rows:
+        groups.setdefault(prompt, []).append(value)
+    return [float(np.mean(values)) for values in groups.values()]
+
+
+def head_to_head(cfg, names, scores, lengths, comparers):
+    """Win rates of each against each by every judge, the same at equal length, by length alone;
+    differences of scores, paired by prompt; ratings.
+
+    scores {judge: {policy: lists (prompts) of lists}}; lengths {policy: as scores}; comparers
+    {judge: function of two names -> shares, share of flips}, for judges who read two responses.
+    """
+    report = {"win_rate": {}, "length_controlled": {}, "order_decides": {}, "elo": {}}
+    report["difference"] = {}
+    means = {name: [float(np.mean(some)) for some in lengths[name]] for name in names}
+    for by in [*scores, "longer response"]:
+        table = scores.get(by, lengths)
+        wins = np.full((len(means[names[0]]), len(names), len(names)), 0.0)
+        for (i, a), (j, b) in itertools.permutations(enumerate(names), 2):
+            if by in comparers and i > j:
+                shares = 1 - wins[:, j, i]
+            elif by in comparers:
+                shares, report["order_decides"][f"{by}: {a}, {b}"] = comparers[by](a, b)
+            else:
+                shares = win_shares(table[a], table[b])
+            wins[:, i, j] = shares
+            rate = mean_with_interval(shares, cfg.bootstrap, cfg.seed)
+            report["win_rate"].setdefault(by, {}).setdefault(a, {})[b] = rate
+            if by != "longer response":
+                gaps = [np.mean(x) - np.mean(y) for x, y in zip(table[a], table[b], strict=True)]
+                gap = mean_with_interval(gaps, cfg.bootstrap, cfg.seed)
+                report["difference"].setdefault(by, {}).setdefault(a, {})[b] = gap
+                rate = length_controlled_win_rate(
+                    shares, means[a], means[b], min(cfg.bootstrap, 200), cfg.seed
+                )
+                report["length_controlled"].setdefault(by, {}).setdefault(a, {})[b] = rate
+        if len(names) > 1 and by != "longer response":
+            ratings = ratings_of(wins, replicates=cfg.bootstrap, seed=cfg.seed)
+            report["elo"][by] = dict(zip(names, ratings, strict=True))
+    return report
+
+
+def best_of_n_report(proxies, golds, cfg):
+    """The curve for n = 1..N: proxy, gold (None without), analytic KL, and gold's gain over n = 1
+    by paired differences."""
+    rows, proxy_curve = [], best_of_n_by_prompt(proxies, proxies)
+    gold_curve = None if golds is None else best_of_n_by_prompt(proxies, golds)
+    for n in range(1, proxy_curve.shape[1] + 1):
+        row = {"n": n, "kl": best_of_n_kl(n)}
+        row["proxy"] = mean_with_interval(proxy_curve[:, n - 1], cfg.bootstrap, cfg.seed)
+        if gold_curve is not None:
+            gain = gold_curve[:, n - 1] - gold_curve[:, 0]
+            row["gold"] = mean_with_interval(gold_curve[:, n - 1], cfg.bootstrap, cfg.seed)
+            row["gold_gain"] = mean_with_interval(gain, cfg.bootstrap, cfg.seed)
+        rows.append(row)
+    return rows
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def interval_text(value, digits=2):
+    mean, low, high = value
+    text = f"{mean:.{digits}f}"
+    return text if low is None else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def summary_table(report, judges, show):
+    """Rows of cells, the first the heads: one a policy."""
+    names = list(report["policies"])
+    first, heads = names[0], ["policy"]
+    heads += [f"{by} score" for by in judges]
+    heads += [f"wins against {first} by {by}" for by in report["win_rate"] if by in judges]
+    heads += ["KL, nats", "tokens", "EOS", *show, "training, s"]
+    rows = [heads]
+    for name in names:
+        found = report["policies"][name]
+        row = [name, *(interval_text(found["scores"][by]) for by in judges)]
+        for by, table in report["win_rate"].items():
+            if by in judges:
+                row.append("" if name == first else interval_text(table[name][first], 3))
+        kl = found["kl"]
+        bound = found["kl_is_bound"] and kl is not None
+        row.append("" if kl is None else ("at most " if bound else "") + interval_text(kl))
+        row += [f"{found['tokens'][0]:.1f}", f"{found['eos']:.3f}"]
+        for part in show:
+            values = [p[part] for p in found.get("parts", {}).values() if part in p]
+            row.append(f"{values[-1]:.3f}" if values else "")
+        seconds = found["training_seconds"]
+        rows.append([*row, "" if seconds is None else f"{seconds:.0f}"])
+    return rows
+
+
+def markdown(rows):
+    def line(cells):
+        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(rows[0]), "|" + "---|" * len(rows[0]), *map(line, rows[1:])]
+
+
+def print_aligned(rows):
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+def quoted(text):
+    """A text in one cell of a Markdown table, as it is: no markup of its own."""
+    text = text.replace("\n", " / ").replace("|", "\\|").replace("`", "'")
+    return f"`{text}`" if text.strip() else "(empty)"
+
+
+def write_report(cfg, report, judges, show, prompts, samples, scores, figures):
+    """The Markdown report: the table, each against each, parts by task, best-of-n, texts."""
+    path = Path(cfg.report or Path(cfg.out_dir) / "report.md")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names, count = list(report["policies"]), len(prompts)
+    text = [f"# {len(names)} policies on {count} prompts", ""]
+    text += ["Means with 95% intervals (bootstrap over prompts)."]
+    text += ["`" + " ".join(["python", *sys.argv]) + "`", ""]
+    text += markdown(summary_table(report, judges, show))
+    for by, table in report["win_rate"].items():
+        if len(names) < 2:
+            break
+        title = "by length alone" if by == "longer response" else by
+        text += ["", f"## Win rates: {title}", ""]
+        judged = by in report["elo"]
+        more = ["Elo", f"score over {names[0]}'s"] if judged else []
+        rows = [["row against column", *names, *more]]
+        for a in names:
+            cells = [interval_text(table[a][b], 3) if b in table.get(a, {}) else "" for b in names]
+            if judged:
+                gap = report["difference"][by][a].get(names[0]) if a != names[0] else None
+                cells += [interval_text(report["elo"][by][a], 0), interval_text(gap) if gap else ""]
+            rows.append([a, *cells])
+        text += markdown(rows)
+        if by in report["length_controlled"]:
+            text += ["", "At equal length:", ""]
+            controlled = report["length_controlled"][by]
+            rows = [["row against column", *names]]
+            for a in names:
+                cells = ["" if a == b else interval_text(controlled[a][b], 3) for b in names]
+                rows.append([a, *cells])
+            text += markdown(rows)
+    for pair, share in report["order_decides"].items():
+        text += ["", f"The order of the two decided in {share:.1%} of comparisons ({pair})."]
+    tasks = {t: None for found in report["policies"].values() for t in found.get("parts", {})}
+    for task in tasks:
+        members = [report["policies"][name].get("parts", {}).get(task, {}) for name in names]
+        every = set.intersection(*(set(parts) for parts in members))
+        parts = [part for part in members[0] if part in every]
+        text += ["", f"## What gold says of {task}", ""]
+        rows = [["policy", *parts]]
+        rows += [
+            [name, *(f"{found[part]:.3f}" for part in parts)]
+            for name, found in zip(names, members, strict=True)
+        ]
+        text += markdown(rows)
+    text += ["", "## Variety", ""]
+    keys = [
+        "distinct_1",
+        "distinct_2",
+        "distinct_2_a_prompt",
+        "different_a_prompt",
+        "words",
+        "empty",
+    ]
+    rows = [["policy", *(key.replace("_", " ") for key in keys)]]
+    for name in names:
+        found = report["policies"][name]
+        rows.append([name, *(f"{found[key]:.3f}" if key in found else "" for key in keys)])
+    text += markdown(rows)
+    if report.get("best_of_n"):
+        text += ["", f"## Best of n: {names[0]} by {cfg.proxy}", ""]
+        has_gold = "gold" in report["best_of_n"][0]
+        rows = [["n", "KL at most, nats", "proxy", *(["gold", "gain in gold"] if has_gold else [])]]
+        for row in report["best_of_n"]:
+            if row["n"] & (row["n"] - 1) == 0 or row["n"] == len(report["best_of_n"]):
+                cells = [str(row["n"]), f"{row['kl']:.3f}", interval_text(row["proxy"])]
+                if has_gold:
+                    cells += [interval_text(row["gold"]), interval_text(row["gold_gain"])]
+                rows.append(cells)
+        text += markdown(rows)
+    for figure in figures:
+        text += ["", f"![{figure.stem}]({os.path.relpath(figure, path.parent)})"]
+    text += ["", "## Side by side", ""]
+    for i in shown_prompts(prompts, cfg.num_shown):
+        text += [
+            f"**{prompts[i].get('task', 'prompt')}**: {quoted(prompts[i]['prompt'][-600:])}",
+            "",
+        ]
+        rows = [["policy", "response", *judges]]
+        for name in names:
+            sample = samples[name][i][0]
+            ending = "" if sample["ended"] else " (no EOS)"
+            values = [f"{scores[by][name][i][0]:+.2f}" for by in judges]
+            rows.append([name, quoted(sample["text"]) + ending, *values])
+        heads, rule, *lines = markdown([[c.replace("\\|", "|") for c in row] for row in rows])
+        text += [heads, rule, *lines, ""]
+    with whole_file(path) as temporary:
+        temporary.write_text("\n".join(text) + "\n", "utf-8")
+    return path
+
+
+def shown_prompts(prompts, count):
+    """Numbers of `count` prompts, the tasks in turn."""
+    tasks = {}
+    for i, line in enumerate(prompts):
+        tasks.setdefault(line.get("task", "all"), []).append(i)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*tasks.values()))
+    return [i for i in turns if i is not None][:count]
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def matplotlib_pyplot():
+    """matplotlib.pyplot, drawing to files alone; None, and a line that says so, without it."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: matplotlib is not installed")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(figure, path):
+    figure.tight_layout()
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    print(path)
+    return Path(path)
+
+
+def draw_frontier(plt, path, report, by):
+    """Score against the square root of KL, a point a policy."""
+    figure, panel = plt.subplots(figsize=(6, 4))
+    for name, found in report["policies"].items():
+        if found["kl"] is None:
+            continue
+        mean, low, high = found["scores"][by]
+        bars = None if low is None else [[mean - low], [high - mean]]
+        x = math.sqrt(max(found["kl"][0], 0.0))
+        panel.errorbar([x], [mean], yerr=bars, marker="o", capsize=3, label=name)
+    panel.set_xlabel("square root of KL to the reference (nats a sequence)")
+    panel.set_ylabel(f"score by {by}")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    return save_figure(figure, path)
+
+
+def draw_best_of_n(plt, path, rows, title):
+    figure, panel = plt.subplots(figsize=(6, 4))
+    x = [row["n"] for row in rows]
+    for name in ("proxy", "gold"):
+        if name in rows[0]:
+            values = [row[name] for row in rows]
+            panel.plot(x, [v[0] for v in values], marker=".", label=name)
+            if values[0][1] is not None:
+                panel.fill_between(x, [v[1] for v in values], [v[2] for v in values], alpha=0.2)
+    panel.set_xscale("log", base=2)
+    ticks = [2**i for i in range(len(rows).bit_length())]
+    panel.set_xticks(ticks, [str(n) for n in ticks])
+    panel.set_xlabel("n (KL is at most log n - (n - 1)/n)")
+    panel.set_ylabel("score of the best of n")
+    panel.set_title(title, fontsize=9)
+    panel.grid(alpha=0.3)
+    panel.legend()
+    return save_figure(figure, path)
+
+
+def plot(cfg):
+    """evaluate.py plot: learning curves from metrics.jsonl, a panel a metric, a line a run."""
+    runs = {}
+    for name in split_names(cfg.runs):
+        lines = [line for _, line in read_jsonl(Path(name) / "metrics.jsonl", {})]
+        runs[name] = [line for line in lines if type(line.get("step")) is int]
+    if not runs:
+        refuse("expected run directories: evaluate.py plot RUN...")
+    curves = {}  # {metric: {run: [(step, value)]}}
+    for name, lines in runs.items():
+        for line in lines:
+            for metric, value in line.items():
+                if metric not in ("step", "seconds") and type(value) in (int, float):
+                    points = curves.setdefault(metric, {}).setdefault(name, [])
+                    points.append((line["step"], value))
+    wanted = split_names(cfg.metrics) or sorted(curves)
+    for metric in wanted:
+        if metric not in curves:
+            refuse(f"--metrics {metric}: in no run; there are {', '.join(sorted(curves))}")
+    plt = matplotlib_pyplot()
+    if plt is None:
+        return
+    columns = min(len(wanted), 3)
+    rows = math.ceil(len(wanted) / columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(4.5 * columns, 3 * rows), squeeze=False, layout=None
+    )
+    for panel, metric in itertools.zip_longest(panels.flat, wanted):
+        if metric is None:
+            panel.axis("off")
+            continue
+        for name, points in curves[metric].items():
+            panel.plot(*zip(*points, strict=True), marker=".", markersize=3, label=name)
+        panel.set_title(metric, fontsize=9)
+        panel.set_xlabel("step", fontsize=8)
+        panel.grid(alpha=0.3)
+    panels.flat[0].legend(fontsize=7)
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, cfg.out)
+
+
+# --- experiments with reward models ---------------------------------------------------------------
+
+
+def read_runs(names):
+    """[(args, report)] of finished runs of reward.py."""
+    runs = []
+    for name in split_names(names):
+        try:
+            args = read_json(Path(name) / "args.json").get("settings", {})
+            report = read_json(Path(name) / "report.json")
+        except (OSError, ValueError) as error:
+            refuse(f"{name}: not a finished run: {error}")
+        if "labels" not in report or "epoch_pairs" not in report:
+            refuse(f"{name}: report.json: not of reward.py, or without held-out data")
+        runs.append((args, report))
+    if not runs:
+        refuse("--runs: expected run directories, by commas")
+    return runs
 
 
 def scaling(cfg):
@@ -200,11 +1245,7 @@ def draw_scaling(out, cells, judges):
         panel.grid(alpha=0.3)
         panel.legend()
     figure.suptitle("Reward models: data and size (mean and 95% interval over seeds)")
-    figure.tight_layout()
-    save_figure(figure, out)
-
-
-# --- margins --------------------------------------------------------------------------------------
+    save_figure(figure, f"{out}.png")
 
 
 def margins(cfg):
@@ -232,9 +1273,6 @@ def margins(cfg):
     write_tables(cfg.out, result, text)
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
 def write_tables(out, result, text):
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_json(f"{out}.json", result)
@@ -244,36 +1282,190 @@ def write_tables(out, result, text):
     print(f"{out}.md, {out}.json")
 
 
-def matplotlib_pyplot():
-    """matplotlib.pyplot, drawing to files alone; None, and a line that says so, without it."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: matplotlib is not installed")
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save_figure(figure, out):
-    with whole_file(f"{out}.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    print(f"{out}.png")
+# --- main -----------------------------------------------------------------------------------------
 
 
 def main():
-    commands = {"scaling": (scaling, ScalingConfig), "margins": (margins, MarginsConfig)}
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print(__doc__)
-        print("Flags: evaluate.py scaling --help, evaluate.py margins --help")
-        return
-    if name not in commands:
-        refuse(f"{name}: expected a command: {', '.join(commands)}")
-    command, config = commands[name]
-    command(parse_config(config, __doc__, name))
+    commands = {"plot": (plot, PlotConfig), "scaling": (scaling, ScalingConfig)}
+    commands["margins"] = (margins, MarginsConfig)
+    if len(sys.argv) > 1 and sys.argv[1] in commands:
+        command, config = commands[sys.argv[1]]
+        # Runs may stand before the flags.
+        runs = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[2:]))
+        if runs:
+            sys.argv[2 : 2 + len(runs)] = ["--runs", ",".join(runs)]
+        return command(parse_config(config, __doc__, sys.argv[1]))
+    cfg = parse_config(Config, __doc__)
+    if min(cfg.num_samples, cfg.max_new_tokens) < 1:
+        refuse("--num_samples, --max_new_tokens: expected more than 0")
+    policies = [parse_policy(text) for text in split_names(cfg.policies)]
+    names = [policy["name"] for policy in policies]
+    if not policies or len(set(names)) < len(names):
+        refuse("--policies: expected one or more, all different")
+    device, dtype, rank, world = start_process(cfg)
+    mixed = dtype in (torch.bfloat16, torch.float16)
+    autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
+    prompts = []
+    for where, line in read_jsonl(cfg.prompts, {"prompt": True}):
+        if not isinstance(line.get("task", ""), str):
+            refuse(f"{where}: task: expected a string, got {json.dumps(line['task'])[:40]}")
+        prompts.append(line)
+    prompts = prompts[: cfg.num_prompts or None]
+
+    # 1. Judges, by name; gold is one of them. Proxies judge too, where they are asked.
+    gold = load_gold(cfg.gold) if cfg.gold else None
+    judges = {"gold": ("file", gold)} if gold else {}
+    judges |= {name: load_judge(name, device) for name in split_names(cfg.judges)}
+    proxies = {policy["by"] for policy in policies if policy["by"]}
+    proxies |= {cfg.proxy} if cfg.best_of_n else set()
+    proxies = {name: judges.get(name) or load_judge(name, device) for name in sorted(proxies)}
+    labelled = read_labelled(cfg.comparisons, names) if cfg.comparisons else {}
+    if not judges and not labelled:
+        refuse("expected a judge: --gold, --judges or --comparisons")
+    reference, ref_tokenizer = load_policy(cfg.reference or policies[0]["run"], device)
+    inputs = [cfg.prompts, *([cfg.comparisons] if cfg.comparisons else [])]
+    settings = settings_of(cfg, inputs, world)
+    may_resume(cfg, settings)
+    all_reduce([0.0], device)  # every rank has looked; only now may rank 0 change what is there
+    out_dir = Path(cfg.out_dir)
+    if rank == 0:
+        new_run(out_dir, settings)
+
+    def stop():
+        if rank == 0:
+            print("stopped by SIGTERM", flush=True)
+        sys.exit(128 + signal.SIGTERM)
+
+    # 2. Each policy responds, and is judged.
+    report = {"prompts": len(prompts), "reference": cfg.reference or policies[0]["run"]}
+    report["policies"], samples, scores = {}, {}, {by: {} for by in judges}
+    started, curve = time.time(), None
+    for number, policy in enumerate(policies):
+        name, begun = policy["name"], time.time()
+        model, tokenizer = load_policy(policy["run"], device)
+        if cfg.max_new_tokens >= model.config.n_positions:
+            refuse(f"--max_new_tokens: {name} has only {model.config.n_positions} positions")
+        model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        reference.to(model.wte.weight.dtype)
+        sampler = model.bfloat16() if device.type == "cuda" else model
+        curve_here = cfg.best_of_n if number == 0 else 0
+        count = policy["best_of"] if policy["by"] else cfg.num_samples
+        count = 1 if policy["temperature"] == 0 else count  # it always says the same
+        seed = cfg.seed * 1009 + number
+        common = (cfg, device, rank, world)
+        some = sample_policy(
+            sampler, tokenizer, prompts, count, policy["temperature"], seed, *common
+        )
+        if some is None:
+            stop()
+        judged = (cfg, device, autocast, rank, world)
+        if policy["by"]:
+            values = judge_samples(proxies[policy["by"]], prompts, some, *judged)
+            if values is None:
+                stop()
+            some = choose_best(some, values, policy["best_of"])
+        samples[name] = some
+        if device.type == "cuda":  # the sampler's copy was in bfloat16
+            model = load_policy(policy["run"], device)[0]
+        kl = None
+        same = tokenizer_hash(tokenizer) == tokenizer_hash(ref_tokenizer)
+        if same and policy["best_of"] == 1:
+            kl = sequence_kl(model, reference, some, policy["temperature"], *judged)
+            if kl is None:
+                stop()
+            kl = mean_with_interval([np.mean(values) for values in kl], cfg.bootstrap, cfg.seed)
+        elif same and policy["run"] == report["reference"] and policy["temperature"] == 1:
+            kl = [best_of_n_kl(policy["best_of"]), None, None]
+        found = describe(some, prompts, gold) | {"kl": kl, "scores": {}}
+        found["kl_is_bound"] = policy["best_of"] > 1
+        for by, loaded in judges.items():
+            values = judge_samples(loaded, prompts, some, *judged)
+            if values is None:
+                stop()
+            scores[by][name] = values
+            means = [float(np.mean(value)) for value in values]
+            found["scores"][by] = mean_with_interval(means, cfg.bootstrap, cfg.seed)
+        finished = Path(policy["run"]) / "report.json"
+        training = read_json(finished).get("seconds") if finished.is_file() else None
+        found["training_seconds"] = training if type(training) in (int, float) else None
+        found["seconds"] = round(time.time() - begun, 1)
+        report["policies"][name] = found
+        if rank == 0:
+            write_samples(out_dir / f"samples-{number}.jsonl", prompts, some, name)
+            print(f"{name}: {found['samples']} responses in {found['seconds']:.0f} s", flush=True)
+        if curve_here:
+            arguments = (prompts, cfg.best_of_n, policy["temperature"], seed + 500)
+            many = sample_policy(sampler, tokenizer, *arguments, *common)
+            if many is None:
+                stop()
+            values = judge_samples(proxies[cfg.proxy], prompts, many, *judged)
+            golds = judge_samples(judges["gold"], prompts, many, *judged) if gold else None
+            if values is None:
+                stop()
+            curve = best_of_n_report(values, golds, cfg)
+        del model, sampler
+
+    # 3. Each against each; then everything is written, by rank 0.
+    if rank == 0:
+        lengths = {
+            name: [[float(len(s["ids"])) for s in row] for row in some]
+            for name, some in samples.items()
+        }
+        comparers = {
+            by: lambda a, b, module=loaded[1]: compare_texts(
+                module, prompts, samples[a], samples[b]
+            )
+            for by, loaded in judges.items()
+            if loaded[0] == "file" and hasattr(loaded[1], "compare")
+        }
+        report |= head_to_head(cfg, names, scores, lengths, comparers)
+        for (a, b), rows in labelled.items():
+            rate = mean_with_interval(mean_by_prompt(rows), cfg.bootstrap, cfg.seed)
+            report["win_rate"].setdefault(cfg.comparisons, {}).setdefault(a, {})[b] = rate
+        if curve:
+            report["best_of_n"] = curve
+        report["seconds"] = round(time.time() - started, 1)
+        finish(cfg, report, list(judges), prompts, samples, scores)
+    if world > 1:
+        all_reduce([0.0], device)  # no rank leaves while another still writes
+        dist.destroy_process_group()
+    return None
+
+
+def finish(cfg, report, judges, prompts, samples, scores):
+    """Writes and prints the report."""
+    out_dir, figures = Path(cfg.out_dir), []
+    show = [
+        part
+        for part in split_names(cfg.show)
+        if any(part in p for f in report["policies"].values() for p in f.get("parts", {}).values())
+    ]
+    print_aligned(summary_table(report, judges[:1], show))  # the report has them all
+    plt = matplotlib_pyplot()
+    if plt and judges and len(report["policies"]) > 1:
+        figures.append(draw_frontier(plt, out_dir / "score_by_kl.png", report, judges[0]))
+    if plt and report.get("best_of_n"):
+        title = f"{next(iter(report['policies']))}, best of n by {cfg.proxy}"
+        path = out_dir / "best_of_n.png"
+        figures.append(draw_best_of_n(plt, path, report["best_of_n"], title))
+    path = write_report(cfg, report, judges, show, prompts, samples, scores, figures)
+    write_json(out_dir / "report.json", report)
+    print(path)
+
+
+def write_samples(path, prompts, samples, name):
+    """A samples file: each prompt's line with its responses, without those that are empty."""
+    records = []
+    for line, some in zip(prompts, samples, strict=True):
+        texts = [sample["text"] for sample in some if sample["text"].strip()]
+        if texts:
+            records.append(line | {"responses": texts, "policy": name})
+    write_jsonl(path, records)
+
+
+def write_jsonl(path, records):
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 if __name__ == "__main__":
@@ -281,3 +1473,6 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # a full disk, a folder that can't be written
         sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

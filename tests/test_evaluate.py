@@ -1,17 +1,394 @@
-"""evaluate.py: fits against closed forms, tables and figures of runs."""
+"""evaluate.py: estimators against brute force and known truths; the whole script; figures."""
 
+import itertools
 import json
 import math
 
 import numpy as np
 import pytest
-from conftest import run_script
+import torch
+from conftest import read_lines, run_script, torchrun, write_jsonl
 
 import evaluate
+import reward
+from model import generate, save_model
 
 
 def run(monkeypatch, *args):
     return run_script(evaluate, monkeypatch, *args)
+
+
+# --- best of n ------------------------------------------------------------------------------------
+
+
+def test_best_of_n_vectors():
+    """methods.md C8: the estimator on six rewards, and the gold that the proxy selects."""
+    proxy, gold = [[0.1, 0.4, 0.35, 0.8, 0.2, 0.6]], [[0, 0.5, 0.3, 0.4, 0.1, 0.9]]
+    found = evaluate.best_of_n(proxy, proxy)
+    assert found[:3] == pytest.approx([0.408333, 0.566667, 0.657500], abs=1e-6)
+    found = evaluate.best_of_n(proxy, gold)
+    assert found[:3] == pytest.approx([0.366667, 0.52, 0.56], abs=1e-6)
+    for n, kl in [(2, 0.193147), (4, 0.636294), (16, 1.835089), (64, 3.174508), (1000, 5.908755)]:
+        assert evaluate.best_of_n_kl(n) == pytest.approx(kl, abs=1e-6)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_best_of_n_is_the_mean_over_all_subsets(ties):
+    """Brute force: in every subset of n, the gold of its best by proxy; of equals their mean."""
+    rng = np.random.default_rng(0)
+    proxy = rng.integers(0, 3, (5, 6)).astype(float) if ties else rng.normal(size=(5, 6))
+    gold = rng.normal(size=(5, 6))
+    expected = []
+    for n in range(1, 7):
+        values = []
+        for r, g in zip(proxy, gold, strict=True):
+            for subset in itertools.combinations(range(6), n):
+                best = max(r[list(subset)])
+                values.append(np.mean([g[i] for i in subset if r[i] == best]))
+        expected.append(np.mean(values))
+    assert evaluate.best_of_n(proxy, gold) == pytest.approx(expected, abs=1e-12)
+
+
+def test_best_of_n_on_known_laws():
+    """methods.md E1: the largest of 4 uniform numbers is 0.8 on average, of 2 and 3 Gaussian ones
+    0.564190 and 0.846284; the choice's law from three outcomes and its exact KL."""
+    rng = np.random.default_rng(0)
+    uniform = rng.random((4000, 8))
+    assert evaluate.best_of_n(uniform, uniform)[3] == pytest.approx(0.8, abs=0.004)
+    normal = rng.normal(size=(8000, 6))
+    assert evaluate.best_of_n(normal, normal)[1:3] == pytest.approx([0.564190, 0.846284], abs=0.012)
+    base = np.array([0.5, 0.3, 0.2])
+    draws = rng.choice(3, (20000, 4), p=base)
+    law = [evaluate.best_of_n(draws, draws == k)[3] for k in range(3)]
+    assert law == pytest.approx([0.0625, 0.3471, 0.5904], abs=0.01)
+    kl = float(np.sum(law * np.log(law / base)))
+    assert kl == pytest.approx(0.559751, abs=0.02) and kl < evaluate.best_of_n_kl(4)
+
+
+def test_choose_best():
+    samples, scores = [["a", "b", "c", "d"]], [[1.0, 3.0, 2.0, 2.0]]
+    assert evaluate.choose_best(samples, scores, 2) == [["b", "c"]]
+    assert evaluate.choose_best(samples, scores, 4) == [["b"]]
+
+
+# --- win rates ------------------------------------------------------------------------------------
+
+
+def test_win_rate_by_hand():
+    """Three prompts; two responses against one, ties half."""
+    a, b = [[1.0, 3.0], [2.0, 2.0], [0.0, 1.0]], [[2.0], [2.0], [2.0]]
+    assert evaluate.win_shares(a, b).tolist() == [0.5, 0.5, 0.0]
+    rate, low, high = evaluate.win_rate(a, b)
+    assert rate == pytest.approx(1 / 3) and low == 0.0 and high == 0.5
+    back = evaluate.win_rate(b, a)
+    assert back[0] == pytest.approx(2 / 3)
+    assert evaluate.win_rate([1.0, 5.0], [1.0, 2.0])[0] == 0.75
+    assert evaluate.win_rate([1.0], [2.0]) == [0.0, None, None]
+
+
+def test_intervals_cover_the_truth():
+    """500 simulated judgings of 120 prompts, four responses each, which prompts make dependent:
+    win rate, mean score and paired difference are inside their 95% intervals in 92 to 98%."""
+    rng, inside = np.random.default_rng(0), np.zeros(3)
+    # A's responses score N(prompt + 0.3, 1), B's N(prompt', 1), each prompt N(0, 0.5^2) for each.
+    truth = 0.5 * (1 + math.erf(0.3 / math.sqrt(2 * (2 + 2 * 0.25))))
+    for seed in range(500):
+        a = rng.normal(0.3 + rng.normal(0, 0.5, (120, 1)), 1, (120, 4))
+        b = rng.normal(rng.normal(0, 0.5, (120, 1)), 1, (120, 4))
+        _, low, high = evaluate.win_rate(a, b, 400, seed)
+        inside[0] += low <= truth <= high
+        _, low, high = evaluate.mean_with_interval(a.mean(1), 400, seed)
+        inside[1] += low <= 0.3 <= high
+        _, low, high = evaluate.mean_with_interval(a.mean(1) - b.mean(1), 400, seed)
+        inside[2] += low <= 0.3 <= high
+    print("coverage of win rate, mean, difference:", inside / 500)
+    assert (inside >= 0.92 * 500).all() and (inside <= 0.98 * 500).all()
+
+
+def test_length_control_removes_a_planted_effect():
+    """The judge wants length alone, and A is longer: raw win rate far from one half, at equal
+    length one half, its interval covering that in 92 to 98% of 500 simulations. Where A is better,
+    and no longer on average, it stays so."""
+    rng, inside, raw, controlled = np.random.default_rng(0), 0, [], []
+    for seed in range(500):
+        lengths_a, lengths_b = rng.normal(12, 3, 200), rng.normal(10, 3, 200)
+        gap = lengths_a - lengths_b
+        p = 1 / (1 + np.exp(-1.5 * np.tanh(gap / gap.std())))
+        wins = (rng.random(200) < p).astype(float)
+        rate, low, high = evaluate.length_controlled_win_rate(wins, lengths_a, lengths_b, 100, seed)
+        inside += low <= 0.5 <= high
+        raw.append(wins.mean())
+        controlled.append(rate)
+    print(f"raw {np.mean(raw):.3f}, controlled {np.mean(controlled):.3f}, coverage {inside / 500}")
+    assert np.mean(raw) > 0.58 and np.mean(controlled) == pytest.approx(0.5, abs=0.01)
+    assert 0.92 <= inside / 500 <= 0.98
+    lengths = rng.normal(10, 3, (2, 4000))
+    wins = (rng.random(4000) < 0.7).astype(float)
+    rate, _, _ = evaluate.length_controlled_win_rate(wins, *lengths, 0)
+    assert rate == pytest.approx(wins.mean(), abs=0.01)
+    always = evaluate.length_controlled_win_rate(np.ones(50), *rng.normal(10, 3, (2, 50)), 20)
+    assert all(0.99 < value <= 1 for value in always)
+
+
+def test_fit_logistic():
+    """At the maximum the residuals are orthogonal to the columns; without a slope it is the mean's
+    log-odds."""
+    rng = np.random.default_rng(0)
+    x, y, w = rng.normal(size=300), rng.random(300), rng.integers(0, 3, 300)
+    theta = evaluate.fit_logistic(x, y, w, ridge=0.0)
+    residual = w * (y - 1 / (1 + np.exp(-theta[0] - theta[1] * x)))
+    assert abs(residual.sum()) < 1e-8 and abs((residual * x).sum()) < 1e-8
+    flat = evaluate.fit_logistic(np.zeros(4), np.array([1.0, 1, 1, 0]), np.ones(4), ridge=1e-9)
+    assert flat[0] == pytest.approx(math.log(3), abs=1e-6)
+
+
+def test_ratings():
+    """Players whose wins follow from known strengths; an undefeated one has no interval."""
+    rng, truth = np.random.default_rng(0), np.array([0.8, 0.0, -0.8])
+    wins = np.zeros((400, 3, 3))
+    for i, j in itertools.combinations(range(3), 2):
+        won = rng.random(400) < 1 / (1 + np.exp(truth[j] - truth[i]))
+        wins[:, i, j], wins[:, j, i] = won, ~won
+    for (rating, low, high), strength in zip(evaluate.ratings_of(wins), truth, strict=True):
+        assert low < 1000 + evaluate.ELO * strength < high and low < rating < high
+    wins[:, 0, 1:], wins[:, 1:, 0] = 1, 0
+    assert evaluate.ratings_of(wins)[0][1:] == [None, None]
+
+
+def test_distinct():
+    """methods.md I 23: two texts, seven words, three different; five pairs, three different."""
+    texts = ["a b a b", "a b c"]
+    assert evaluate.distinct(texts, 1) == pytest.approx(0.428571, abs=1e-6)
+    assert evaluate.distinct(texts, 2) == pytest.approx(0.6)
+    assert evaluate.distinct(["", "a"], 2) == 0.0
+
+
+# --- KL -------------------------------------------------------------------------------------------
+
+
+def evaluation_config(**settings):
+    return evaluate.Config(**settings)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_kl_is_the_exact_divergence(small_gpt, temperature):
+    """Every response of up to 3 tokens, with its probability: the mean of `sequence_kl` is the sum
+    of p log(p / q) over them, to 1e-9."""
+    policy = small_gpt(vocab_size=4, dtype=torch.float64, initializer_range=0.6)
+    reference = small_gpt(vocab_size=4, dtype=torch.float64, initializer_range=0.6, seed=1)
+    prompt, eos, responses = [1, 2], 3, []
+    for length in (1, 2, 3):
+        for body in itertools.product(range(3), repeat=length - 1):
+            last = range(4) if length == 3 else [eos]
+            responses += [[*body, token] for token in last]
+
+    def log_probability(model, response, T):
+        tokens = torch.tensor([prompt + response])
+        with torch.no_grad():
+            logprobs = (model(tokens)[0] / T).log_softmax(-1)
+        return sum(logprobs[1 + t, token].item() for t, token in enumerate(response))
+
+    p = np.array([log_probability(policy, r, temperature) for r in responses])
+    q = np.array([log_probability(reference, r, 1.0) for r in responses])
+    assert np.exp(p).sum() == pytest.approx(1)
+    samples = [[{"prompt_ids": prompt, "ids": response} for response in responses]]
+    cfg, cpu = evaluation_config(micro_batch_size=5), torch.device("cpu")
+    arguments = (temperature, cfg, cpu, evaluate.nullcontext(), 0, 1)
+    (values,) = evaluate.sequence_kl(policy, reference, samples, *arguments)
+    assert np.exp(p) @ values == pytest.approx(np.exp(p) @ (p - q), abs=1e-9)
+    greedy = (0.0, *arguments[1:])
+    (values,) = evaluate.sequence_kl(policy, reference, samples, *greedy)
+    assert values == pytest.approx(-q, abs=1e-9)
+    (zero,) = evaluate.sequence_kl(policy, policy, samples, 1.0, *arguments[1:])
+    assert zero == pytest.approx(np.zeros(len(zero)), abs=1e-12)
+
+
+def test_samples_are_those_of_generate(small_gpt, tokenizer):
+    """Ids, texts and endings in the order of the prompts, K to each."""
+    model = small_gpt(vocab_size=tokenizer.n_vocab)
+    prompts = [{"prompt": text} for text in ("My car. My lamp.", "What?", "I feel sad.")]
+    cfg, cpu = evaluation_config(max_new_tokens=5, micro_batch_size=1), torch.device("cpu")
+    found = evaluate.sample_policy(model, tokenizer, prompts, 2, 0.0, 7, cfg, cpu, 0, 1)
+    for line, some in zip(prompts, found, strict=True):
+        ids = tokenizer.encode_ordinary(line["prompt"])
+        tokens, mask = generate(model, [ids], 5, temperature=0, eos=tokenizer.eot_token)
+        assert len(some) == 2 and some[0]["prompt_ids"] == ids
+        assert some[0]["ids"] == some[1]["ids"] == tokens[0][mask[0]].tolist()
+
+
+# --- the whole script -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def setting(toy_data, policy_run, tokenizer, tmp_path_factory):
+    """A folder with two policies, a reward model, gold that also compares, 24 prompts."""
+    folder = tmp_path_factory.mktemp("setting")
+    lines = (toy_data / "prompts_test.jsonl").read_text().splitlines(keepends=True)[:24]
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    policy = evaluate.load_policy(policy_run, "cpu")[0]
+    model = reward.add_scalar_head(policy)
+    statistics = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
+    save_model(folder / "reward", model, tokenizer, {"stage": "reward"} | statistics)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    save_model(folder / "other", policy, tokenizer, {"stage": "sft"})
+    (folder / "other/report.json").write_text('{"seconds": 12.3}')
+    (folder / "gold.py").write_text(
+        "def score(prompt, response, *, task, **fields):\n"
+        "    return len(response.split()) + (task == 'harmful')\n"
+        "def explain(prompt, response, *, task, **fields):\n"
+        "    parts = {'words': len(response.split()), 'score': 0}\n"
+        "    return parts | ({'harmless': 1} if task == 'harmful' else {})\n"
+    )
+    (folder / "biased.py").write_text(
+        "def score(prompt, response, **fields): return 0\n"
+        "def compare(prompt, first, second, **fields): return 0.9\n"  # whoever comes first
+    )
+    args = ["--policies", f"{policy_run},{folder / 'other'},{policy_run}@temperature=0"]
+    args[1] += f",{policy_run}@best_of=4:{folder / 'reward'}"
+    args += [
+        "--gold",
+        folder / "gold.py",
+        "--judges",
+        f"{folder / 'reward'},{folder / 'biased.py'}",
+    ]
+    args += ["--prompts", folder / "prompts.jsonl", "--max_new_tokens", 8, "--device", "cpu"]
+    args += ["--best_of_n", 4, "--proxy", folder / "reward", "--bootstrap", 100]
+    args = list(map(str, args))
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, *args, "--out_dir", folder / "out", "--report", folder / "all.md") == 0
+    return folder, args
+
+
+def test_a_whole_evaluation(setting, policy_run):
+    folder, _ = setting
+    report = json.loads((folder / "out/report.json").read_text())
+    first, other, greedy, best = report["policies"]
+    by_reward, biased = str(folder / "reward"), str(folder / "biased.py")
+    sft = report["policies"][first]
+    assert sft["samples"] == 96 and sft["kl"][0] == pytest.approx(0, abs=1e-6)
+    assert report["policies"][other]["kl"][1] > 0 and report["policies"][greedy]["kl"][0] > 1
+    assert report["policies"][best]["kl"][0] == pytest.approx(math.log(4) - 0.75)
+    assert report["policies"][best]["samples"] == report["policies"][greedy]["samples"] == 24
+    assert report["policies"][other]["training_seconds"] == 12.3
+    # What best-of-4 is chosen by likes it best; both directions sum to one.
+    wins = report["win_rate"][by_reward]
+    assert wins[best][first][1] > 0.6
+    for table in report["win_rate"].values():
+        for a, b in itertools.combinations(report["policies"], 2):
+            assert table[a][b][0] + table[b][a][0] == pytest.approx(1)
+    # A judge who goes by the order alone says one half, and is found out.
+    assert all(rate[0] == pytest.approx(0.5) for rate in report["win_rate"][biased][best].values())
+    assert set(report["order_decides"].values()) == {1.0}
+    assert report["win_rate"]["gold"] != report["win_rate"]["longer response"]
+    parts = sft["parts"]
+    assert parts["harmful"]["harmless"] == 1 and "harmless" not in parts["summary"]
+    lines = read_lines(folder / "out/samples-0.jsonl")
+    assert lines[0]["policy"] == str(policy_run) and len(lines[0]["responses"]) <= 4
+    words = [len(response.split()) for line in lines for response in line["responses"]]
+    assert sft["words"] == pytest.approx(sum(words) / 96)
+    curve = report["best_of_n"]
+    assert [row["n"] for row in curve] == [1, 2, 3, 4] and curve[0]["gold_gain"][0] == 0
+    assert curve[3]["proxy"][0] > curve[0]["proxy"][0]
+    text = (folder / "all.md").read_text()
+    for words in ("## Win rates: gold", "## Best of n", "## Side by side", "at most 0.64", "Elo"):
+        assert words in text
+    assert "(no EOS)" in text and "The order of the two decided in 100.0%" in text
+    heads = text.split("| policy |")[1].split("\n")[0]
+    assert heads.count("|") == text.split("| policy |")[1].split("\n")[2].count("|") - 2
+    for figure in ("out/score_by_kl.png", "out/best_of_n.png"):
+        assert f"]({figure})" in text and (folder / figure).stat().st_size > 1000
+
+
+def test_two_ranks_report_the_same(setting, tmp_path):
+    folder, args = setting
+    argv = ["evaluate.py", *args, "--out_dir", str(tmp_path / "two")]
+    done = torchrun(tmp_path, "evaluate", f"sys.argv = {argv!r}\nevaluate.main()\n")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = json.loads((folder / "out/report.json").read_text())
+    two = json.loads((tmp_path / "two/report.json").read_text())
+    assert (folder / "out/samples-1.jsonl").read_bytes() == (
+        tmp_path / "two/samples-1.jsonl"
+    ).read_bytes()
+    for name, found in one["policies"].items():
+        assert two["policies"][name]["kl"] == pytest.approx(found["kl"], abs=1e-5)
+        for by, value in found["scores"].items():
+            assert two["policies"][name]["scores"][by] == pytest.approx(value, abs=1e-5)
+    assert two["win_rate"]["gold"] == one["win_rate"]["gold"]
+
+
+def test_a_file_of_comparisons_judges(setting, policy_run, tmp_path, monkeypatch):
+    """Both orders of one prompt are one vote; comparisons of others don't count."""
+    folder, _ = setting
+    a, b = str(policy_run), str(folder / "other")
+    pair = {"chosen": "x", "rejected": "y"}
+    lines = [
+        pair | {"prompt": "P", "policy": [a, b]},
+        pair | {"prompt": "P", "policy": [b, a]},
+        pair | {"prompt": "Q", "policy": [a, b], "label": 0.8},
+        pair | {"prompt": "R", "policy": [a, b]},
+        pair | {"prompt": "R", "policy": [a, "somebody else"]},
+    ]
+    path = write_jsonl(tmp_path / "labelled.jsonl", lines)
+    args = ["--policies", f"{a},{b}", "--comparisons", path, "--prompts", folder / "prompts.jsonl"]
+    args += ["--max_new_tokens", 8, "--num_samples", 1, "--out_dir", tmp_path / "out"]
+    assert run(monkeypatch, *args, "--device", "cpu") == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    rates = report["win_rate"][str(path)]
+    assert rates[a][b][0] == pytest.approx((0.5 + 0.8 + 1) / 3)
+    assert rates[b][a][0] == pytest.approx((0.5 + 0.2 + 0) / 3)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--policies", ""], "--policies: expected one or more"),
+        (["--policies", "x,x"], "--policies: expected one or more, all different"),
+        (["--policies", "x@best_of=4"], "expected RUN, RUN@temperature=T or RUN@best_of=N:REWARD"),
+        (["--policies", "x@temperature=-1"], "expected RUN, RUN@temperature=T or"),
+        (["--policies", "nowhere"], "nowhere: not a model directory"),
+        (["--gold", "", "--judges", ""], "expected a judge"),
+        (["--judges", "nowhere"], "nowhere: not a model directory"),
+        (["--judges", "nowhere.py"], "nowhere.py: not a Python file"),
+        (["--max_new_tokens", "96"], "has only 96 positions"),
+        (["--num_samples", "0"], "--num_samples, --max_new_tokens: expected more than 0"),
+        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl:0: file: can't be read"),
+    ],
+)
+def test_bad_settings(setting, tmp_path, monkeypatch, capsys, more, message):
+    _, args = setting
+    assert run(monkeypatch, *args, "--out_dir", tmp_path / "out", *more) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_a_judge_must_be_normalised(setting, policy_run, tmp_path, monkeypatch, capsys):
+    _, args = setting
+    assert run(monkeypatch, *args, "--out_dir", tmp_path / "o", "--judges", policy_run) == 2
+    assert "not a reward model" in capsys.readouterr().err
+
+
+# --- learning curves ------------------------------------------------------------------------------
+
+
+def test_plot(tmp_path, monkeypatch, capsys):
+    for name, slope in [("a", 1.0), ("b", 2.0)]:
+        (tmp_path / name).mkdir()
+        lines = [{"step": i, "seconds": 1.0, "loss": slope / (i + 1)} for i in range(5)]
+        write_jsonl(tmp_path / name / "metrics.jsonl", [*lines, {"step": 5, "eval_loss": slope}])
+    out = tmp_path / "curves.png"
+    assert run(monkeypatch, "plot", tmp_path / "a", tmp_path / "b", "--out", out) == 0
+    drawn = out.exists() and out.stat().st_size > 1000
+    assert drawn or "matplotlib is not installed" in capsys.readouterr().out
+    assert run(monkeypatch, "plot", tmp_path / "a", "--metrics", "reward", "--out", out) == 2
+    assert "reward: in no run; there are eval_loss, loss" in capsys.readouterr().err
+    assert run(monkeypatch, "plot") == 2
+    assert run(monkeypatch, "plot", tmp_path) == 2
+    assert "metrics.jsonl:0: file: can't be read" in capsys.readouterr().err
+
+
+# --- experiments with reward models ---------------------------------------------------------------
 
 
 def reward_run(folder, name, pairs, parameters, gold, labels, margin="none", seed=0):
@@ -106,8 +483,15 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         (["scaling", "--runs", tmp_path / "unfinished"], "unfinished: not a finished run"),
         (["margins", "--runs", tmp_path / "sft"], "report.json: not of reward.py"),
         (["scaling"], "--runs: expected run directories"),
-        (["plots"], "plots: expected a command: scaling, margins"),
+        (["plots"], "unrecognized arguments: plots"),
     ]:
         assert run(monkeypatch, *args) == 2
         assert message in capsys.readouterr().err
-    assert run(monkeypatch, "--help") == 0 and "scaling" in capsys.readouterr().out
+    for command, config in [
+        ([], evaluate.Config),
+        (["plot"], evaluate.PlotConfig),
+        (["scaling"], evaluate.ScalingConfig),
+    ]:
+        assert run(monkeypatch, *command, "--help") == 0
+        text = capsys.readouterr().out
+        assert all(f"--{name}" in text for name in vars(config()))
