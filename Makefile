@@ -5,7 +5,8 @@
 #   make bench       measures against peers
 #   make reward-scaling, make reward-margins   experiments with reward models, three seeds each
 # QUICK=1 makes the experiments with one seed.
-# LAUNCH="torchrun --nproc_per_node=8" runs the stages on several GPUs.
+# LAUNCH="torchrun --nproc_per_node=8" runs the stages on several GPUs; INIT=gpt2/ DATA=mine/ on a
+# model and data of your own, into runs/mine (see below, and SFT_FLAGS, REWARD_FLAGS, SAMPLING).
 
 PYTHON3 ?= python3
 VENV ?= .venv
@@ -16,24 +17,27 @@ LAUNCH ?=
 RUN := $(if $(LAUNCH),$(VENV)/bin/$(LAUNCH),$(PYTHON))
 PEER_PACKAGES := transformers==5.23.0 trl==1.12.0
 
+DATA ?= data/toy
+INIT ?=
+RUNS ?= $(if $(filter data/toy,$(DATA)),runs,runs/$(notdir $(patsubst %/,%,$(DATA))))
+
 SEEDS := $(if $(QUICK),0,0 1 2)
 comma := ,
 space := $() $()
 list = $(subst $(space),$(comma),$(strip $(1)))
 
-.PHONY: all report test test-peers bench lint clean reward-scaling reward-margins
+.PHONY: all report check test test-peers bench lint clean reward-scaling reward-margins
 .DELETE_ON_ERROR:
 
-report: runs/sft/report.json runs/reward/report.json
-	@echo "gold reward of runs/sft, mean and 95% interval (5 at best; more in $<):"
-	@$(PYTHON) -c "import json; report = json.load(open('$<')); [print(f'  {how:8} {task:8}', \
-	  '{:6.2f}  [{:.2f}, {:.2f}]'.format(*parts['gold'])) \
-	  for how in ('greedy', 'sampled') for task, parts in report[how].items()]"
-	@echo "agreement of runs/reward with gold, held out, and 95% interval (chance: 0.5):"
-	@$(PYTHON) -c "import json; gold = json.load(open('runs/reward/report.json'))['gold']; \
-	  [print(f'  {task:8}', '{:6.3f}  [{:.3f}, {:.3f}]'.format(*row['model'])) \
-	  for task, row in gold.items()]"
-	@echo "read samples: $(PYTHON) model.py runs/sft --prompt 'How do I fix a bike?'"
+report: $(RUNS)/evaluation/report.json
+	@rm $(<D)/.printed 2>/dev/null || $(PYTHON) evaluate.py table --report $<
+	@echo "the whole report, with responses side by side: $(RUNS)/report.md"
+	@echo "read more samples: $(PYTHON) model.py $(RUNS)/sft --prompt 'How do I fix a bike?'"
+
+# What the report must show: differences of scores, paired by prompt, with their interval above 0.
+check: $(RUNS)/evaluation/report.json
+	$(PYTHON) evaluate.py check --report $< --judge $(if $(GOLD),gold,$(RUNS)/reward) --better \
+	  "$(RUNS)/sft@best_of=4:$(RUNS)/reward > $(RUNS)/sft"
 
 all: report
 
@@ -49,28 +53,56 @@ $(PEERS)/installed: requirements.txt Makefile
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PEER_PACKAGES)
 	touch $@
 
-# --- the embedded task ---
+# --- the pipeline ---
 
 data/toy/bpe.tiktoken: data/toy.py | $(VENV)/installed
 	$(PYTHON) data/toy.py
 
+# Your own data: a folder with files of the names that data/toy has, rankings or comparisons as
+# rankings.jsonl; INIT is where SFT starts. Without gold the feedback is what the folder has.
+ifeq ($(DATA),data/toy)
+  GOLD := --gold data/toy.py
+  SFT_FLAGS ?= --prompt_loss_weight 0.3
+  READY := data/toy/bpe.tiktoken
+  FEEDBACK := $(RUNS)/feedback/rankings.jsonl
+  HELD_OUT := $(RUNS)/feedback_validation/rankings.jsonl
+else
+  GOLD :=
+  READY := $(VENV)/installed
+  FEEDBACK := $(DATA)/rankings.jsonl
+  HELD_OUT := $(DATA)/rankings_validation.jsonl
+endif
+
 # An interrupted stage goes on from where it was: see `again`.
-SFT = $(RUN) sft.py --prompt_loss_weight 0.3 --gold data/toy.py
-ANNOTATE = $(RUN) annotate.py --gold data/toy.py
-REWARD = $(RUN) reward.py --gold data/toy.py
+SFT = $(RUN) sft.py $(GOLD) $(SFT_FLAGS) $(SAMPLING) --data $(DATA)/demonstrations.jsonl \
+  --validation $(DATA)/demonstrations_validation.jsonl --prompts $(DATA)/prompts_validation.jsonl
+ANNOTATE = $(RUN) annotate.py $(GOLD) $(SAMPLING)
+REWARD = $(RUN) reward.py $(GOLD) $(REWARD_FLAGS) $(SAMPLING) --prompts $(DATA)/prompts_train.jsonl
 
-runs/sft/report.json: data/toy/bpe.tiktoken sft.py model.py
-	$(SFT) --out_dir runs/sft $(call again,runs/sft,sft)
+$(RUNS)/sft/report.json: $(READY) sft.py model.py
+	$(SFT) --init "$(INIT)" --out_dir $(@D) $(call again,$(@D),sft)
 
-runs/feedback/report.json: runs/sft/report.json annotate.py
-	$(ANNOTATE) --out_dir runs/feedback $(call again,runs/feedback,annotate)
+# $(1) where, $(2) the prompts' split
+define judged
+$(RUNS)/$(1)/rankings.jsonl: $(RUNS)/sft/report.json annotate.py
+	$(ANNOTATE) --policy $(RUNS)/sft --prompts $(DATA)/prompts_$(2).jsonl --out_dir $$(@D) \
+	  $$(call again,$$(@D),annotate)
+endef
+$(eval $(call judged,feedback,train))
+$(eval $(call judged,feedback_validation,validation))
 
-runs/feedback_validation/report.json: runs/sft/report.json annotate.py
-	$(ANNOTATE) --prompts data/toy/prompts_validation.jsonl --out_dir runs/feedback_validation \
-	  $(call again,runs/feedback_validation,annotate)
+$(RUNS)/reward/report.json: $(FEEDBACK) $(HELD_OUT) $(RUNS)/sft/report.json reward.py
+	$(REWARD) --init $(RUNS)/sft --data $(FEEDBACK) --validation $(HELD_OUT) --out_dir $(@D) \
+	  $(call again,$(@D),reward)
 
-runs/reward/report.json: runs/feedback/report.json runs/feedback_validation/report.json reward.py
-	$(REWARD) --out_dir runs/reward $(call again,runs/reward,reward)
+# Every policy on the test prompts, and best-of-n. A stage that lands adds its policy here.
+POLICIES := $(RUNS)/sft $(RUNS)/sft@temperature=0 $(RUNS)/sft@best_of=4:$(RUNS)/reward
+
+$(RUNS)/evaluation/report.json: $(RUNS)/reward/report.json evaluate.py
+	$(RUN) evaluate.py --policies $(call list,$(POLICIES)) $(GOLD) --judges $(RUNS)/reward \
+	  --prompts $(DATA)/prompts_test.jsonl --best_of_n 16 --proxy $(RUNS)/reward $(SAMPLING) \
+	  --out_dir $(@D) --report $(RUNS)/report.md --overwrite
+	touch $(@D)/.printed
 
 # A run of the present source and data is resumed; an older one is begun anew.
 again = $(shell cmp -s $(1)/script.py $(2).py && test ! -e $(1)/report.json \

@@ -21,6 +21,7 @@ their bias is one number, the gold points that they see in a word.
 import argparse
 import dataclasses
 import datetime
+import gc
 import gzip
 import hashlib
 import importlib.util
@@ -192,6 +193,16 @@ def gather(records, device):
     dist.all_gather(padded, torch.cat([data, data.new_zeros(len(padded[0]) - len(data))]))
     texts = [bytes(x[:n].tolist()) for x, n in zip(padded, sizes, strict=True)]
     return [record for text in texts for record in json.loads(text)]
+
+
+def end_process(device):
+    """The last thing that a script does. Without torchrun, nothing."""
+    if dist.is_initialized():
+        all_reduce([0.0], device)  # no rank leaves while another still writes
+        # What is left to the interpreter's end would now and then abort the process there, by
+        # gloo's threads, after all was done: garbage may still hold the group.
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def stop_requested(device):
@@ -725,9 +736,9 @@ def ask(line, order, head, output):
         print()
     print("u: take back   l: later   q: quit (all judgements are saved)")
     if output == "comparisons":
-        print("A is better: 1 significantly  2 better  3 slightly  4 negligibly, or unsure")
+        print("A is better: 1 significantly  2 better  3 slightly  4 hardly, unsure")
         print(
-            "B is better: 8 significantly  7 better  6 slightly  5 negligibly, or unsure",
+            "B is better: 8 significantly  7 better  6 slightly  5 hardly, unsure",
             flush=True,
         )
         while True:
@@ -1205,10 +1216,9 @@ def main():
         path = out_dir / "samples.jsonl"
         if not path.exists() and not sample_all(cfg, policies, samples, device, rank, world):
             refuse(f"{path}: no prompt has two responses to compare")
-        all_reduce([0.0], device)  # no rank leaves while another still writes
+        all_reduce([0.0], device)  # every rank reads what rank 0 has written
         samples = [record for _, record in read_jsonl(path, {"prompt": False})]
-    if world > 1:
-        dist.destroy_process_group()
+    end_process(device)
     if rank > 0:
         return None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the samples are on the disk

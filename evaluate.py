@@ -11,13 +11,15 @@ rate stand what "the longer response wins" would give, and the win rate at equal
 
     python evaluate.py --policies runs/sft,runs/sft@temperature=0 --gold data/toy.py
     python evaluate.py --policies runs/sft,runs/sft@best_of=4:runs/reward --judges runs/reward
-    python evaluate.py plot runs/sft runs/reward           # learning curves
+    python evaluate.py table; python evaluate.py check --better "A > B"      # of a report
+    python evaluate.py plot runs/sft runs/reward                             # learning curves
     python evaluate.py scaling RUN...; python evaluate.py margins RUN...     # of reward models
 """
 
 import argparse
 import dataclasses
 import datetime
+import gc
 import gzip
 import hashlib
 import importlib.util
@@ -96,6 +98,19 @@ class Config:
     timeout_s: Annotated[int, "a collective that takes longer ends the job, seconds"] = 600
     resume: Annotated[bool, "start anew unless the run in out_dir is finished"] = False
     overwrite: Annotated[bool, "delete the run in out_dir first"] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TableConfig:
+    report: Annotated[str, "report.json of an evaluation"] = "runs/evaluation/report.json"
+    show: Annotated[str, "parts of gold's `explain` in the table, by commas"] = "harmless"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckConfig:
+    report: Annotated[str, "report.json of an evaluation"] = "runs/evaluation/report.json"
+    judge: Annotated[str, "whose scores are compared"] = "gold"
+    better: Annotated[str, "claims by commas, each POLICY > POLICY"] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +209,16 @@ def gather(records, device):
     dist.all_gather(padded, torch.cat([data, data.new_zeros(len(padded[0]) - len(data))]))
     texts = [bytes(x[:n].tolist()) for x, n in zip(padded, sizes, strict=True)]
     return [record for text in texts for record in json.loads(text)]
+
+
+def end_process(device):
+    """The last thing that a script does. Without torchrun, nothing."""
+    if dist.is_initialized():
+        all_reduce([0.0], device)  # no rank leaves while another still writes
+        # What is left to the interpreter's end would now and then abort the process there, by
+        # gloo's threads, after all was done: garbage may still hold the group.
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def stop_requested(device):
@@ -1049,6 +1074,43 @@ def write_report(cfg, report, judges, show, prompts, samples, scores, figures):
     return path
 
 
+def shown_parts(report, names):
+    """Those of `names` that gold's explanations have."""
+    parts = [p for f in report["policies"].values() for p in f.get("parts", {}).values()]
+    return [name for name in split_names(names) if any(name in part for part in parts)]
+
+
+def read_report(path):
+    try:
+        report = read_json(path)
+    except (OSError, ValueError) as error:
+        refuse(f"{path}: not a report: {error}")
+    if not isinstance(report.get("policies"), dict) or "difference" not in report:
+        refuse(f"{path}: policies: is missing; expected the report.json of an evaluation")
+    return report
+
+
+def table(cfg):
+    """evaluate.py table: prints the table of a finished evaluation again."""
+    report = read_report(cfg.report)
+    judges = list(next(iter(report["policies"].values()))["scores"])
+    print_aligned(summary_table(report, judges[:1], shown_parts(report, cfg.show)))
+
+
+def check(cfg):
+    """evaluate.py check: exit status 1 unless each claim's paired difference is surely above 0."""
+    differences, failed = read_report(cfg.report)["difference"].get(cfg.judge, {}), False
+    for claim in split_names(cfg.better):
+        better, _, worse = (side.strip() for side in claim.partition(" > "))
+        found = differences.get(better, {}).get(worse)
+        if not found or found[1] is None:
+            refuse(f"{cfg.report}: {claim}: {cfg.judge} did not judge these two on several prompts")
+        failed = failed or found[1] <= 0
+        print(f"{'ok' if found[1] > 0 else 'FAILED'}  {claim}, by {interval_text(found)}")
+    if failed:
+        sys.exit(1)
+
+
 def shown_prompts(prompts, count):
     """Numbers of `count` prompts, the tasks in turn."""
     tasks = {}
@@ -1287,12 +1349,13 @@ def write_tables(out, result, text):
 
 def main():
     commands = {"plot": (plot, PlotConfig), "scaling": (scaling, ScalingConfig)}
-    commands["margins"] = (margins, MarginsConfig)
+    commands |= {"margins": (margins, MarginsConfig), "table": (table, TableConfig)}
+    commands |= {"check": (check, CheckConfig)}
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         command, config = commands[sys.argv[1]]
         # Runs may stand before the flags.
         runs = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[2:]))
-        if runs:
+        if runs and "runs" in config.__dataclass_fields__:
             sys.argv[2 : 2 + len(runs)] = ["--runs", ",".join(runs)]
         return command(parse_config(config, __doc__, sys.argv[1]))
     cfg = parse_config(Config, __doc__)
@@ -1426,20 +1489,14 @@ def main():
             report["best_of_n"] = curve
         report["seconds"] = round(time.time() - started, 1)
         finish(cfg, report, list(judges), prompts, samples, scores)
-    if world > 1:
-        all_reduce([0.0], device)  # no rank leaves while another still writes
-        dist.destroy_process_group()
+    end_process(device)
     return None
 
 
 def finish(cfg, report, judges, prompts, samples, scores):
     """Writes and prints the report."""
     out_dir, figures = Path(cfg.out_dir), []
-    show = [
-        part
-        for part in split_names(cfg.show)
-        if any(part in p for f in report["policies"].values() for p in f.get("parts", {}).values())
-    ]
+    show = shown_parts(report, cfg.show)
     print_aligned(summary_table(report, judges[:1], show))  # the report has them all
     plt = matplotlib_pyplot()
     if plt and judges and len(report["policies"]) > 1:

@@ -229,6 +229,16 @@ def gather(records, device):
     return [record for text in texts for record in json.loads(text)]
 
 
+def end_process(device):
+    """The last thing that a script does. Without torchrun, nothing."""
+    if dist.is_initialized():
+        all_reduce([0.0], device)  # no rank leaves while another still writes
+        # What is left to the interpreter's end would now and then abort the process there, by
+        # gloo's threads, after all was done: garbage may still hold the group.
+        gc.collect()
+        dist.destroy_process_group()
+
+
 def stop_requested(device):
     """Whether SIGTERM came to any rank. All ranks ask at the same places, so all stop there."""
     return all_reduce([float(len(stop_signals))], device)[0] > 0
@@ -1112,9 +1122,7 @@ def score_main(cfg):
             f"{cfg.out}: {len(lines)} lines, {len(rows)} responses scored, {cut} of which fill the "
             f"model's {longest} positions and may have been cut"
         )
-    if world > 1:
-        all_reduce([0.0], device)
-        dist.destroy_process_group()
+    end_process(device)
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -1424,13 +1432,8 @@ def main():
         for path in out_dir.glob("checkpoint-*"):
             shutil.rmtree(path)
         print(f"{out_dir}: finished in {report['seconds']:.0f} s, {report['peak_memory_gib']} GiB")
-    if world > 1:
-        all_reduce([0.0], device)  # no rank leaves while another still writes
-        # DDP is part of a reference cycle and keeps the group: left to the interpreter's end, its
-        # threads would now and then abort the process after all was done.
-        del parallel
-        gc.collect()
-        dist.destroy_process_group()
+    del parallel  # DDP is part of a reference cycle and keeps the group
+    end_process(device)
     return None
 
 
