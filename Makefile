@@ -3,10 +3,10 @@
 #   make test        installs, runs all tests
 #   make test-peers  installs transformers and TRL beside torch, runs the tests that compare
 #   make bench       measures against peers
-#   make reward-scaling, make reward-margins   experiments with reward models, three seeds each
+#   make reward-scaling, make reward-margins, make best-of-n     experiments, three seeds each
 # QUICK=1 makes the experiments with one seed.
 # LAUNCH="torchrun --nproc_per_node=8" runs the stages on several GPUs; INIT=gpt2/ DATA=mine/ on a
-# model and data of your own, into runs/mine (see below, and SFT_FLAGS, REWARD_FLAGS, SAMPLING).
+# model and data of your own, into runs/own/mine (see below, and SFT_FLAGS, REWARD_FLAGS, SAMPLING).
 
 PYTHON3 ?= python3
 VENV ?= .venv
@@ -18,15 +18,16 @@ RUN := $(if $(LAUNCH),$(VENV)/bin/$(LAUNCH),$(PYTHON))
 PEER_PACKAGES := transformers==5.23.0 trl==1.12.0
 
 DATA ?= data/toy
+override DATA := $(patsubst %/,%,$(DATA))
 INIT ?=
-RUNS ?= $(if $(filter data/toy,$(DATA)),runs,runs/$(notdir $(patsubst %/,%,$(DATA))))
+RUNS ?= $(if $(filter data/toy,$(DATA)),runs,runs/own/$(notdir $(DATA)))
 
 SEEDS := $(if $(QUICK),0,0 1 2)
 comma := ,
 space := $() $()
 list = $(subst $(space),$(comma),$(strip $(1)))
 
-.PHONY: all report check test test-peers bench lint clean reward-scaling reward-margins
+.PHONY: all report check test test-peers bench lint clean reward-scaling reward-margins best-of-n
 .DELETE_ON_ERROR:
 
 report: $(RUNS)/evaluation/report.json
@@ -35,8 +36,8 @@ report: $(RUNS)/evaluation/report.json
 	@echo "read more samples: $(PYTHON) model.py $(RUNS)/sft --prompt 'How do I fix a bike?'"
 
 # What the report must show: differences of scores, paired by prompt, with their interval above 0.
-check: $(RUNS)/evaluation/report.json
-	$(PYTHON) evaluate.py check --report $< --judge $(if $(GOLD),gold,$(RUNS)/reward) --better \
+check: report
+	$(PYTHON) evaluate.py check --report $(RUNS)/evaluation/report.json --judge $(if $(GOLD),gold,$(RUNS)/reward) --better \
 	  "$(RUNS)/sft@best_of=4:$(RUNS)/reward > $(RUNS)/sft"
 
 all: report
@@ -68,46 +69,43 @@ ifeq ($(DATA),data/toy)
   HELD_OUT := $(RUNS)/feedback_validation/rankings.jsonl
 else
   GOLD :=
-  READY := $(VENV)/installed
+  READY := $(wildcard $(DATA)/*.jsonl $(DATA)/*.jsonl.gz)
   FEEDBACK := $(DATA)/rankings.jsonl
   HELD_OUT := $(DATA)/rankings_validation.jsonl
 endif
 
-# An interrupted stage goes on from where it was: see `again`.
+# $(1) command, $(2) its source, $(3) its folder. An unfinished run of the present source goes on, if
+# its settings and data are these (else it is refused with exit status 2); any other begins anew.
+go = @$(info $(1) --out_dir $(3))if cmp -s $(3)/script.py $(2) && test ! -e $(3)/report.json && ! test model.py -nt $(3)/script.py; \
+  then $(1) --out_dir $(3) --resume || { test $$? = 2 && $(1) --out_dir $(3) --overwrite; }; \
+  else $(1) --out_dir $(3) --overwrite; fi
 SFT = $(RUN) sft.py $(GOLD) $(SFT_FLAGS) $(SAMPLING) --data $(DATA)/demonstrations.jsonl \
   --validation $(DATA)/demonstrations_validation.jsonl --prompts $(DATA)/prompts_validation.jsonl
 ANNOTATE = $(RUN) annotate.py $(GOLD) $(SAMPLING)
 REWARD = $(RUN) reward.py $(GOLD) $(REWARD_FLAGS) $(SAMPLING) --prompts $(DATA)/prompts_train.jsonl
 
-$(RUNS)/sft/report.json: $(READY) sft.py model.py
-	$(SFT) --init "$(INIT)" --out_dir $(@D) $(call again,$(@D),sft)
+$(RUNS)/sft/report.json: $(READY) sft.py model.py | $(VENV)/installed
+	$(call go,$(SFT) --init "$(INIT)",sft.py,$(@D))
 
 # $(1) where, $(2) the prompts' split
 define judged
 $(RUNS)/$(1)/rankings.jsonl: $(RUNS)/sft/report.json annotate.py
-	$(ANNOTATE) --policy $(RUNS)/sft --prompts $(DATA)/prompts_$(2).jsonl --out_dir $$(@D) \
-	  $$(call again,$$(@D),annotate)
+	$$(call go,$(ANNOTATE) --policy $(RUNS)/sft --prompts $(DATA)/prompts_$(2).jsonl,annotate.py,$$(@D))
 endef
 $(eval $(call judged,feedback,train))
 $(eval $(call judged,feedback_validation,validation))
 
 $(RUNS)/reward/report.json: $(FEEDBACK) $(HELD_OUT) $(RUNS)/sft/report.json reward.py
-	$(REWARD) --init $(RUNS)/sft --data $(FEEDBACK) --validation $(HELD_OUT) --out_dir $(@D) \
-	  $(call again,$(@D),reward)
+	$(call go,$(REWARD) --init $(RUNS)/sft --data $(FEEDBACK) --validation $(HELD_OUT),reward.py,$(@D))
 
 # Every policy on the test prompts, and best-of-n. A stage that lands adds its policy here.
 POLICIES := $(RUNS)/sft $(RUNS)/sft@temperature=0 $(RUNS)/sft@best_of=4:$(RUNS)/reward
 
-$(RUNS)/evaluation/report.json: $(RUNS)/reward/report.json evaluate.py
+$(RUNS)/evaluation/report.json: $(RUNS)/reward/report.json evaluate.py model.py
 	$(RUN) evaluate.py --policies $(call list,$(POLICIES)) $(GOLD) --judges $(RUNS)/reward \
 	  --prompts $(DATA)/prompts_test.jsonl --best_of_n 16 --proxy $(RUNS)/reward $(SAMPLING) \
 	  --out_dir $(@D) --report $(RUNS)/report.md --overwrite
 	touch $(@D)/.printed
-
-# A run of the present source and data is resumed; an older one is begun anew.
-again = $(shell cmp -s $(1)/script.py $(2).py && test ! -e $(1)/report.json \
-  && test $(1)/script.py -nt model.py && test $(1)/script.py -nt data/toy/bpe.tiktoken \
-  && echo --resume || echo --overwrite)
 
 # --- experiments with reward models: everything again in each seed ---
 
@@ -121,17 +119,16 @@ E := runs/experiments
 # $(1) size, $(2) seed: the trunk, which is the policy too when medium.
 define trunk
 $(E)/sft-$(1)-$(2)/report.json: data/toy/bpe.tiktoken sft.py model.py
-	$(SFT) $(SIZE_$(1)) --seed $(2) --num_prompts 200 --eval_every 0 --out_dir $$(@D) $$(call again,$$(@D),sft)
+	$$(call go,$(SFT) $(SIZE_$(1)) --seed $(2) --num_prompts 200 --eval_every 0,sft.py,$$(@D))
 endef
 
 # $(1) seed: feedback on the medium policy, for all sizes; what is held out are the test prompts.
 define feedback
 $(E)/feedback-$(1)/report.json: $(E)/sft-medium-$(1)/report.json annotate.py
-	$(ANNOTATE) --policy $(E)/sft-medium-$(1) --seed $(1) \
-	  --out_dir $$(@D) $$(call again,$$(@D),annotate)
+	$$(call go,$(ANNOTATE) --policy $(E)/sft-medium-$(1) --seed $(1),annotate.py,$$(@D))
 $(E)/feedback-test-$(1)/report.json: $(E)/sft-medium-$(1)/report.json annotate.py
-	$(ANNOTATE) --policy $(E)/sft-medium-$(1) --prompts data/toy/prompts_test.jsonl --seed $(1) \
-	  --out_dir $$(@D) $$(call again,$$(@D),annotate)
+	$$(call go,$(ANNOTATE) --policy $(E)/sft-medium-$(1) --seed $(1) \
+	  --prompts data/toy/prompts_test.jsonl,annotate.py,$$(@D))
 endef
 
 # $(1) seed, $(2) how many lines of its feedback
@@ -144,9 +141,9 @@ endef
 define reward_run
 $(E)/$(5)/report.json: $(E)/sft-$(1)-$(2)/report.json $(E)/rankings-$(2)-$(3).jsonl \
   $(E)/feedback-test-$(2)/report.json reward.py
-	$(REWARD) --init $(E)/sft-$(1)-$(2) --normalise_with $(E)/sft-medium-$(2) --margin $(4) \
-	  --data $(E)/rankings-$(2)-$(3).jsonl --validation $(E)/feedback-test-$(2)/rankings.jsonl \
-	  --seed $(2) --eval_every 0 --out_dir $$(@D) $$(call again,$$(@D),reward)
+	$$(call go,$(REWARD) --init $(E)/sft-$(1)-$(2) --normalise_with $(E)/sft-medium-$(2) \
+	  --margin $(4) --data $(E)/rankings-$(2)-$(3).jsonl --seed $(2) --eval_every 0 \
+	  --validation $(E)/feedback-test-$(2)/rankings.jsonl,reward.py,$$(@D))
 endef
 
 scaled = $(foreach s,$(SIZES),$(foreach n,$(LINES),$(SEEDS:%=reward-$(s)-$(n)-%)))
@@ -165,6 +162,16 @@ reward-scaling: $(patsubst %,$(E)/%/report.json,$(scaled))
 reward-margins: $(patsubst %,$(E)/%/report.json,$(with_margins))
 	$(PYTHON) evaluate.py margins --runs $(call list,$(addprefix $(E)/,$(with_margins))) \
 	  --out runs/figures/reward_margins
+
+# Best-of-n for n up to 16, in every seed.
+define best_of_n
+$(E)/best-of-n-$(1)/report.json: $(E)/reward-medium-12000-$(1)/report.json evaluate.py
+	$(RUN) evaluate.py --policies $(E)/sft-medium-$(1) --gold data/toy.py --best_of_n 16 \
+	  --proxy $(E)/reward-medium-12000-$(1) --seed $(1) --out_dir $$(@D) --overwrite
+endef
+$(foreach seed,$(SEEDS),$(eval $(call best_of_n,$(seed))))
+
+best-of-n: $(SEEDS:%=$(E)/best-of-n-%/report.json)
 
 # --- tests ---
 

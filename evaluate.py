@@ -6,8 +6,9 @@ Every policy responds to the same prompts; every judge scores every response. Fo
     KL(A, reference) = E sum_t sum_v pi(v | s_t) log(pi(v | s_t) / pi_ref(v | s_t))  nats a sequence
 
 with 95% intervals by the bootstrap over prompts. A judge is a Python file that knows the truth
-(`--gold`), a reward model, or a file of comparisons that somebody else labelled. Beside every win
-rate stand what "the longer response wins" would give, and the win rate at equal length.
+(`--gold`), a reward model, or a file of comparisons that somebody else labelled. Beside the win
+rates stand those of two controls, the longer response and a coin; the report has them at equal
+length too.
 
     python evaluate.py --policies runs/sft,runs/sft@temperature=0 --gold data/toy.py
     python evaluate.py --policies runs/sft,runs/sft@best_of=4:runs/reward --judges runs/reward
@@ -17,8 +18,10 @@ rate stand what "the longer response wins" would give, and the win rate at equal
 """
 
 import argparse
+import copy
 import dataclasses
 import datetime
+import functools
 import gc
 import gzip
 import hashlib
@@ -27,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -55,12 +59,14 @@ from model import (
     read_json,
     text_of,
     tokenizer_hash,
+    weight_files,
     whole_file,
     write_json,
 )
 
 STATISTICS = ("reward_mean", "reward_std", "score_transform")
 ELO = 400 / math.log(10)  # points of Elo's scale in one nat of log-odds
+LONGER, COIN = "length", "a coin"  # controls: what no judge should be content to match
 # Student's t for 95% and 1, 2, ... degrees of freedom: a few seeds are all that there are.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -68,7 +74,8 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 @dataclasses.dataclass(frozen=True)
 class Config:
     policies: Annotated[
-        str, "by commas: RUN, RUN@temperature=T, RUN@best_of=N:REWARD; others play the first"
+        str,
+        "by commas: RUN, RUN@temperature=T, RUN@best_of=N:REWARD; the table is against the first",
     ] = "runs/sft"
     reference: Annotated[str, "run that KL is to; empty: the first policy's"] = ""
     prompts: Annotated[str, "prompts for all of them"] = "data/toy/prompts_test.jsonl"
@@ -85,11 +92,13 @@ class Config:
     proxy: Annotated[str, "reward that best-of-n goes by"] = "runs/reward"
     show: Annotated[str, "parts of gold's `explain` in the printed table, by commas"] = "harmless"
     num_shown: Annotated[int, "prompts whose responses stand side by side in the report"] = 6
-    bootstrap: Annotated[int, "resamplings of the prompts"] = 1000
+    bootstrap: Annotated[int, "resamplings of the prompts (at equal length 200 at most)"] = 1000
     out_dir: Annotated[str, "folder for report.json, samples and figures"] = "runs/evaluation"
     report: Annotated[str, "Markdown report; empty: report.md in out_dir"] = ""
     max_new_tokens: Annotated[int, "longest response, tokens"] = 48
-    micro_batch_size: Annotated[int, "a quarter of the responses a forward; 0: 64"] = 0
+    micro_batch_size: Annotated[
+        int, "responses a forward for KL; sampling and judging take four times as many; 0: 64"
+    ] = 0
     seed: Annotated[int, "of samples and bootstrap"] = 0
     device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
     dtype: Annotated[
@@ -362,28 +371,34 @@ def load_policy(directory, device):
     return model, tokenizer
 
 
-def sample_policy(model, tokenizer, prompts, count, temperature, seed, cfg, device, rank, world):
-    """`count` responses to each prompt: a list (prompts) of lists of {"prompt_ids", "ids", "text",
-    "ended"}; None if told to stop.
+def sample_policy(
+    model, tokenizer, prompts, count, temperature, seed, room, cfg, device, rank, world
+):
+    """`count` responses to each prompt, of which the last `room` tokens are read: a list (prompts)
+    of lists of {"prompt_ids", "ids", "text", "ended"}; None if told to stop.
 
     A chunk of prompts draws from a generator of its own, so that any number of ranks samples the
     same; `seed` differs between policies.
     """
     size = max((4 * cfg.micro_batch_size or 256) // count, 1)
-    room, eos = model.config.n_positions - cfg.max_new_tokens, tokenizer.eot_token
+    eos = tokenizer.eot_token
     ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
     chunks = [order[i : i + size] for i in range(0, len(order), size)]
-    found, last_time = [], time.time()
+    found, started = [], time.time()
+    last_time = started
     for number in range(rank, math.ceil(len(chunks) / world) * world, world):
         if stop_requested(device):
             return None
         if number >= len(chunks):
             continue
-        if rank == 0 and time.time() - last_time > 30:
+        if rank == 0 and time.time() - last_time > 20:
             last_time = time.time()
-            print(f"sampled {number * size}/{len(prompts)} prompts", flush=True)
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
+            left = (last_time - started) / number * (len(chunks) - number)
+            print(
+                f"  sampled {number * size}/{len(prompts)} prompts, {left:.0f} s left", flush=True
+            )
+        generator = torch.Generator(device).manual_seed((seed * 1_000_003 + number) % 2**63)
         tokens, mask = generate(
             model,
             [ids[i] for i in chunks[number]],
@@ -404,13 +419,14 @@ def sample_policy(model, tokenizer, prompts, count, temperature, seed, cfg, devi
     return samples
 
 
-def sequence_kl(policy, reference, samples, temperature, cfg, device, autocast, rank, world):
+def sequence_kl(policy, reference, samples, temperature, cfg, device, rank, world):
     """KL to the reference of each sample: sum over its tokens of the KL of the two next-token
     distributions, nats; its mean is unbiased, and varies less than log-ratios of the tokens drawn.
 
     A list (prompts) of lists. The policy's logits are divided by its temperature, the reference's
     are as they are; at temperature 0 the policy puts probability 1 on what it said, so that the KL
-    is -log pi_ref of it. None if told to stop.
+    is -log pi_ref of it. In the models' own precision: logits rounded to bfloat16 would add some
+    0.01 nats a token to every KL. None if told to stop.
     """
     rows = [(i, sample) for i, some in enumerate(samples) for sample in some]
     order = sorted(
@@ -426,14 +442,23 @@ def sequence_kl(policy, reference, samples, temperature, cfg, device, autocast, 
         some = [rows[n][1] for n in numbers]
         tokens, mask = pad([s["prompt_ids"] for s in some], [s["ids"] for s in some])
         tokens, mask = tokens.to(device), mask.to(device)
-        at = predicts(mask)
-        with torch.no_grad(), autocast:
-            ref_logprobs = at_least_float32(reference(tokens, at=at)).log_softmax(-1)  # (N, V)
-            if temperature == 0:
-                kl = -ref_logprobs.gather(1, tokens[mask][:, None]).squeeze(1)  # (N,)
-            else:
-                logprobs = at_least_float32(policy(tokens, at=at) / temperature).log_softmax(-1)
-                kl = (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
+        positions = torch.arange(tokens.shape[1], device=device)
+        with torch.no_grad():
+            at = predicts(mask)
+            hidden = policy.trunk(tokens, positions)[at]  # (N, C)
+            ref_hidden = reference.trunk(tokens, positions)[at]
+            pieces = []
+            # Whole vocabularies of all positions at once would be gigabytes.
+            for piece, ref_piece, target in zip(
+                hidden.split(1024), ref_hidden.split(1024), tokens[mask].split(1024), strict=True
+            ):
+                ref_logprobs = reference.head(ref_piece).log_softmax(-1)  # (n, V)
+                if temperature == 0:
+                    pieces.append(-ref_logprobs.gather(1, target[:, None]).squeeze(1))
+                    continue
+                logprobs = (policy.head(piece) / temperature).log_softmax(-1)
+                pieces.append((logprobs.exp() * (logprobs - ref_logprobs)).sum(-1))
+        kl = torch.cat(pieces)  # (N,)
         sums = kl.new_zeros(mask.shape).masked_scatter(mask, kl).sum(1)  # (B,)
         found += zip(numbers, sums.tolist(), strict=True)
     values = iter(value for _, value in sorted(gather(found, device)))
@@ -471,16 +496,19 @@ def gold_score(gold, line, response):
     return score
 
 
-def judge(gold, line, response):
-    """{"gold": score, and the parts that explain it} of a response to a prompt's line."""
-    if gold is None:
+def gold_parts(gold, line, response):
+    """What gold's `explain` says of a response, {name: number}; {} when it has none."""
+    if not hasattr(gold, "explain"):
         return {}
     fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
-    parts = {}
-    if hasattr(gold, "explain"):
-        parts = {k: float(v) for k, v in gold.explain(line["prompt"], response, **fields).items()}
-        parts.pop("score", None)
-    return {"gold": gold_score(gold, line, response)} | parts
+    try:
+        parts = gold.explain(line["prompt"], response, **fields)
+        parts = {name: float(value) for name, value in parts.items() if name != "score"}
+    except Exception as error:
+        refuse(f"{gold.__file__}: explain: {type(error).__name__}: {error}")
+    if not all(map(math.isfinite, parts.values())):
+        refuse(f"{gold.__file__}: explain: {parts} for {response[:40]!r}: not finite")
+    return parts
 
 
 def load_reward_model(directory, device="cpu"):
@@ -545,11 +573,16 @@ def load_judge(name, device):
         refuse(error)
 
 
+def weights_of(name):
+    """The files that a policy's or a judge's name stands for."""
+    return [name] if name.endswith(".py") else weight_files(Path(name))
+
+
 def judge_samples(loaded, prompts, samples, cfg, device, autocast, rank, world):
     """Scores of all samples, a list (prompts) of lists; None if told to stop.
 
-    A reward model reads a response and the EOS that ended it. One that did not end gets the smaller
-    of -1 and the lowest score of those that did, as in ppo.py. A Python file reads the text.
+    A Python file reads the text. A reward model reads the tokens of a response and the EOS that
+    ended it; what did not end has no score of its own, NaN: see `fill_missing`.
     """
     if loaded[0] == "file":
         mine = [
@@ -557,27 +590,27 @@ def judge_samples(loaded, prompts, samples, cfg, device, autocast, rank, world):
             for i in range(rank, len(prompts), world)
         ]
         return [scores for _, scores in sorted(gather(mine, device), key=lambda pair: pair[0])]
-    _, model, tokenizer, statistics = loaded
-    longest = model.config.n_positions
-    rows = [
-        encode(tokenizer, line["prompt"], sample["text"], longest, cut_response=True)
-        for line, some in zip(prompts, samples, strict=True)
-        for sample in some
-    ]
+    _, model, _, statistics = loaded
+    rows = [(sample["prompt_ids"], sample["ids"]) for some in samples for sample in some]
     raw = score_rows(model, rows, cfg, device, autocast, rank, world)
     if raw is None:
         return None
-    scores = normalised(torch.tensor(raw, dtype=torch.float64), statistics).tolist()
-    ended = [sample["ended"] for some in samples for sample in some]
-    missing = min([-1.0, *(s for s, e in zip(scores, ended, strict=True) if e)])
-    values = iter(s if e else missing for s, e in zip(scores, ended, strict=True))
-    return [[next(values) for _ in some] for some in samples]
+    scores = iter(normalised(torch.tensor(raw, dtype=torch.float64), statistics).tolist())
+    return [[s if e["ended"] else math.nan for e, s in zip(some, scores)] for some in samples]  # noqa: B905
+
+
+def fill_missing(tables):
+    """What did not end gets the smaller of -1 and the lowest score of what did, as in ppo.py, over
+    all of `tables`, so that the same response scores the same whoever wrote it."""
+    ended = [s for table in tables for some in table for s in some if not math.isnan(s)]
+    least = min([-1.0, *ended])
+    return [[[least if math.isnan(s) else s for s in some] for some in table] for table in tables]
 
 
 def choose_best(samples, scores, best_of):
     """The best of each `best_of` samples in turn, by score, the first among equals."""
     chosen = []
-    for some, values in zip(samples, scores, strict=True):
+    for some, values in zip(samples, *fill_missing([scores]), strict=True):
         groups = [range(i, i + best_of) for i in range(0, len(some), best_of)]
         chosen.append([some[max(group, key=lambda k: values[k])] for group in groups])
     return chosen
@@ -619,13 +652,11 @@ def best_of_n_kl(n):
     return math.log(n) - (n - 1) / n
 
 
-def bootstrap(statistic, count, replicates, seed=0):
-    """[low, high]: the 2.5 and 97.5 percentiles of statistic(counts), counts (count,) saying how
-    often each of `count` prompts was drawn in one of `replicates` resamplings."""
+@functools.cache
+def resamplings(count, replicates, seed):
+    """How often each of `count` prompts is drawn in each resampling, (replicates, count)."""
     rng = np.random.default_rng(seed)
-    draws = rng.multinomial(count, np.full(count, 1 / count), size=replicates)
-    values = [statistic(weights) for weights in draws]
-    return [float(x) for x in np.percentile(values, [2.5, 97.5])]
+    return rng.multinomial(count, np.full(count, 1 / count), size=replicates)
 
 
 def win_shares(scores_a, scores_b):
@@ -645,10 +676,8 @@ def mean_with_interval(values, replicates=1000, seed=0):
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2 or not replicates:
         return [float(values.mean()), None, None]
-    return [
-        float(values.mean()),
-        *bootstrap(lambda counts: counts @ values / counts.sum(), len(values), replicates, seed),
-    ]
+    means = resamplings(len(values), replicates, seed) @ values / len(values)
+    return [float(values.mean()), *map(float, np.percentile(means, [2.5, 97.5]))]
 
 
 def win_rate(scores_a, scores_b, replicates=1000, seed=0):
@@ -675,23 +704,44 @@ def fit_logistic(x, y, weights, ridge=1e-3):
     return theta
 
 
-def length_controlled_win_rate(wins, lengths_a, lengths_b, replicates=1000, seed=0):
-    """-> rate, low, high: the win rate were both responses of one length.
+def length_controlled_win_rate(wins, lengths_a, lengths_b, prompts=None, replicates=1000, seed=0):
+    """[rate, low, high]: the win rate were both responses of one length.
 
-    wins (prompts,) in [0, 1]; lengths (prompts,). sigmoid(theta) of a logistic regression of wins
-    on tanh((length_a - length_b) / std), as in length-controlled AlpacaEval (Dubois et al. 2024,
-    arXiv:2404.04475), without its term for each instruction's difficulty.
+    wins, lengths (pairs,): of pairs of responses; prompts (pairs,): the number of each pair's
+    prompt, each prompt weighing the same (None: a prompt a pair). sigmoid(theta) of a logistic
+    regression of wins on tanh((length_a - length_b) / std), as in length-controlled AlpacaEval
+    (Dubois et al. 2024, arXiv:2404.04475), without its term for each instruction's difficulty.
+
+    None where one side is longer in nearly all pairs: then nothing tells length from quality.
     """
     wins = np.asarray(wins, dtype=np.float64)
     gap = np.asarray(lengths_a, dtype=np.float64) - np.asarray(lengths_b, dtype=np.float64)
+    prompts = np.arange(len(wins)) if prompts is None else np.asarray(prompts)
+    share = 1 / np.bincount(prompts)[prompts]
+    if min((gap <= 0).mean(), (gap >= 0).mean()) < 0.02:
+        return [None, None, None]
     x = np.tanh(gap / gap.std()) if gap.std() > 0 else np.zeros_like(gap)
 
     def rate(counts):
-        return float(1 / (1 + np.exp(-fit_logistic(x, wins, counts)[0])))
+        theta = fit_logistic(x, wins, share * counts[prompts])
+        return float(1 / (1 + np.exp(-theta[0])))
 
-    if len(wins) < 2 or not replicates:
-        return [rate(np.ones(len(wins))), None, None]
-    return [rate(np.ones(len(wins))), *bootstrap(rate, len(wins), replicates, seed)]
+    count = int(prompts.max()) + 1
+    if count < 2 or not replicates:
+        return [rate(np.ones(count)), None, None]
+    found = [rate(counts) for counts in resamplings(count, replicates, seed)]
+    return [rate(np.ones(count)), *map(float, np.percentile(found, [2.5, 97.5]))]
+
+
+def every_pair(scores_a, scores_b, lengths_a, lengths_b):
+    """Tables (prompts) of lists -> wins, lengths of A and B, prompts (pairs,): each response of A
+    to a prompt with each of B."""
+    rows = []
+    for i, (a, b, m, n) in enumerate(zip(scores_a, scores_b, lengths_a, lengths_b, strict=True)):
+        for (x, p), (y, q) in itertools.product(zip(a, m, strict=True), zip(b, n, strict=True)):
+            rows.append((0.5 + 0.5 * np.sign(x - y), p, q, i))
+    wins, longer, other, prompts = (np.array(column) for column in zip(*rows, strict=True))
+    return wins, longer, other, prompts.astype(int)
 
 
 def connected(beats):
@@ -746,8 +796,7 @@ def ratings_of(wins, start=1000.0, replicates=1000, seed=0):
     total = start + ELO * fit_ratings(wins.sum(0))
     intervals = np.full((2, n), np.nan)
     if count > 1 and replicates and n > 1:
-        rng = np.random.default_rng(seed)
-        draws = rng.multinomial(count, np.full(count, 1 / count), size=replicates)
+        draws = resamplings(count, replicates, seed)
         resampled = np.einsum("rp,pij->rij", draws, wins, optimize=True)
         if np.mean(~connected(resampled > 0)) <= 0.025:
             found = start + ELO * fit_ratings(resampled, wins.sum(0) + wins.sum(0).T > 0)
@@ -787,32 +836,28 @@ def least_squares(columns, y):
 
 def over_seeds(values):
     """[mean, low, high] over seeds, by Student's t; a single seed has no interval."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
+    mean, freedom = float(np.mean(values)), len(values) - 1
+    if not freedom:
         return [mean, None, None]
-    t = STUDENT[len(values) - 2] if len(values) - 2 < len(STUDENT) else 1.96
+    t = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom
     half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return [mean, mean - half, mean + half]
-
-
-def with_interval(value):
-    mean, low, high = value
-    return f"{mean:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-def describe(samples, prompts, gold):
+def describe(samples, prompts, gold, cfg):
     """What samples are like, whoever judges them: lengths, endings, diversity, gold's parts."""
     every = [sample for some in samples for sample in some]
     texts = [sample["text"] for sample in every]
+    tokens = [float(np.mean([len(s["ids"]) for s in some])) for some in samples]
     found = {
         "samples": len(every),
-        "tokens": mean_with_interval([np.mean([len(s["ids"]) for s in some]) for some in samples]),
+        "tokens": mean_with_interval(tokens, cfg.bootstrap, cfg.seed),
         "words": float(np.mean([len(text.split()) for text in texts])),
         "eos": float(np.mean([sample["ended"] for sample in every])),
-        "empty": sum(not text.strip() for text in texts),
+        "empty": float(np.mean([not text.strip() for text in texts])),
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),
     }
@@ -821,31 +866,40 @@ def describe(samples, prompts, gold):
         each = [[sample["text"] for sample in some] for some in samples]
         found["distinct_2_a_prompt"] = float(np.mean([distinct(some, 2) for some in each]))
         found["different_a_prompt"] = float(np.mean([len(set(some)) / len(some) for some in each]))
-    if gold is not None and hasattr(gold, "explain"):
-        groups = {"all": {}}
-        for line, some in zip(prompts, samples, strict=True):
-            for sample in some:
-                parts = judge(gold, line, sample["text"])
+    groups = {}
+    for line, some in zip(prompts, samples, strict=True):
+        for sample in some:
+            for name, value in gold_parts(gold, line, sample["text"]).items():
                 for task in {"all", line.get("task", "all")}:
-                    for name, value in parts.items():
-                        groups.setdefault(task, {}).setdefault(name, []).append(value)
-        found["parts"] = {
-            task: {name: float(np.mean(values)) for name, values in parts.items()}
-            for task, parts in groups.items()
-        }
+                    groups.setdefault(task, {}).setdefault(name, []).append(value)
+    found["parts"] = {
+        task: {name: float(np.mean(values)) for name, values in groups[task].items()}
+        for task in sorted(groups, key=lambda task: (task != "all", task))
+    }
     return found
 
 
 def compare_texts(module, prompts, samples_a, samples_b):
     """Win shares of A by a judge who reads two responses, in both orders, and how often the order
-    decided: `compare(prompt, first, second, **fields)` -> P(the first is better)."""
+    decided: `compare(prompt, first, second, **fields)` -> P(the first is better). The first
+    response of each policy is compared."""
+
+    def ask(line, first, second):
+        fields = {k: v for k, v in line.items() if k not in ("prompt", "response")}
+        try:
+            found = float(module.compare(line["prompt"], first, second, **fields))
+        except Exception as error:
+            refuse(f"{module.__file__}: compare: {type(error).__name__}: {error}")
+        if not 0 <= found <= 1:
+            refuse(f"{module.__file__}: compare: expected a probability, got {found}")
+        return found
+
     shares, flips = [], []
     for line, a, b in zip(prompts, samples_a, samples_b, strict=True):
-        fields = {k: v for k, v in line.items() if k not in ("prompt", "response")}
-        first = float(module.compare(line["prompt"], a[0]["text"], b[0]["text"], **fields))
-        second = float(module.compare(line["prompt"], b[0]["text"], a[0]["text"], **fields))
+        first = ask(line, a[0]["text"], b[0]["text"])
+        second = ask(line, b[0]["text"], a[0]["text"])
         shares.append((first + 1 - second) / 2)
-        flips.append((first > 0.5) == (second > 0.5))
+        flips.append((first - 0.5) * (second - 0.5) > 0)
     return np.array(shares), float(np.mean(flips))
 
 
@@ -876,40 +930,50 @@ def mean_by_prompt(rows):
 
 
 def head_to_head(cfg, names, scores, lengths, comparers):
-    """Win rates of each against each by every judge, the same at equal length, by length alone;
-    differences of scores, paired by prompt; ratings.
+    """Win rates of each against each by every judge, and by the controls, length and a coin; the
+    same at equal length; differences of scores, paired by prompt; ratings.
 
     scores {judge: {policy: lists (prompts) of lists}}; lengths {policy: as scores}; comparers
     {judge: function of two names -> shares, share of flips}, for judges who read two responses.
     """
     report = {"win_rate": {}, "length_controlled": {}, "order_decides": {}, "elo": {}}
-    report["difference"] = {}
-    means = {name: [float(np.mean(some)) for some in lengths[name]] for name in names}
-    for by in [*scores, "longer response"]:
-        table = scores.get(by, lengths)
-        wins = np.full((len(means[names[0]]), len(names), len(names)), 0.0)
-        for (i, a), (j, b) in itertools.permutations(enumerate(names), 2):
-            if by in comparers and i > j:
-                shares = 1 - wins[:, j, i]
-            elif by in comparers:
-                shares, report["order_decides"][f"{by}: {a}, {b}"] = comparers[by](a, b)
+    report |= {"difference": {}}
+    coin = np.random.default_rng(cfg.seed)
+    coins = {name: [coin.random(len(some)).tolist() for some in lengths[name]] for name in names}
+    count, settings = len(lengths[names[0]]), (cfg.bootstrap, cfg.seed)
+    for by, table in (scores | {LONGER: lengths, COIN: coins}).items():
+        wins = np.zeros((count, len(names), len(names)))
+        sections = ("win_rate", "length_controlled", "difference")
+        for section in sections if by in scores else sections[:1]:
+            report[section][by] = {name: {} for name in names}
+        for (i, a), (j, b) in itertools.combinations(enumerate(names), 2):
+            pairs = every_pair(table[a], table[b], lengths[a], lengths[b])
+            if by in comparers:
+                wins[:, i, j], flips = comparers[by](a, b)
+                report["order_decides"][f"{by}: {a}, {b}"] = flips
+                first = [[some[0] for some in lengths[name]] for name in (a, b)]
+                pairs = wins[:, i, j], *first, np.arange(count)
             else:
-                shares = win_shares(table[a], table[b])
-            wins[:, i, j] = shares
-            rate = mean_with_interval(shares, cfg.bootstrap, cfg.seed)
-            report["win_rate"].setdefault(by, {}).setdefault(a, {})[b] = rate
-            if by != "longer response":
-                gaps = [np.mean(x) - np.mean(y) for x, y in zip(table[a], table[b], strict=True)]
-                gap = mean_with_interval(gaps, cfg.bootstrap, cfg.seed)
-                report["difference"].setdefault(by, {}).setdefault(a, {})[b] = gap
-                rate = length_controlled_win_rate(
-                    shares, means[a], means[b], min(cfg.bootstrap, 200), cfg.seed
-                )
-                report["length_controlled"].setdefault(by, {}).setdefault(a, {})[b] = rate
-        if len(names) > 1 and by != "longer response":
+                wins[:, i, j] = win_shares(table[a], table[b])
+            wins[:, j, i] = 1 - wins[:, i, j]
+            both_ways(report["win_rate"][by], a, b, mean_with_interval(wins[:, i, j], *settings))
+            if by not in scores:
+                continue
+            rate = length_controlled_win_rate(*pairs, min(cfg.bootstrap, 200), cfg.seed)
+            both_ways(report["length_controlled"][by], a, b, rate)
+            gaps = [np.mean(x) - np.mean(y) for x, y in zip(table[a], table[b], strict=True)]
+            gap = mean_with_interval(gaps, *settings)
+            both_ways(report["difference"][by], a, b, gap, total=0.0)
+        if len(names) > 1 and by in scores:
             ratings = ratings_of(wins, replicates=cfg.bootstrap, seed=cfg.seed)
             report["elo"][by] = dict(zip(names, ratings, strict=True))
     return report
+
+
+def both_ways(table, a, b, value, total=1.0):
+    """Enters [value, low, high] of a against b, and total - value of b against a."""
+    table[a][b] = value
+    table[b][a] = [None if x is None else total - x for x in (value[0], value[2], value[1])]
 
 
 def best_of_n_report(proxies, golds, cfg):
@@ -932,33 +996,32 @@ def best_of_n_report(proxies, golds, cfg):
 
 
 def interval_text(value, digits=2):
+    if value is None or value[0] is None:
+        return ""
     mean, low, high = value
     text = f"{mean:.{digits}f}"
     return text if low is None else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def summary_table(report, judges, show):
-    """Rows of cells, the first the heads: one a policy."""
+    """Rows of cells, the first the heads: one a policy. Wins are against the first of them."""
     names = list(report["policies"])
-    first, heads = names[0], ["policy"]
-    heads += [f"{by} score" for by in judges]
-    heads += [f"wins against {first} by {by}" for by in report["win_rate"] if by in judges]
+    first, controls = names[0], (LONGER, COIN)
+    scored = [by for by in judges if by in report["difference"]]
+    compared = [by for by in [*judges, *controls] if by in report["win_rate"]]
+    heads = ["policy", *(f"score by {by}" for by in scored)]
+    heads += [f"wins by {by}" for by in compared] if len(names) > 1 else []
     heads += ["KL, nats", "tokens", "EOS", *show, "training, s"]
     rows = [heads]
     for name in names:
         found = report["policies"][name]
-        row = [name, *(interval_text(found["scores"][by]) for by in judges)]
-        for by, table in report["win_rate"].items():
-            if by in judges:
-                row.append("" if name == first else interval_text(table[name][first], 3))
-        kl = found["kl"]
-        bound = found["kl_is_bound"] and kl is not None
-        row.append("" if kl is None else ("at most " if bound else "") + interval_text(kl))
+        row = [name, *(interval_text(found["scores"][by]) for by in scored)]
+        for by in compared if len(names) > 1 else ():
+            row.append(interval_text(report["win_rate"][by].get(name, {}).get(first), 3))
+        row.append(("at most " if found["kl_is_bound"] else "") + interval_text(found["kl"]))
         row += [f"{found['tokens'][0]:.1f}", f"{found['eos']:.3f}"]
-        for part in show:
-            values = [p[part] for p in found.get("parts", {}).values() if part in p]
-            row.append(f"{values[-1]:.3f}" if values else "")
-        seconds = found["training_seconds"]
+        parts, seconds = found["parts"].get("all", {}), found["training_seconds"]
+        row += [f"{parts[part]:.3f}" if part in parts else "" for part in show]
         rows.append([*row, "" if seconds is None else f"{seconds:.0f}"])
     return rows
 
@@ -977,8 +1040,8 @@ def print_aligned(rows):
 
 
 def quoted(text):
-    """A text in one cell of a Markdown table, as it is: no markup of its own."""
-    text = text.replace("\n", " / ").replace("|", "\\|").replace("`", "'")
+    """A text on one line, as it is: no markup of its own."""
+    text = " / ".join(text.splitlines()).replace("`", "'")
     return f"`{text}`" if text.strip() else "(empty)"
 
 
@@ -986,89 +1049,76 @@ def write_report(cfg, report, judges, show, prompts, samples, scores, figures):
     """The Markdown report: the table, each against each, parts by task, best-of-n, texts."""
     path = Path(cfg.report or Path(cfg.out_dir) / "report.md")
     path.parent.mkdir(parents=True, exist_ok=True)
-    names, count = list(report["policies"]), len(prompts)
-    text = [f"# {len(names)} policies on {count} prompts", ""]
-    text += ["Means with 95% intervals (bootstrap over prompts)."]
-    text += ["`" + " ".join(["python", *sys.argv]) + "`", ""]
+    names = list(report["policies"])
+    title = names[0] if len(names) == 1 else f"{len(names)} policies"
+    text = [f"# {title} on {len(prompts)} prompts", ""]
+    text += [
+        "Means with 95% intervals, by the bootstrap over prompts. KL is to",
+        report["reference"],
+    ]
+    text += [
+        f"(nats a sequence), wins are against {names[0]}.",
+        "",
+        f"`{shlex.join(['python', *sys.argv])}`",
+        "",
+    ]
     text += markdown(summary_table(report, judges, show))
-    for by, table in report["win_rate"].items():
-        if len(names) < 2:
-            break
-        title = "by length alone" if by == "longer response" else by
-        text += ["", f"## Win rates: {title}", ""]
+    for by, table in report["win_rate"].items() if len(names) > 1 else ():
         judged = by in report["elo"]
         more = ["Elo", f"score over {names[0]}'s"] if judged else []
         rows = [["row against column", *names, *more]]
         for a in names:
-            cells = [interval_text(table[a][b], 3) if b in table.get(a, {}) else "" for b in names]
+            cells = [interval_text(table.get(a, {}).get(b), 3) for b in names]
             if judged:
-                gap = report["difference"][by][a].get(names[0]) if a != names[0] else None
-                cells += [interval_text(report["elo"][by][a], 0), interval_text(gap) if gap else ""]
+                gap = report["difference"][by][a].get(names[0])
+                cells += [interval_text(report["elo"][by][a], 0), interval_text(gap)]
             rows.append([a, *cells])
-        text += markdown(rows)
+        text += ["", f"## Win rates by {by}", "", *markdown(rows)]
         if by in report["length_controlled"]:
-            text += ["", "At equal length:", ""]
             controlled = report["length_controlled"][by]
             rows = [["row against column", *names]]
-            for a in names:
-                cells = ["" if a == b else interval_text(controlled[a][b], 3) for b in names]
-                rows.append([a, *cells])
+            rows += [[a, *(interval_text(controlled[a].get(b), 3) for b in names)] for a in names]
+            text += ["", "The same at equal length (empty where one side is always longer):", ""]
             text += markdown(rows)
     for pair, share in report["order_decides"].items():
         text += ["", f"The order of the two decided in {share:.1%} of comparisons ({pair})."]
-    tasks = {t: None for found in report["policies"].values() for t in found.get("parts", {})}
-    for task in tasks:
-        members = [report["policies"][name].get("parts", {}).get(task, {}) for name in names]
+    for task in dict.fromkeys(t for f in report["policies"].values() for t in f["parts"]):
+        members = [report["policies"][name]["parts"].get(task, {}) for name in names]
         every = set.intersection(*(set(parts) for parts in members))
         parts = [part for part in members[0] if part in every]
-        text += ["", f"## What gold says of {task}", ""]
-        rows = [["policy", *parts]]
-        rows += [
-            [name, *(f"{found[part]:.3f}" for part in parts)]
-            for name, found in zip(names, members, strict=True)
-        ]
-        text += markdown(rows)
-    text += ["", "## Variety", ""]
-    keys = [
-        "distinct_1",
-        "distinct_2",
-        "distinct_2_a_prompt",
-        "different_a_prompt",
-        "words",
-        "empty",
-    ]
+        rows = [["policy", *(part.replace("_", " ") for part in parts)]]
+        for name, found in zip(names, members, strict=True):
+            rows.append([name, *(f"{found[part]:.3f}" for part in parts)])
+        text += ["", f"## What gold says of {task}", "", *markdown(rows)]
+    keys = ["distinct_1", "distinct_2", "distinct_2_a_prompt", "different_a_prompt"]
+    keys += ["words", "empty"]
     rows = [["policy", *(key.replace("_", " ") for key in keys)]]
     for name in names:
         found = report["policies"][name]
         rows.append([name, *(f"{found[key]:.3f}" if key in found else "" for key in keys)])
-    text += markdown(rows)
+    text += ["", "## Variety", "", *markdown(rows)]
     if report.get("best_of_n"):
-        text += ["", f"## Best of n: {names[0]} by {cfg.proxy}", ""]
-        has_gold = "gold" in report["best_of_n"][0]
+        has_gold, N = "gold" in report["best_of_n"][0], len(report["best_of_n"])
         rows = [["n", "KL at most, nats", "proxy", *(["gold", "gain in gold"] if has_gold else [])]]
         for row in report["best_of_n"]:
-            if row["n"] & (row["n"] - 1) == 0 or row["n"] == len(report["best_of_n"]):
-                cells = [str(row["n"]), f"{row['kl']:.3f}", interval_text(row["proxy"])]
-                if has_gold:
-                    cells += [interval_text(row["gold"]), interval_text(row["gold_gain"])]
+            if row["n"] & (row["n"] - 1) == 0 or row["n"] == N:
+                values = [row[key] for key in ("proxy", "gold", "gold_gain") if key in row]
+                cells = [str(row["n"]), f"{row['kl']:.3f}", *map(interval_text, values)]
                 rows.append(cells)
-        text += markdown(rows)
+        text += ["", f"## Best of n: {names[0]} by {cfg.proxy}", "", *markdown(rows)]
     for figure in figures:
         text += ["", f"![{figure.stem}]({os.path.relpath(figure, path.parent)})"]
     text += ["", "## Side by side", ""]
     for i in shown_prompts(prompts, cfg.num_shown):
-        text += [
-            f"**{prompts[i].get('task', 'prompt')}**: {quoted(prompts[i]['prompt'][-600:])}",
-            "",
-        ]
-        rows = [["policy", "response", *judges]]
+        prompt = prompts[i]["prompt"]
+        text += [f"**{prompts[i].get('task', 'prompt')}**: {quoted(prompt[-600:])}", ""]
+        rows = [["policy", "response", *scores]]
         for name in names:
             sample = samples[name][i][0]
             ending = "" if sample["ended"] else " (no EOS)"
-            values = [f"{scores[by][name][i][0]:+.2f}" for by in judges]
+            values = [f"{table[name][i][0]:+.2f}" for table in scores.values()]
             rows.append([name, quoted(sample["text"]) + ending, *values])
-        heads, rule, *lines = markdown([[c.replace("\\|", "|") for c in row] for row in rows])
-        text += [heads, rule, *lines, ""]
+        text += [*markdown(rows), ""]
     with whole_file(path) as temporary:
         temporary.write_text("\n".join(text) + "\n", "utf-8")
     return path
@@ -1090,17 +1140,21 @@ def read_report(path):
     return report
 
 
-def table(cfg):
+def show_table(cfg):
     """evaluate.py table: prints the table of a finished evaluation again."""
     report = read_report(cfg.report)
     judges = list(next(iter(report["policies"].values()))["scores"])
+    print(f"means with 95% intervals; wins against {next(iter(report['policies']))}")
     print_aligned(summary_table(report, judges[:1], shown_parts(report, cfg.show)))
 
 
 def check(cfg):
     """evaluate.py check: exit status 1 unless each claim's paired difference is surely above 0."""
     differences, failed = read_report(cfg.report)["difference"].get(cfg.judge, {}), False
-    for claim in split_names(cfg.better):
+    claims = split_names(cfg.better)
+    if not claims:
+        refuse("--better: expected claims by commas, each POLICY > POLICY")
+    for claim in claims:
         better, _, worse = (side.strip() for side in claim.partition(" > "))
         found = differences.get(better, {}).get(worse)
         if not found or found[1] is None:
@@ -1136,8 +1190,9 @@ def matplotlib_pyplot():
     return pyplot
 
 
-def save_figure(figure, path):
-    figure.tight_layout()
+def save_figure(figure, path, bottom=0.0):
+    """Writes a figure, leaving that share of it free at its foot."""
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     print(path)
@@ -1151,9 +1206,10 @@ def draw_frontier(plt, path, report, by):
         if found["kl"] is None:
             continue
         mean, low, high = found["scores"][by]
-        bars = None if low is None else [[mean - low], [high - mean]]
+        bars = None if low is None else [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
+        label = f"{name} (KL at most)" if found["kl_is_bound"] else name
         x = math.sqrt(max(found["kl"][0], 0.0))
-        panel.errorbar([x], [mean], yerr=bars, marker="o", capsize=3, label=name)
+        panel.errorbar([x], [mean], yerr=bars, marker="o", capsize=3, label=label)
     panel.set_xlabel("square root of KL to the reference (nats a sequence)")
     panel.set_ylabel(f"score by {by}")
     panel.grid(alpha=0.3)
@@ -1200,26 +1256,30 @@ def plot(cfg):
     for metric in wanted:
         if metric not in curves:
             refuse(f"--metrics {metric}: in no run; there are {', '.join(sorted(curves))}")
+    if not wanted or not cfg.out.endswith(".png"):
+        refuse("expected runs that have logged a metric, and --out FILE.png")
     plt = matplotlib_pyplot()
     if plt is None:
         return
+    colours = {name: f"C{i}" for i, name in enumerate(runs)}  # one a run, in all panels
     columns = min(len(wanted), 3)
     rows = math.ceil(len(wanted) / columns)
     figure, panels = plt.subplots(
-        rows, columns, figsize=(4.5 * columns, 3 * rows), squeeze=False, layout=None
+        rows, columns, figsize=(4.5 * columns, 3 * rows + 0.5), squeeze=False
     )
     for panel, metric in itertools.zip_longest(panels.flat, wanted):
         if metric is None:
             panel.axis("off")
             continue
         for name, points in curves[metric].items():
-            panel.plot(*zip(*points, strict=True), marker=".", markersize=3, label=name)
+            panel.plot(*zip(*points, strict=True), marker=".", markersize=3, color=colours[name])
         panel.set_title(metric, fontsize=9)
         panel.set_xlabel("step", fontsize=8)
         panel.grid(alpha=0.3)
-    panels.flat[0].legend(fontsize=7)
+    lines = [plt.Line2D([], [], color=colour) for colour in colours.values()]
+    figure.legend(lines, list(colours), loc="lower center", ncols=4, fontsize=8)
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, cfg.out)
+    save_figure(figure, cfg.out, bottom=0.5 / (3 * rows + 0.5))
 
 
 # --- experiments with reward models ---------------------------------------------------------------
@@ -1267,7 +1327,7 @@ def scaling(cfg):
         cell = {"parameters": parameters, "pairs": pairs, "seeds": len(members)}
         cell |= {name: over_seeds([row[name] for row in members]) for name in judges}
         result["cells"].append(cell)
-        values = " | ".join(with_interval(cell[name]) for name in judges)
+        values = " | ".join(interval_text(cell[name], 3) for name in judges)
         text.append(f"| {parameters / 1e6:.2f}M | {pairs:.0f} | {len(members)} | {values} |")
     text.append("")
     for name in judges:
@@ -1321,7 +1381,10 @@ def margins(cfg):
     result, text = {"margins": {}}, ["| margin | seeds | " + " | ".join(heads) + " |"]
     text.append("|---|---|" + "---|" * len(heads))
     for setting, members in groups.items():
-        by_grade = [[r["by_grade"][g]["rate"][0] for g in reversed(grades)] for r in members]
+        missing = {"rate": [math.nan]}
+        by_grade = [
+            [r["by_grade"].get(g, missing)["rate"][0] for g in reversed(grades)] for r in members
+        ]
         columns = list(zip(*by_grade, strict=True))
         columns += [[float(np.mean(row)) for row in by_grade]]
         columns += [[r["labels"]["all"]["model"][0] for r in members]]
@@ -1329,8 +1392,9 @@ def margins(cfg):
         columns += [[r["calibration"]["ece"] for r in members]]
         columns += [[r["bimodality"] for r in members]]
         values = [over_seeds(column) for column in columns]
+        values = [None if math.isnan(value[0]) else value for value in values]
         result["margins"][setting] = dict(zip(heads, values, strict=True))
-        cells = " | ".join(with_interval(value) for value in values)
+        cells = " | ".join(interval_text(value, 3) for value in values)
         text.append(f"| {setting} | {len(members)} | {cells} |")
     write_tables(cfg.out, result, text)
 
@@ -1349,7 +1413,7 @@ def write_tables(out, result, text):
 
 def main():
     commands = {"plot": (plot, PlotConfig), "scaling": (scaling, ScalingConfig)}
-    commands |= {"margins": (margins, MarginsConfig), "table": (table, TableConfig)}
+    commands |= {"margins": (margins, MarginsConfig), "table": (show_table, TableConfig)}
     commands |= {"check": (check, CheckConfig)}
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         command, config = commands[sys.argv[1]]
@@ -1375,7 +1439,14 @@ def main():
         prompts.append(line)
     prompts = prompts[: cfg.num_prompts or None]
 
-    # 1. Judges, by name; gold is one of them. Proxies judge too, where they are asked.
+    if not prompts:
+        refuse("--num_prompts: no prompt is left")
+    if any(policy["by"] and policy["temperature"] == 0 for policy in policies):
+        refuse("--policies: the best of several needs a temperature above 0")
+    if cfg.best_of_n and (policies[0]["by"] or policies[0]["temperature"] == 0):
+        refuse("--best_of_n: expected a first policy that samples, one response at a time")
+
+    # 1. Judges, by name; gold is one of them. Proxies, by which the best is chosen.
     gold = load_gold(cfg.gold) if cfg.gold else None
     judges = {"gold": ("file", gold)} if gold else {}
     judges |= {name: load_judge(name, device) for name in split_names(cfg.judges)}
@@ -1385,14 +1456,40 @@ def main():
     labelled = read_labelled(cfg.comparisons, names) if cfg.comparisons else {}
     if not judges and not labelled:
         refuse("expected a judge: --gold, --judges or --comparisons")
-    reference, ref_tokenizer = load_policy(cfg.reference or policies[0]["run"], device)
+    reference_name = cfg.reference or policies[0]["run"]
+    reference, tokenizer = load_policy(reference_name, device)
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    reference.to(precision)
+    # All read and write the same tokens, and see the same prompts: what would not fit into the
+    # least of them is cut for all.
+    positions = reference.config.n_positions
+    for name in dict.fromkeys(policy["run"] for policy in policies):
+        model, theirs = load_policy(name, "cpu")
+        positions = min(positions, model.config.n_positions)
+        vocabularies = (model.config.vocab_size, reference.config.vocab_size)
+        if tokenizer_hash(theirs) != tokenizer_hash(tokenizer) or len(set(vocabularies)) > 1:
+            refuse(f"{name}: another tokenizer or vocabulary than {reference_name}'s")
+    for name, loaded in (judges | proxies).items():
+        if loaded[0] == "model":
+            positions = min(positions, loaded[1].config.n_positions)
+            loaded[1].to(precision)
+            if tokenizer_hash(loaded[2]) != tokenizer_hash(tokenizer):
+                refuse(f"{name}: another tokenizer than {reference_name}'s")
+    room = positions - cfg.max_new_tokens
+    if room < 1:
+        refuse(f"--max_new_tokens {cfg.max_new_tokens}: leaves no room in {positions} positions")
+    cut = sum(len(tokenizer.encode_ordinary(line["prompt"])) > room for line in prompts)
     inputs = [cfg.prompts, *([cfg.comparisons] if cfg.comparisons else [])]
+    others = [*split_names(cfg.judges), *proxies, *([cfg.gold] if cfg.gold else [])]
+    for name in [reference_name, *(policy["run"] for policy in policies), *others]:
+        inputs += weights_of(name)
     settings = settings_of(cfg, inputs, world)
     may_resume(cfg, settings)
     all_reduce([0.0], device)  # every rank has looked; only now may rank 0 change what is there
     out_dir = Path(cfg.out_dir)
     if rank == 0:
         new_run(out_dir, settings)
+        print(f"{len(prompts)} prompts, {cut} of which are cut at their start", flush=True)
 
     def stop():
         if rank == 0:
@@ -1400,76 +1497,70 @@ def main():
         sys.exit(128 + signal.SIGTERM)
 
     # 2. Each policy responds, and is judged.
-    report = {"prompts": len(prompts), "reference": cfg.reference or policies[0]["run"]}
-    report["policies"], samples, scores = {}, {}, {by: {} for by in judges}
-    started, curve = time.time(), None
+    report = {"prompts": len(prompts), "reference": reference_name, "policies": {}}
+    samples, scores, started, curve = {}, {by: {} for by in judges}, time.time(), None
     for number, policy in enumerate(policies):
         name, begun = policy["name"], time.time()
-        model, tokenizer = load_policy(policy["run"], device)
-        if cfg.max_new_tokens >= model.config.n_positions:
-            refuse(f"--max_new_tokens: {name} has only {model.config.n_positions} positions")
-        model.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        reference.to(model.wte.weight.dtype)
-        sampler = model.bfloat16() if device.type == "cuda" else model
-        curve_here = cfg.best_of_n if number == 0 else 0
+        model = load_policy(policy["run"], device)[0].to(precision)
+        sampler = model
+        if device.type == "cuda" and dtype == torch.bfloat16:
+            sampler = copy.deepcopy(model).bfloat16()
         count = policy["best_of"] if policy["by"] else cfg.num_samples
         count = 1 if policy["temperature"] == 0 else count  # it always says the same
-        seed = cfg.seed * 1009 + number
-        common = (cfg, device, rank, world)
-        some = sample_policy(
-            sampler, tokenizer, prompts, count, policy["temperature"], seed, *common
-        )
+        temperature, seed = policy["temperature"], cfg.seed * 1009 + number
+        how = (cfg, device, rank, world)
+        judged = (cfg, device, autocast, rank, world)
+        some = sample_policy(sampler, tokenizer, prompts, count, temperature, seed, room, *how)
         if some is None:
             stop()
-        judged = (cfg, device, autocast, rank, world)
         if policy["by"]:
             values = judge_samples(proxies[policy["by"]], prompts, some, *judged)
             if values is None:
                 stop()
             some = choose_best(some, values, policy["best_of"])
-        samples[name] = some
-        if device.type == "cuda":  # the sampler's copy was in bfloat16
-            model = load_policy(policy["run"], device)[0]
-        kl = None
-        same = tokenizer_hash(tokenizer) == tokenizer_hash(ref_tokenizer)
-        if same and policy["best_of"] == 1:
-            kl = sequence_kl(model, reference, some, policy["temperature"], *judged)
+        samples[name], kl = some, None
+        if policy["best_of"] == 1:
+            kl = sequence_kl(model, reference, some, temperature, *how)
             if kl is None:
                 stop()
-            kl = mean_with_interval([np.mean(values) for values in kl], cfg.bootstrap, cfg.seed)
-        elif same and policy["run"] == report["reference"] and policy["temperature"] == 1:
+            kl = [float(np.mean(values)) for values in kl]
+            kl = mean_with_interval(kl, cfg.bootstrap, cfg.seed)
+        elif Path(policy["run"]).resolve() == Path(reference_name).resolve() and temperature == 1:
             kl = [best_of_n_kl(policy["best_of"]), None, None]
-        found = describe(some, prompts, gold) | {"kl": kl, "scores": {}}
-        found["kl_is_bound"] = policy["best_of"] > 1
         for by, loaded in judges.items():
-            values = judge_samples(loaded, prompts, some, *judged)
-            if values is None:
+            scores[by][name] = judge_samples(loaded, prompts, some, *judged)
+            if scores[by][name] is None:
                 stop()
-            scores[by][name] = values
-            means = [float(np.mean(value)) for value in values]
-            found["scores"][by] = mean_with_interval(means, cfg.bootstrap, cfg.seed)
-        finished = Path(policy["run"]) / "report.json"
-        training = read_json(finished).get("seconds") if finished.is_file() else None
-        found["training_seconds"] = training if type(training) in (int, float) else None
-        found["seconds"] = round(time.time() - begun, 1)
-        report["policies"][name] = found
+        if cfg.best_of_n and number == 0:
+            many = sample_policy(
+                sampler, tokenizer, prompts, cfg.best_of_n, temperature, seed + 500, room, *how
+            )
+            values = many and judge_samples(proxies[cfg.proxy], prompts, many, *judged)
+            golds = (
+                judge_samples(judges["gold"], prompts, many, *judged) if values and gold else None
+            )
+            if not values:
+                stop()
+            curve = best_of_n_report(*fill_missing([values]), golds, cfg)
         if rank == 0:
+            found = describe(some, prompts, gold, cfg) | {"kl": kl, "scores": {}}
+            found["kl_is_bound"] = policy["best_of"] > 1 and kl is not None
+            found["training_seconds"] = training_seconds(policy)
+            found["seconds"] = round(time.time() - begun, 1)
+            report["policies"][name] = found
             write_samples(out_dir / f"samples-{number}.jsonl", prompts, some, name)
             print(f"{name}: {found['samples']} responses in {found['seconds']:.0f} s", flush=True)
-        if curve_here:
-            arguments = (prompts, cfg.best_of_n, policy["temperature"], seed + 500)
-            many = sample_policy(sampler, tokenizer, *arguments, *common)
-            if many is None:
-                stop()
-            values = judge_samples(proxies[cfg.proxy], prompts, many, *judged)
-            golds = judge_samples(judges["gold"], prompts, many, *judged) if gold else None
-            if values is None:
-                stop()
-            curve = best_of_n_report(values, golds, cfg)
         del model, sampler
 
     # 3. Each against each; then everything is written, by rank 0.
     if rank == 0:
+        for by, table in scores.items():
+            filled = fill_missing(table.values())
+            scores[by] = dict(zip(table, filled, strict=True))
+            for name, values in scores[by].items():
+                means = [float(np.mean(value)) for value in values]
+                value = mean_with_interval(means, cfg.bootstrap, cfg.seed)
+                report["policies"][name]["scores"][by] = value
         lengths = {
             name: [[float(len(s["ids"])) for s in row] for row in some]
             for name, some in samples.items()
@@ -1488,25 +1579,41 @@ def main():
         if curve:
             report["best_of_n"] = curve
         report["seconds"] = round(time.time() - started, 1)
-        finish(cfg, report, list(judges), prompts, samples, scores)
+        order = [*judges, *([cfg.comparisons] if cfg.comparisons else [])]
+        finish(cfg, report, order, prompts, samples, scores)
     end_process(device)
     return None
 
 
+def training_seconds(policy):
+    """What training took, by the run's report.json; with the reward model's, for a best-of-n."""
+    total = 0.0
+    for run in [policy["run"], *([policy["by"]] if policy["by"] else [])]:
+        try:
+            seconds = read_json(Path(run) / "report.json").get("seconds")
+        except (OSError, ValueError):
+            return None
+        if type(seconds) not in (int, float):
+            return None
+        total += seconds
+    return total
+
+
 def finish(cfg, report, judges, prompts, samples, scores):
-    """Writes and prints the report."""
-    out_dir, figures = Path(cfg.out_dir), []
-    show = shown_parts(report, cfg.show)
-    print_aligned(summary_table(report, judges[:1], show))  # the report has them all
-    plt = matplotlib_pyplot()
-    if plt and judges and len(report["policies"]) > 1:
-        figures.append(draw_frontier(plt, out_dir / "score_by_kl.png", report, judges[0]))
-    if plt and report.get("best_of_n"):
-        title = f"{next(iter(report['policies']))}, best of n by {cfg.proxy}"
-        path = out_dir / "best_of_n.png"
-        figures.append(draw_best_of_n(plt, path, report["best_of_n"], title))
+    """Prints the table; writes the report, first without figures, then with them."""
+    out_dir, figures, show = Path(cfg.out_dir), [], shown_parts(report, cfg.show)
+    print(f"means with 95% intervals; wins against {next(iter(report['policies']))}")
+    print_aligned(summary_table(report, judges[:1], show))  # the report has all judges
     path = write_report(cfg, report, judges, show, prompts, samples, scores, figures)
     write_json(out_dir / "report.json", report)
+    plt = matplotlib_pyplot()
+    if plt and scores and len(report["policies"]) > 1:
+        figures.append(draw_frontier(plt, out_dir / "score_by_kl.png", report, next(iter(scores))))
+    if plt and report.get("best_of_n"):
+        title = f"{next(iter(report['policies']))}, best of n by {cfg.proxy}"
+        drawn = draw_best_of_n(plt, out_dir / "best_of_n.png", report["best_of_n"], title)
+        figures.append(drawn)
+    write_report(cfg, report, judges, show, prompts, samples, scores, figures)
     print(path)
 
 

@@ -816,16 +816,26 @@ def gold_score(gold, line, response):
     return score
 
 
+def gold_parts(gold, line, response):
+    """What gold's `explain` says of a response, {name: number}; {} when it has none."""
+    if not hasattr(gold, "explain"):
+        return {}
+    fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
+    try:
+        parts = gold.explain(line["prompt"], response, **fields)
+        parts = {name: float(value) for name, value in parts.items() if name != "score"}
+    except Exception as error:
+        refuse(f"{gold.__file__}: explain: {type(error).__name__}: {error}")
+    if not all(map(math.isfinite, parts.values())):
+        refuse(f"{gold.__file__}: explain: {parts} for {response[:40]!r}: not finite")
+    return parts
+
+
 def judge(gold, line, response):
     """{"gold": score, and the parts that explain it} of a response to a prompt's line."""
     if gold is None:
         return {}
-    fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
-    parts = {}
-    if hasattr(gold, "explain"):
-        parts = {k: float(v) for k, v in gold.explain(line["prompt"], response, **fields).items()}
-        parts.pop("score", None)
-    return {"gold": gold_score(gold, line, response)} | parts
+    return {"gold": gold_score(gold, line, response)} | gold_parts(gold, line, response)
 
 
 def load_gold(path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -69,6 +70,14 @@ def test_choose_best():
     samples, scores = [["a", "b", "c", "d"]], [[1.0, 3.0, 2.0, 2.0]]
     assert evaluate.choose_best(samples, scores, 2) == [["b", "c"]]
     assert evaluate.choose_best(samples, scores, 4) == [["b"]]
+    unended = [[math.nan, -3.0, math.nan, math.nan]]
+    assert evaluate.choose_best(samples, unended, 2) == [["a", "c"]]  # -3 is the floor of all
+    assert evaluate.fill_missing([[[0.5, math.nan]], [[-2.0]], [[math.nan]]]) == [
+        [[0.5, -2.0]],
+        [[-2.0]],
+        [[-2.0]],
+    ]
+    assert evaluate.fill_missing([[[math.nan, 3.0]]]) == [[[-1.0, 3.0]]]
 
 
 # --- win rates ------------------------------------------------------------------------------------
@@ -105,29 +114,55 @@ def test_intervals_cover_the_truth():
     assert (inside >= 0.92 * 500).all() and (inside <= 0.98 * 500).all()
 
 
+def judged_by_length(rng, prompts, K, skewed):
+    """Pairs of two policies' responses whose judge wants length alone, by a sigmoid of the gap: at
+    equal length the truth is one half."""
+    if skewed:
+        a, b = rng.lognormal(2.4, 0.5, (prompts, K)), rng.lognormal(2.3, 0.15, (prompts, K))
+    else:
+        a, b = rng.normal(12, 3, (prompts, K)), rng.normal(10, 3, (prompts, K))
+    _, longer, other, number = evaluate.every_pair(a, b, a, b)
+    gap = longer - other
+    wins = 1 / (1 + np.exp(-1.5 * np.tanh(gap / gap.std())))
+    return wins, longer, other, number
+
+
 def test_length_control_removes_a_planted_effect():
-    """The judge wants length alone, and A is longer: raw win rate far from one half, at equal
-    length one half, its interval covering that in 92 to 98% of 500 simulations. Where A is better,
-    and no longer on average, it stays so."""
+    """A is longer, and length is all that the judge sees: raw win rate far from one half, at equal
+    length one half, its interval covering that in 92 to 98% of 500 simulations of hard verdicts."""
     rng, inside, raw, controlled = np.random.default_rng(0), 0, [], []
     for seed in range(500):
-        lengths_a, lengths_b = rng.normal(12, 3, 200), rng.normal(10, 3, 200)
-        gap = lengths_a - lengths_b
-        p = 1 / (1 + np.exp(-1.5 * np.tanh(gap / gap.std())))
-        wins = (rng.random(200) < p).astype(float)
-        rate, low, high = evaluate.length_controlled_win_rate(wins, lengths_a, lengths_b, 100, seed)
+        wins, *pairs = judged_by_length(rng, 200, 1, skewed=False)
+        wins = (rng.random(200) < wins).astype(float)
+        rate, low, high = evaluate.length_controlled_win_rate(wins, *pairs, 100, seed)
         inside += low <= 0.5 <= high
         raw.append(wins.mean())
         controlled.append(rate)
     print(f"raw {np.mean(raw):.3f}, controlled {np.mean(controlled):.3f}, coverage {inside / 500}")
     assert np.mean(raw) > 0.58 and np.mean(controlled) == pytest.approx(0.5, abs=0.01)
     assert 0.92 <= inside / 500 <= 0.98
+
+
+def test_length_control_of_several_samples_of_skewed_lengths():
+    """K = 4 and lengths of different spread: pairs are what is controlled, not prompts' means."""
+    pairs = judged_by_length(np.random.default_rng(0), 1000, 4, skewed=True)
+    rate, low, high = evaluate.length_controlled_win_rate(*pairs, 50)
+    assert (rate, low, high) == pytest.approx((0.5, 0.5, 0.5), abs=1e-4)
+
+
+def test_length_control_leaves_quality():
+    """Where A is better and no longer it stays so; where it is always longer there is no answer."""
+    rng = np.random.default_rng(0)
     lengths = rng.normal(10, 3, (2, 4000))
     wins = (rng.random(4000) < 0.7).astype(float)
-    rate, _, _ = evaluate.length_controlled_win_rate(wins, *lengths, 0)
+    rate, _, _ = evaluate.length_controlled_win_rate(wins, *lengths, replicates=0)
     assert rate == pytest.approx(wins.mean(), abs=0.01)
-    always = evaluate.length_controlled_win_rate(np.ones(50), *rng.normal(10, 3, (2, 50)), 20)
+    always = evaluate.length_controlled_win_rate(np.ones(50), *lengths[:, :50], replicates=20)
     assert all(0.99 < value <= 1 for value in always)
+    none = evaluate.length_controlled_win_rate(wins, lengths[0] + 50, lengths[1])
+    assert none == [None, None, None]
+    same = evaluate.length_controlled_win_rate(wins, lengths[0], lengths[0], replicates=0)
+    assert same[0] == pytest.approx(wins.mean(), abs=1e-3)
 
 
 def test_fit_logistic():
@@ -193,7 +228,7 @@ def test_kl_is_the_exact_divergence(small_gpt, temperature):
     assert np.exp(p).sum() == pytest.approx(1)
     samples = [[{"prompt_ids": prompt, "ids": response} for response in responses]]
     cfg, cpu = evaluation_config(micro_batch_size=5), torch.device("cpu")
-    arguments = (temperature, cfg, cpu, evaluate.nullcontext(), 0, 1)
+    arguments = (temperature, cfg, cpu, 0, 1)
     (values,) = evaluate.sequence_kl(policy, reference, samples, *arguments)
     assert np.exp(p) @ values == pytest.approx(np.exp(p) @ (p - q), abs=1e-9)
     greedy = (0.0, *arguments[1:])
@@ -208,7 +243,7 @@ def test_samples_are_those_of_generate(small_gpt, tokenizer):
     model = small_gpt(vocab_size=tokenizer.n_vocab)
     prompts = [{"prompt": text} for text in ("My car. My lamp.", "What?", "I feel sad.")]
     cfg, cpu = evaluation_config(max_new_tokens=5, micro_batch_size=1), torch.device("cpu")
-    found = evaluate.sample_policy(model, tokenizer, prompts, 2, 0.0, 7, cfg, cpu, 0, 1)
+    found = evaluate.sample_policy(model, tokenizer, prompts, 2, 0.0, 7, 90, cfg, cpu, 0, 1)
     for line, some in zip(prompts, found, strict=True):
         ids = tokenizer.encode_ordinary(line["prompt"])
         tokens, mask = generate(model, [ids], 5, temperature=0, eos=tokenizer.eot_token)
@@ -281,7 +316,12 @@ def test_a_whole_evaluation(setting, policy_run):
     # A judge who goes by the order alone says one half, and is found out.
     assert all(rate[0] == pytest.approx(0.5) for rate in report["win_rate"][biased][best].values())
     assert set(report["order_decides"].values()) == {1.0}
-    assert report["win_rate"]["gold"] != report["win_rate"]["longer response"]
+    assert report["win_rate"]["gold"] != report["win_rate"]["length"]
+    coin = report["win_rate"]["a coin"][first][other]
+    assert 0.3 < coin[1] < 0.5 < coin[2] < 0.7
+    gap = report["difference"]["gold"][other][first]
+    means = [report["policies"][name]["scores"]["gold"][0] for name in (other, first)]
+    assert gap[0] == pytest.approx(means[0] - means[1]) and gap[1] <= gap[0] <= gap[2]
     parts = sft["parts"]
     assert parts["harmful"]["harmless"] == 1 and "harmless" not in parts["summary"]
     lines = read_lines(folder / "out/samples-0.jsonl")
@@ -292,7 +332,7 @@ def test_a_whole_evaluation(setting, policy_run):
     assert [row["n"] for row in curve] == [1, 2, 3, 4] and curve[0]["gold_gain"][0] == 0
     assert curve[3]["proxy"][0] > curve[0]["proxy"][0]
     text = (folder / "all.md").read_text()
-    for words in ("## Win rates: gold", "## Best of n", "## Side by side", "at most 0.64", "Elo"):
+    for words in ("## Win rates by gold", "## Best of n", "## Side by side", "at most 0.64", "Elo"):
         assert words in text
     assert "(no EOS)" in text and "The order of the two decided in 100.0%" in text
     heads = text.split("| policy |")[1].split("\n")[0]
@@ -351,7 +391,9 @@ def test_a_file_of_comparisons_judges(setting, policy_run, tmp_path, monkeypatch
         (["--gold", "", "--judges", ""], "expected a judge"),
         (["--judges", "nowhere"], "nowhere: not a model directory"),
         (["--judges", "nowhere.py"], "nowhere.py: not a Python file"),
-        (["--max_new_tokens", "96"], "has only 96 positions"),
+        (["--max_new_tokens", "96"], "leaves no room in 96 positions"),
+        (["--best_of_n", "4", "--policies", "x@temperature=0"], "expected a first policy that"),
+        (["--policies", "x@temperature=0@best_of=4:y"], "needs a temperature above 0"),
         (["--num_samples", "0"], "--num_samples, --max_new_tokens: expected more than 0"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl:0: file: can't be read"),
     ],
@@ -361,6 +403,73 @@ def test_bad_settings(setting, tmp_path, monkeypatch, capsys, more, message):
     assert run(monkeypatch, *args, "--out_dir", tmp_path / "out", *more) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_a_constant_judge(setting, tmp_path, monkeypatch):
+    """0.7 for everything: sums of 0.7 round, and the interval must not turn inside out."""
+    _, args = setting
+    (tmp_path / "flat.py").write_text("def score(prompt, response, **fields): return 0.7\n")
+    more = ["--gold", tmp_path / "flat.py", "--judges", "", "--best_of_n", 0]
+    assert run(monkeypatch, *args, "--out_dir", tmp_path / "out", *more) == 0
+    assert (tmp_path / "out/report.md").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("def explain(p, r, **f): return {'note': 'text'}", "explain: ValueError"),
+        ("def explain(p, r, **f): return {'x': float('inf')}", "explain: {'x': inf}"),
+        ("def compare(p, a, b, **f): return a[9999]", "compare: IndexError"),
+        ("def compare(p, a, b, **f): return 7", "compare: expected a probability, got 7"),
+    ],
+)
+def test_judges_that_fail(setting, tmp_path, monkeypatch, capsys, text, message):
+    _, args = setting
+    (tmp_path / "bad.py").write_text(f"def score(p, r, **f): return 1\n{text}\n")
+    more = ["--gold", tmp_path / "bad.py", "--judges", "", "--best_of_n", 0]
+    assert run(monkeypatch, *args, "--out_dir", tmp_path / "out", *more) == 2
+    error = capsys.readouterr().err
+    assert f"bad.py: {message}" in error and error.count("\n") == 1
+
+
+def test_policies_of_other_vocabularies_are_refused(
+    setting, tmp_path, monkeypatch, capsys, small_gpt, tokenizer
+):
+    """Before anything is sampled or deleted."""
+    _, args = setting
+    padded = small_gpt(vocab_size=tokenizer.n_vocab + 40)
+    save_model(tmp_path / "padded", padded, tokenizer)
+    policies = f"{args[args.index('--policies') + 1].split(',')[0]},{tmp_path / 'padded'}"
+    assert run(monkeypatch, *args, "--out_dir", tmp_path / "o", "--policies", policies) == 2
+    assert "another tokenizer or vocabulary" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_policy_in_the_folder_to_delete_is_refused(setting, tmp_path, monkeypatch, capsys):
+    folder, args = setting
+    shutil.copytree(folder / "other", tmp_path / "out")
+    (tmp_path / "out/args.json").write_text('{"settings": {}}')
+    more = ["--policies", tmp_path / "out", "--out_dir", tmp_path / "out", "--overwrite"]
+    assert run(monkeypatch, *args, *more) == 2
+    assert "is in --out_dir, which --overwrite would delete" in capsys.readouterr().err
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_table_and_check(setting, monkeypatch, capsys, policy_run):
+    folder, _ = setting
+    report = ["--report", folder / "out/report.json"]
+    assert run(monkeypatch, "table", *report) == 0
+    assert "score by gold" in capsys.readouterr().out
+    best, first = f"{policy_run}@best_of=4:{folder / 'reward'}", str(policy_run)
+    more = [*report, "--judge", folder / "reward"]
+    assert run(monkeypatch, "check", *more, "--better", f"{best} > {first}") == 0
+    assert "ok  " in capsys.readouterr().out
+    claims = f"{best} > {first},{first} > {best}"
+    assert run(monkeypatch, "check", *more, "--better", claims) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert run(monkeypatch, "check", *more) == 2
+    assert run(monkeypatch, "check", *more, "--better", "x > y") == 2
+    assert run(monkeypatch, "table", "--report", folder / "gold.py") == 2
 
 
 def test_a_judge_must_be_normalised(setting, policy_run, tmp_path, monkeypatch, capsys):
