@@ -1148,7 +1148,7 @@ def show_table(cfg):
     print_aligned(summary_table(report, judges[:1], shown_parts(report, cfg.show)))
 
 
-def check(cfg):
+def check_claims(cfg):
     """evaluate.py check: exit status 1 unless each claim's paired difference is surely above 0."""
     differences, failed = read_report(cfg.report)["difference"].get(cfg.judge, {}), False
     claims = split_names(cfg.better)
@@ -1414,7 +1414,7 @@ def write_tables(out, result, text):
 def main():
     commands = {"plot": (plot, PlotConfig), "scaling": (scaling, ScalingConfig)}
     commands |= {"margins": (margins, MarginsConfig), "table": (show_table, TableConfig)}
-    commands |= {"check": (check, CheckConfig)}
+    commands |= {"check": (check_claims, CheckConfig)}
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         command, config = commands[sys.argv[1]]
         # Runs may stand before the flags.
