@@ -1,0 +1,1281 @@
+"""Proximal policy optimisation for language: stage 3 of RLHF.
+
+Objective, for prompts x and responses y sampled from the policy (Ziegler et al., arXiv:1909.08593):
+
+    maximise  E[ score(x, y) - beta * KL(policy(. | x), reference(. | x)) ]
+
+The KL is paid token by token: r_t = -beta (log pi(a_t) - log pi_ref(a_t)), and the score is added
+at the last token. A value network says what to expect before each token; advantages are by GAE
+(arXiv:1506.02438); the update is PPO's clipped one (arXiv:1707.06347, eq. 7). Four models: the
+policy and the value network learn, the reference (the policy as it was) and the reward don't.
+
+One iteration is a rollout, its scores, advantages, a few epochs of minibatches: see `main`.
+
+Simplified against the papers: one optimiser step size for all weights of a network, no buffer of
+older rollouts, no pre-training gradients.
+
+    python ppo.py --gold data/toy.py                    # the embedded task, against runs/reward
+    python ppo.py --reward data/toy.py --out_dir runs/ppo-gold       # a reward of your own
+    torchrun --nproc_per_node=8 ppo.py --init runs/sft --reward runs/reward --prompts p.jsonl \
+        --lr 3e-6 --value_lr 1e-5 --batch_size 512 --minibatch_size 64 --micro_batch_size 8
+"""
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import gc
+import gzip
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import typing
+import zlib
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from model import (
+    GPT,
+    at_least_float32,
+    check_tokenizer,
+    encode,
+    entropy,
+    generate,
+    last_score,
+    load_config,
+    load_model,
+    load_tokenizer,
+    predicts,
+    read_json,
+    save_model,
+    text_of,
+    token_logprobs,
+    tokenizer_hash,
+    weight_files,
+    whole_file,
+    write_json,
+)
+
+STATISTICS = ("reward_mean", "reward_std", "score_transform")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    prompts: Annotated[str, "prompts to respond to"] = "data/toy/prompts_train.jsonl"
+    validation: Annotated[str, "held-out prompts; empty: none"] = (
+        "data/toy/prompts_validation.jsonl"
+    )
+    init: Annotated[str, "policy to start from, and the reference: a run directory"] = "runs/sft"
+    reward: Annotated[str, "reward models and Python files with score(...), by commas"] = (
+        "runs/reward"
+    )
+    reward_weights: Annotated[str, "weight of each, by commas; empty: equal ones"] = ""
+    combine: Annotated[str, "of several rewards: mean, or min (Coste et al. 2023)"] = "mean"
+    value_init: Annotated[
+        str, "reward model that the value network starts as; empty: --reward's, or the policy"
+    ] = ""
+    gold: Annotated[str, "Python file whose score(prompt, response, **fields) is the truth"] = ""
+    out_dir: Annotated[str, "run directory"] = "runs/ppo"
+    beta: Annotated[float, "KL coefficient (Stiennon et al.: 0.05; InstructGPT: 0.02)"] = 0.05
+    kl_target: Annotated[float, "nats a sequence that beta is steered to; 0: beta is fixed"] = 0.0
+    kl_horizon: Annotated[int, "episodes in which beta can change e-fold (Ziegler et al.)"] = 10000
+    kl_estimator: Annotated[str, "of the penalty: k1 (the log-ratio), k2 or k3"] = "k1"
+    stop_kl: Annotated[
+        float, "nats a token from the old policy that end an update's epochs; 0: none do"
+    ] = 0.0
+    missing_eos_score: Annotated[
+        str, "a response that did not end gets this or the batch's lowest; none: its own"
+    ] = "-1"
+    whiten_rewards: Annotated[bool, "divide rewards by their std (Ziegler et al.)"] = False
+    whiten_advantages: Annotated[bool, "advantages of mean 0 and std 1 over a batch"] = True
+    gamma: Annotated[float, "discount a token (all sources: 1)"] = 1.0
+    lam: Annotated[float, "GAE's lambda (all sources: 0.95)"] = 0.95
+    clip: Annotated[float, "largest change of a ratio that is rewarded (sources: 0.2)"] = 0.2
+    value_clip: Annotated[float, "largest change of a value that is rewarded (sources: 0.2)"] = 0.2
+    entropy_coef: Annotated[float, "bonus a nat of entropy, a token (sources: 0)"] = 0.0
+    steps: Annotated[int, "iterations, each of batch_size episodes"] = 40
+    batch_size: Annotated[int, "episodes an iteration, over all ranks (sources: 512)"] = 128
+    minibatch_size: Annotated[int, "episodes an update, over all ranks (InstructGPT: 64)"] = 32
+    micro_batch_size: Annotated[int, "episodes a forward on one rank; 0: all of its share"] = 0
+    update_epochs: Annotated[int, "passes over a rollout (Stiennon: 4; InstructGPT: 1)"] = 2
+    lr: Annotated[float, "the policy's peak learning rate (sources: 1e-6 to 1.5e-5)"] = 3e-4
+    value_lr: Annotated[float, "the value network's (sources: 1.65e-6 to 1.5e-5)"] = 5e-4
+    warmup: Annotated[int, "iterations of linear warm-up (InstructGPT: 10)"] = 2
+    final_lr: Annotated[float, "last rate over peak rate, by a cosine"] = 0.1
+    adam_beta2: Annotated[float, "Adam's second-moment decay (Llama 2: 0.95)"] = 0.95
+    adam_eps: Annotated[float, "Adam's epsilon (OpenAI 2019, Llama 2: 1e-5)"] = 1e-5
+    weight_decay: Annotated[float, "AdamW's, on matrices (Llama 2: 0.1)"] = 0.0
+    clip_norm: Annotated[float, "largest gradient norm, of each network"] = 1.0
+    temperature: Annotated[float, "of sampling, and of every log-probability"] = 1.0
+    max_new_tokens: Annotated[int, "longest response, tokens"] = 48
+    num_prompts: Annotated[int, "held-out prompts in the last evaluation; others: a quarter"] = 1000
+    seed: Annotated[int, "of order and samples"] = 0
+    device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
+    dtype: Annotated[
+        str, "float32, bfloat16, float16, float64; empty: bfloat16 on cuda, else float32"
+    ] = ""
+    compile: Annotated[bool, "torch.compile the policy and the value network"] = False
+    log_every: Annotated[int, "iterations between printed lines"] = 1
+    eval_every: Annotated[int, "iterations between evaluations; 0: only at the end"] = 10
+    save_every: Annotated[int, "iterations between checkpoints; 0: only at the end"] = 10
+    timeout_s: Annotated[int, "a collective that takes longer ends the job, seconds"] = 600
+    resume: Annotated[bool, "go on from out_dir's last checkpoint, or start if none"] = False
+    overwrite: Annotated[bool, "delete the run in out_dir first"] = False
+
+
+# --- plumbing: the same text in every script (tests/test_copies.py) ---
+
+stop_signals = []  # the SIGTERMs that came to this rank
+
+
+def refuse(message):
+    """Ends the script for bad input: one line, exit status 2."""
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def parse_config(config_class, doc, command=""):
+    """`config_class` from the command line; its annotations are the flags' help.
+
+    `command`: the sub-command that stands before the flags; "": the script's main job.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    name = f"{Path(sys.argv[0]).name} {command}".strip()
+    parser = argparse.ArgumentParser(name, None, doc, formatter_class=form, allow_abbrev=False)
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    for field in dataclasses.fields(config_class):
+        kind, text = hints[field.name].__origin__, hints[field.name].__metadata__[0]
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        text = f"{text} (default: {field.default!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=field.default, help=text, **how)
+    cfg = config_class(**vars(parser.parse_args(sys.argv[2:] if command else None)))
+    for name, value in vars(cfg).items():
+        if type(value) in (int, float) and not 0 <= value < math.inf:
+            parser.error(f"--{name}: expected a number of at least 0, got {value}")
+    dtype = getattr(cfg, "dtype", "")
+    if dtype not in ("", "float32", "bfloat16", "float16", "float64"):
+        parser.error(f"--dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+    return cfg
+
+
+def start_process(cfg):
+    """-> device, dtype, rank, world. torchrun sets the world; without it, a world of one."""
+    signal.signal(signal.SIGTERM, lambda *_: stop_signals.append(1))
+    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        refuse(f"--device {name}: expected cpu or cuda")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            refuse(f"--device {name}: there is no such CUDA device here")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    dtype = getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        limit = datetime.timedelta(seconds=cfg.timeout_s)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    return device, dtype, rank, world
+
+
+def all_reduce(values, device):
+    """A list of numbers -> their sums over the ranks."""
+    if not dist.is_initialized():
+        return list(values)
+    sums = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather(records, device):
+    """The lists of JSON values of all ranks, one after another, on every rank."""
+    if not dist.is_initialized():
+        return list(records)
+    data = torch.tensor(list(json.dumps(records).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    padded = [data.new_zeros(int(max(sizes))) for _ in sizes]
+    dist.all_gather(padded, torch.cat([data, data.new_zeros(len(padded[0]) - len(data))]))
+    texts = [bytes(x[:n].tolist()) for x, n in zip(padded, sizes, strict=True)]
+    return [record for text in texts for record in json.loads(text)]
+
+
+def end_process(device):
+    """The last thing that a script does. Without torchrun, nothing."""
+    if dist.is_initialized():
+        all_reduce([0.0], device)  # no rank leaves while another still writes
+        # What is left to the interpreter's end would now and then abort the process there, by
+        # gloo's threads, after all was done: garbage may still hold the group.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def stop_requested(device):
+    """Whether SIGTERM came to any rank. All ranks ask at the same places, so all stop there."""
+    return all_reduce([float(len(stop_signals))], device)[0] > 0
+
+
+def learning_rate(step, total, cfg):
+    """The rate of step 0..total-1: linear warm-up, then a cosine from lr to lr * final_lr."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(total - cfg.warmup, 1)
+    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settings_of(cfg, inputs, world):
+    """What must be the same when a run goes on: flags, number of ranks, sha256 of the inputs."""
+    free = ("resume", "overwrite", "timeout_s")
+    settings = {name: value for name, value in vars(cfg).items() if name not in free}
+    for path in inputs if cfg.overwrite else ():
+        if Path(cfg.out_dir).resolve() in Path(path).resolve().parents:
+            refuse(f"{path}: is in --out_dir, which --overwrite would delete")
+    return settings | {"world": world} | {f"sha256 of {path}": sha256(path) for path in inputs}
+
+
+def may_resume(cfg, settings):
+    """Whether out_dir holds a run to go on with, all of whose settings are these.
+
+    A run goes on only with the settings, the inputs (files) and the world size that it began with:
+    another order of the data would train on some examples twice and on others never.
+    """
+    out_dir = Path(cfg.out_dir)
+    known = (out_dir / "args.json").is_file()
+    # What a run that was killed in its first moments left is not in use.
+    in_use = out_dir.exists() and any(path.suffix != ".tmp" for path in out_dir.iterdir())
+    if in_use and not (known and (cfg.resume or cfg.overwrite)):
+        refuse(f"{out_dir}: in use; --resume goes on with its run, --overwrite deletes it")
+    if not (known and cfg.resume):
+        return False
+    old = read_json(out_dir / "args.json").get("settings", {})
+    changed = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
+    if changed:
+        changes = [f"{name}: {old.get(name)!r} -> {settings.get(name)!r}" for name in changed]
+        refuse(f"{out_dir}: can't resume with other settings: {'; '.join(changes)}")
+    if (out_dir / "report.json").exists():
+        print(f"{out_dir}: this run is finished", flush=True)
+        sys.exit(0)
+    return True
+
+
+def new_run(out_dir, settings):
+    """Makes out_dir anew, with args.json and the source that runs."""
+    if out_dir.exists():  # renamed first: deleted half, it would look like somebody's folder
+        old = out_dir.with_name(f".{out_dir.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out_dir, old)
+        shutil.rmtree(old)
+    out_dir.mkdir(parents=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    record = {"settings": settings, "command": sys.argv, "versions": versions}
+    write_json(out_dir / "args.json", record)
+    shutil.copyfile(__file__, out_dir / "script.py")
+
+
+def open_run(cfg, inputs, device, rank, world):
+    """Makes out_dir, or finds what to resume there: the last checkpoint's path, or None."""
+    out_dir, settings = Path(cfg.out_dir), settings_of(cfg, inputs, world)
+    steps = []
+    if may_resume(cfg, settings):
+        found = [path.name.removeprefix("checkpoint-") for path in out_dir.glob("checkpoint-*")]
+        steps = [int(step) for step in found if step.isdigit()]
+    all_reduce([0.0], device)  # every rank has looked; only now may rank 0 change what is there
+    if rank == 0 and not steps:
+        new_run(out_dir, settings)
+    return out_dir / f"checkpoint-{max(steps)}" if steps else None
+
+
+def append_line(path, record):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def save_checkpoint(cfg, step, modules, optimizers, state, device, rank):
+    """Writes checkpoint-<step>/ under another name, renames it, deletes older ones. All ranks call.
+
+    modules, optimizers: {name: object}, equal on all ranks; state: JSON values (counters, scaler).
+    The default generators of every rank, which dropout draws from, are saved too.
+    """
+    generators = [torch.get_rng_state()]
+    if device.type == "cuda":
+        generators.append(torch.cuda.get_rng_state(device))
+    generators = gather([[bytes(g.tolist()).hex() for g in generators]], device)
+    if rank > 0:
+        return
+    tensors = {}
+    for name, module in modules.items():
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"{name}.{index}.{key}": value for key, value in moments.items()}
+    final = Path(cfg.out_dir) / f"checkpoint-{step}"
+    temporary = final.with_name(".checkpoint.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        with whole_file(temporary / "tensors.safetensors") as path:
+            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path)
+        logs = {log.name: log.stat().st_size for log in final.parent.glob("*.jsonl")}
+        state = state | {"step": step, "generators": generators, "logs": logs}
+        write_json(temporary / "state.json", state)
+        names = ("tensors.safetensors", "state.json")
+        write_json(temporary / "sha256.json", {name: sha256(temporary / name) for name in names})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for path in final.parent.glob("checkpoint-*"):
+        if path != final:
+            shutil.rmtree(path)
+
+
+def load_checkpoint(path, modules, optimizers, device, rank):
+    """Restores exactly what save_checkpoint wrote, and returns its `state`."""
+    try:
+        for name in ("tensors.safetensors", "state.json"):
+            if sha256(path / name) != read_json(path / "sha256.json").get(name):
+                raise ValueError(f"{path / name}: damaged: its sha256 is not the recorded one")
+    except (OSError, ValueError) as error:
+        refuse(f"{error}; this checkpoint can't be resumed")
+    tensors, state = load_file(path / "tensors.safetensors"), read_json(path / "state.json")
+    generators = [torch.tensor(list(bytes.fromhex(g))).byte() for g in state["generators"][rank]]
+    torch.set_rng_state(generators[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(generators[1], device)
+    for name, module in modules.items():
+        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+    for name, optimizer in optimizers.items():
+        moments = {}
+        for key in [key for key in tensors if key.startswith(name + ".")]:
+            _, index, moment = key.split(".")
+            moments.setdefault(int(index), {})[moment] = tensors[key]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    for log in path.parent.glob("*.jsonl") if rank == 0 else ():
+        # What was logged after the checkpoint will be logged again.
+        os.truncate(log, min(state["logs"].get(log.name, 0), log.stat().st_size))
+    return state
+
+
+def read_jsonl(path, texts):
+    """Yields (where, record) for each line of a JSON Lines file, plain or .gz.
+
+    `texts`: {field: whether it may be empty}, the fields that must be there and be strings. The
+    first bad line ends the script: `file:line: field: what is wrong`, exit status 2.
+    """
+    where, number, seen = f"{path}:1", 0, 0
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                if not line.strip():
+                    continue
+                seen += 1
+                record = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
+                if not isinstance(record, dict):
+                    refuse(f"{where}: line: expected an object, got {type(record).__name__}")
+                for name, may_be_empty in texts.items():
+                    if name not in record:
+                        refuse(f"{where}: {name}: is missing")
+                    if not isinstance(record[name], str):
+                        found = json.dumps(record[name])[:40]
+                        refuse(f"{where}: {name}: expected a string, got {found}")
+                    if not may_be_empty and not record[name].strip():
+                        refuse(f"{where}: {name}: is empty")
+                    record[name].encode("utf-8")  # a lone surrogate is valid JSON, but no text
+                yield where, record
+    except UnicodeError as error:
+        refuse(f"{where}: line: not UTF-8: {error.reason}")
+    except (ValueError, RecursionError) as error:
+        refuse(f"{where}: line: not JSON: {error}")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        refuse(f"{path}:{number + 1}: line: not a whole gzip file: {error}")
+    except OSError as error:
+        refuse(f"{path}:0: file: can't be read: {error.strerror or error}")
+    if not seen:
+        refuse(f"{path}:0: file: is empty")
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+# --- end of plumbing ---
+
+
+# --- mathematics ----------------------------------------------------------------------------------
+
+
+def kl_estimate(logprobs, ref_logprobs, kind="k1"):
+    """Estimates of KL(policy, reference) from tokens that the policy drew, (B, T), nats a token.
+
+    k1 = log p - log q, p the policy: unbiased, signed. k2 = k1^2 / 2: biased, never below 0.
+    k3 = q/p - 1 - log(q/p): unbiased, never below 0. Schulman 2020, "Approximating KL divergence".
+    """
+    log_ratio = ref_logprobs - logprobs
+    if kind == "k1":
+        return -log_ratio
+    if kind == "k2":
+        return log_ratio**2 / 2
+    if kind == "k3":
+        return log_ratio.exp() - 1 - log_ratio
+    raise ValueError(f"kl estimator {kind}: expected k1, k2 or k3")
+
+
+def token_rewards(scores, logprobs, ref_logprobs, mask, beta, kind="k1"):
+    """r_t = -beta KL_t, and the score at each row's last response token, (B, T); 0 elsewhere.
+
+    scores (B,); logprobs, ref_logprobs, mask (B, T). arXiv:1909.08593 eq. 2.
+    """
+    rewards = -beta * kl_estimate(logprobs, ref_logprobs, kind) * mask
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask.bool() * columns).argmax(1, keepdim=True)  # (B, 1)
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (arXiv:1506.02438 eq. 16) -> advantages, returns (B, T).
+
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return_t = A_t + V_t;
+    the value after the last response token is 0. All (B, T), 0 outside the mask.
+    """
+    inside = mask.to(values.dtype)
+    values = values * inside  # a pad's value must not be bootstrapped from
+    advantages, carried = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        following = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(carried)
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        carried = (delta + gamma * lam * carried) * inside[:, t]
+        advantages[:, t] = carried
+    return advantages, (advantages + values) * inside
+
+
+def whiten(x, mask, shift_mean=True, all_reduce=None):
+    """(x - mean) / sqrt(var + 1e-8) over the mask, (B, T), 0 outside it; var is the biased one.
+
+    shift_mean False adds the mean back, so that the scale alone changes. all_reduce: sums a tensor
+    over the ranks; without it the statistics are of this rank's part alone.
+    """
+    inside = mask.to(x.dtype)
+
+    def total(values):
+        values = torch.stack(values)
+        return values if all_reduce is None else all_reduce(values)
+
+    count, first = total([inside.sum(), (x * inside).sum()])
+    mean = first / count
+    (second,) = total([((x - mean) ** 2 * inside).sum()])
+    white = (x - mean) / (second / count + 1e-8).sqrt()
+    return (white if shift_mean else white + mean) * inside
+
+
+def policy_loss(new_logprobs, logprobs, advantages, clip):
+    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), (B, T). arXiv:1707.06347 eq. 7."""
+    ratio = (new_logprobs - logprobs).exp()  # 1 in the first minibatch: main checks it
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+def value_loss(new_values, values, returns, clip):
+    """max((V - G)^2, (V_clipped - G)^2) / 2, (B, T), V_clipped within `clip` of the old value."""
+    clipped = values + (new_values - values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def adaptive_beta(beta, kl, target, batch_size, horizon):
+    """beta (1 + e batch_size / horizon), e = clip(kl / target - 1, -0.2, 0.2); kl, target in nats a
+    sequence. arXiv:1909.08593 section 2.2, with their code's step."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * batch_size / horizon)
+
+
+def combine_scores(scores, weights, combine):
+    """Several rewards' scores (rewards, B) -> (B,): their weighted mean, or the least of them."""
+    if combine == "min":
+        return scores.min(0).values
+    weights = torch.tensor(weights, dtype=scores.dtype, device=scores.device)
+    return (weights[:, None] * scores).sum(0) / weights.sum()
+
+
+# --- data and rewards -----------------------------------------------------------------------------
+
+
+def split_names(text):
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def read_numbers(flag, text):
+    """Numbers of at least 0, by commas."""
+    try:
+        numbers = [float(number) for number in split_names(text)]
+    except ValueError:
+        numbers = [-1.0]
+    if not all(0 <= number < math.inf for number in numbers):
+        refuse(f"{flag} {text}: expected numbers of at least 0, by commas")
+    return numbers
+
+
+def read_prompts(path):
+    """The lines of a prompts file, `task` being a string where there is one."""
+    prompts = []
+    for where, record in read_jsonl(path, {"prompt": True}):
+        if not isinstance(record.get("task", ""), str):
+            refuse(f"{where}: task: expected a string, got {json.dumps(record['task'])[:40]}")
+        prompts.append(record)
+    return prompts
+
+
+def rank_share(batch, rank, world, micro_batch_size):
+    """This rank's micro-batches of a batch: lists of indices, as many on every rank, some empty.
+
+    Ranks take turns in a batch that is sorted by length, so that their work is alike.
+    """
+    largest = math.ceil(len(batch) / world)
+    size = micro_batch_size or largest
+    mine = batch[rank::world]
+    return [mine[i : i + size] for i in range(0, largest, size)]
+
+
+def load_gold(path):
+    """A user's Python file as a module: score(prompt, response, **fields), perhaps explain(...)."""
+    spec = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
+    if not Path(path).is_file() or spec is None:
+        refuse(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and the like look themselves up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        refuse(f"{path}: can't be run: {type(error).__name__}: {error}")
+    if not callable(getattr(module, "score", None)):
+        refuse(f"{path}: score: no such function; expected score(prompt, response, **fields)")
+    return module
+
+
+def gold_score(gold, line, response):
+    """The user's score of a response to a prompt's line: a number, or the script ends."""
+    fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
+    try:
+        score = float(gold.score(line["prompt"], response, **fields))
+    except Exception as error:
+        refuse(f"{gold.__file__}: score: {type(error).__name__}: {error}")
+    if not math.isfinite(score):
+        refuse(f"{gold.__file__}: score: {score} for {response[:40]!r} to {line['prompt'][:40]!r}")
+    return score
+
+
+def gold_parts(gold, line, response):
+    """What gold's `explain` says of a response, {name: number}; {} when it has none."""
+    if not hasattr(gold, "explain"):
+        return {}
+    fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
+    try:
+        parts = gold.explain(line["prompt"], response, **fields)
+        parts = {name: float(value) for name, value in parts.items() if name != "score"}
+    except Exception as error:
+        refuse(f"{gold.__file__}: explain: {type(error).__name__}: {error}")
+    if not all(map(math.isfinite, parts.values())):
+        refuse(f"{gold.__file__}: explain: {parts} for {response[:40]!r}: not finite")
+    return parts
+
+
+def judge(gold, line, response):
+    """{"gold": score, and the parts that explain it} of a response to a prompt's line."""
+    if gold is None:
+        return {}
+    return {"gold": gold_score(gold, line, response)} | gold_parts(gold, line, response)
+
+
+def load_reward_model(directory, device="cpu"):
+    """-> model, tokenizer, statistics {reward_mean, reward_std, score_transform} for `normalised`.
+
+    Raises ValueError or OSError, in one line: no scalar head, statistics that are missing or no
+    numbers (they are never guessed: other code relies on mean 0 and std 1), another tokenizer.
+    """
+    config, model = load_config(directory), load_model(directory, device)
+    tokenizer = load_tokenizer(directory)
+    check_tokenizer(tokenizer, directory, config)
+    if model.score is None:
+        raise ValueError(f"{directory}: a language model, not a reward model: it has no score head")
+    statistics = {name: config.get(name) for name in STATISTICS}
+    mean, std, transform = statistics.values()
+    numbers = all(type(x) in (int, float) and math.isfinite(x) for x in (mean, std))
+    if not numbers or not std > 0 or transform not in ("identity", "sigmoid"):
+        raise ValueError(
+            f"{directory}: config.json: {statistics}: its scores were never normalised, and can't "
+            f"be used; reward.py --init {directory} --epochs 0 --normalise_with RUN does it"
+        )
+    return model, tokenizer, statistics
+
+
+def normalised(raw, statistics):
+    """(transform(raw) - mean) / std, raw a tensor of the head's outputs."""
+    mean, std, transform = (statistics[name] for name in STATISTICS)
+    return ((torch.sigmoid(raw) if transform == "sigmoid" else raw) - mean) / std
+
+
+def add_scalar_head(policy):
+    """A language model's trunk under a new scalar head, drawn from the default generator."""
+    model = GPT(policy.config, scalar_head=True)
+    model.load_state_dict(policy.state_dict() | {"score.weight": model.score.weight.detach()})
+    return model
+
+
+def load_reward(name, tokenizer, device):
+    """A --reward -> ("file", module), or ("model", model, statistics) in the policy's tokens."""
+    if name.endswith(".py"):
+        return "file", load_gold(name)
+    try:
+        model, theirs, statistics = load_reward_model(name, device)
+    except (OSError, ValueError) as error:
+        refuse(error)
+    if tokenizer_hash(theirs) != tokenizer_hash(tokenizer):
+        refuse(f"{name}: another tokenizer ({theirs.name}) than the policy's ({tokenizer.name})")
+    return "model", model, statistics
+
+
+def prompt_order(count, needed, seed):
+    """Numbers of `needed` prompts of `count`, whole epochs in random orders one after another."""
+    epochs = math.ceil(needed / count)
+    orders = [np.random.default_rng([seed, epoch]).permutation(count) for epoch in range(epochs)]
+    return np.concatenate(orders)[:needed].tolist()
+
+
+# --- rollouts -------------------------------------------------------------------------------------
+
+
+def sample_batch(sampler, prompts, prompt_ids, cfg, eos, seed, device):
+    """One response to each prompt -> {"lines", "tokens", "mask", "ended"}: tokens, mask (B, T),
+    ended (B,) bool. From the full softmax: truncated, its KL would be another distribution's."""
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens, mask = generate(
+        sampler,
+        prompt_ids,
+        cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        eos=eos,
+        generator=generator,
+    )
+    columns = torch.arange(mask.shape[1], device=device)
+    last = tokens.gather(1, (mask * columns).argmax(1, keepdim=True)).squeeze(1)  # (B,)
+    return {"lines": prompts, "tokens": tokens, "mask": mask, "ended": last == eos}
+
+
+def texts_of(batch, tokenizer):
+    """The responses as text, without the EOS that ends them."""
+    texts = []
+    for row, inside, ended in zip(batch["tokens"], batch["mask"], batch["ended"], strict=True):
+        ids = row[inside].tolist()
+        texts.append(text_of(tokenizer, ids[:-1] if ended else ids))
+    return texts
+
+
+def micro_batches(count, size):
+    return [slice(i, i + (size or count)) for i in range(0, count, size or max(count, 1))]
+
+
+def score_batch(rewards, weights, batch, texts, cfg, autocast, device):
+    """Scores (B,), float64: every reward's, combined; what did not end gets the smaller of
+    --missing_eos_score and the lowest score in the batch, over all ranks."""
+    found = []
+    for kind, model, *statistics in rewards:
+        if kind == "file":
+            pairs = zip(batch["lines"], texts, strict=True)
+            scores = torch.tensor([gold_score(model, line, text) for line, text in pairs])
+            found.append(scores.double().to(device))
+            continue
+        raw = []
+        for part in micro_batches(len(texts), 4 * cfg.micro_batch_size):
+            with torch.no_grad(), autocast:
+                output = model(batch["tokens"][part])
+            raw.append(last_score(output, batch["mask"][part]).double())
+        found.append(normalised(torch.cat(raw), statistics[0]))
+    scores = combine_scores(torch.stack(found), weights, cfg.combine)
+    if cfg.missing_eos_score == "none":
+        return scores
+    lowest = [float(scores.min()) if len(scores) else math.inf]
+    least = min([float(cfg.missing_eos_score), *gather(lowest, device)])
+    return scores.masked_fill(~batch["ended"], least)
+
+
+def response_logprobs(model, batch, cfg, autocast):
+    """log pi of each response token, (B, T), at the temperature of sampling."""
+    parts = []
+    for part in micro_batches(len(batch["tokens"]), cfg.micro_batch_size):
+        tokens, mask = batch["tokens"][part], batch["mask"][part]
+        with torch.no_grad(), autocast:
+            parts.append(
+                token_logprobs(model(tokens, at=predicts(mask)), tokens, mask, cfg.temperature)
+            )
+    return torch.cat(parts)
+
+
+def response_values(output, mask, statistics):
+    """The value network's output (B, T) -> values: column t is the state before token t is chosen,
+    on the scale of the scores. 0 outside the mask."""
+    values = normalised(at_least_float32(output), statistics)
+    return F.pad(values[:, :-1], (1, 0)) * mask
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def mean_interval(values):
+    """[mean, low, high]: the mean and its 95% interval, by the normal approximation.
+
+    A single value has no interval: low and high are None.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return [mean, None, None]
+    half = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return [mean, mean - half, mean + half]
+
+
+def summarise(samples):
+    """{task: {part: [mean, low, high]}} of samples; "all" has the parts that all of them have."""
+    groups, table = {"all": samples}, {}
+    for task in dict.fromkeys(s["task"] for s in samples if s.get("task", "all") != "all"):
+        groups[task] = [sample for sample in samples if sample.get("task") == task]
+    for task, members in groups.items():
+        shared = set.intersection(*(set(sample["parts"]) for sample in members))
+        names = [name for name in members[0]["parts"] if name in shared]
+        table[task] = {n: mean_interval([sample["parts"][n] for sample in members]) for n in names}
+        table[task]["count"] = len(members)
+    return table
+
+
+def one_a_task(prompts):
+    """The first prompt of each task."""
+    return list({line.get("task", "all"): line for line in reversed(prompts)}.values())[::-1]
+
+
+def print_table(name, table):
+    print(f"{name}: means with 95% intervals")
+    for task, parts in table.items():
+        print(f"  {task} ({parts['count']} prompts)")
+        for part, value in parts.items():
+            if part != "count" and parts["count"] > 1:
+                print("    {:<12} {:8.3f}  [{:.3f}, {:.3f}]".format(part, *value))
+
+
+def against(samples, others, part):
+    """Win rate over `others` on the same prompts by a part of theirs, ties half, with interval."""
+    shares = []
+    for ours, theirs in zip(samples, others, strict=True):
+        gap = ours["parts"][part] - theirs["parts"][part]
+        shares.append(0.5 + 0.5 * float(np.sign(gap)))
+    return mean_interval(shares)
+
+
+def check_ratio(ratio, dtype, device):
+    """Ends the run, on all ranks, unless every ratio of the first minibatch is 1."""
+    far = max(gather([float((ratio - 1).abs().max())], device))
+    # Under autocast a forward of other rows rounds otherwise.
+    limit = {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 0.2)
+    if far > limit:
+        refuse(
+            f"self-check: the first minibatch's ratio is {far:.1e} off 1 (limit {limit:.0e}): "
+            f"the update's forward is not that of the rollout's log-probabilities. Likely causes: "
+            f"dropout, another temperature, positions or masks that pads shift"
+        )
+
+
+def warnings_of(record, before, cfg):
+    """What to say, in words, of an iteration's numbers; `before`: the first iteration's."""
+    found = []
+    if record["kl"] < -0.1:
+        found.append(
+            f"KL {record['kl']:.2f} is below 0: log-probabilities are not those that sampling used "
+            f"(temperature, dropout), or there are too few episodes to tell"
+        )
+    if record["eos"] < 0.8 * before["eos"]:
+        found.append("fewer responses end than at first: is the score high for not ending?")
+    if record["tokens"] > 0.9 * cfg.max_new_tokens:
+        found.append("responses are about as long as --max_new_tokens: length may be what pays")
+    if record["value_loss"] > 10 * max(before["value_loss"], 0.1):
+        found.append("the value loss is ten times the first: lower --value_lr")
+    return found
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+def main():
+    cfg = parse_config(Config, __doc__)
+    if cfg.combine not in ("mean", "min") or cfg.kl_estimator not in ("k1", "k2", "k3"):
+        refuse("--combine: expected mean or min; --kl_estimator: k1, k2 or k3")
+    if max(cfg.gamma, cfg.lam) > 1 or cfg.adam_beta2 >= 1 or not cfg.temperature > 0:
+        refuse("--gamma, --lam: expected at most 1; --adam_beta2: less; --temperature: above 0")
+    counts = (cfg.batch_size, cfg.minibatch_size, cfg.update_epochs, cfg.max_new_tokens)
+    if min(*counts, cfg.log_every, cfg.kl_horizon) < 1 or not cfg.clip_norm > 0:
+        refuse(
+            "--batch_size, --minibatch_size, --update_epochs, --max_new_tokens, --log_every, "
+            "--kl_horizon, --clip_norm: expected more than 0"
+        )
+    try:
+        if cfg.missing_eos_score != "none":
+            float(cfg.missing_eos_score)
+    except ValueError:
+        refuse(f"--missing_eos_score {cfg.missing_eos_score}: expected a number or none")
+    names = split_names(cfg.reward)
+    weights = read_numbers("--reward_weights", cfg.reward_weights) or [1.0] * len(names)
+    if not names or len(weights) != len(names) or not sum(weights) > 0:
+        refuse(f"--reward_weights: expected {len(names)} numbers, one a --reward, not all 0")
+    device, dtype, rank, world = start_process(cfg)
+
+    # The four models. All are without dropout: it would make the ratio differ from 1.
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    try:
+        tokenizer = load_tokenizer(cfg.init)
+        policy = load_model(cfg.init)
+        check_tokenizer(tokenizer, cfg.init, load_config(cfg.init))
+    except (OSError, ValueError) as error:
+        refuse(error)
+    if policy.score is not None:
+        refuse(f"--init {cfg.init}: has a scalar head, no language model's")
+    reference = copy.deepcopy(policy).to(device, precision).requires_grad_(False)
+    rewards = [load_reward(name, tokenizer, device) for name in names]
+    models = [name for name, reward in zip(names, rewards, strict=True) if reward[0] == "model"]
+    for reward in rewards:
+        if reward[0] == "model":
+            reward[1].to(precision).requires_grad_(False)
+    value_init = cfg.value_init or (models[0] if models else "")
+    if value_init:  # it starts knowing what a finished response scores (Stiennon et al. 2020)
+        _, value_model, statistics = load_reward(value_init, tokenizer, "cpu")
+    else:
+        value_model, statistics = (
+            add_scalar_head(policy),
+            dict(zip(STATISTICS, (0.0, 1.0, "identity"), strict=True)),
+        )
+        torch.nn.init.zeros_(value_model.score.weight)
+    for model in (policy, value_model):
+        set_dropout(model, 0.0)
+        model.to(device, precision)
+    positions = min(
+        m.config.n_positions
+        for m in (policy, value_model, *(r[1] for r in rewards if r[0] == "model"))
+    )
+    if cfg.max_new_tokens >= positions:
+        refuse(f"--max_new_tokens {cfg.max_new_tokens}: leaves no room in {positions} positions")
+
+    # Prompts, and everything that a resumed run must find unchanged.
+    prompts = read_prompts(cfg.prompts)
+    held_out = read_prompts(cfg.validation) if cfg.validation else []
+    gold = load_gold(cfg.gold) if cfg.gold else None
+    room = positions - cfg.max_new_tokens
+    ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in prompts]
+    held_out_ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in held_out]
+    inputs = [cfg.prompts, *([cfg.validation] if cfg.validation else [])]
+    for directory in [cfg.init, *models, *([cfg.value_init] if cfg.value_init else [])]:
+        inputs += weight_files(Path(directory))
+    inputs += [name for name in names if name.endswith(".py")]
+    checkpoint = open_run(cfg, inputs, device, rank, world)
+    out_dir = Path(cfg.out_dir)
+    if rank == 0:
+        sizes = [
+            sum(p.numel() for p in model.parameters()) / 1e6 for model in (policy, value_model)
+        ]
+        print(
+            f"policy {sizes[0]:.2f}M, value network {sizes[1]:.2f}M parameters; {device}, {dtype}, "
+            f"{world} rank(s); {len(prompts)} prompts; {cfg.steps} iterations of {cfg.batch_size}",
+            flush=True,
+        )
+
+    def adam(model, lr):
+        decayed = [p for p in model.parameters() if p.dim() == 2]
+        others = [p for p in model.parameters() if p.dim() != 2]
+        groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others}]
+        betas = (0.9, cfg.adam_beta2)
+        return torch.optim.AdamW(
+            groups, lr=lr, betas=betas, eps=cfg.adam_eps, weight_decay=0.0, fused=True
+        )
+
+    modules = {"policy": policy, "value": value_model}
+    optimizers = {
+        "adam_policy": adam(policy, cfg.lr),
+        "adam_value": adam(value_model, cfg.value_lr),
+    }
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    mixed = dtype in (torch.bfloat16, torch.float16)
+    autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
+    step = saved_step = 0
+    beta, first = cfg.beta, None  # `first`: the first iteration's numbers, to warn by
+    if checkpoint:
+        state = load_checkpoint(checkpoint, modules, optimizers, device, rank)
+        step = saved_step = state["step"]
+        beta, first = state["beta"], state["first"]
+        scaler.load_state_dict(state["scaler"])
+        if rank == 0:
+            print(f"resumed at iteration {step} from {checkpoint}", flush=True)
+    # Losses go through these two: DDP averages the gradients over the ranks in its backward pass.
+    parallel = {name: torch.compile(m) if cfg.compile else m for name, m in modules.items()}
+    if world > 1:
+        where = [device] if device.type == "cuda" else None
+        parallel = {n: DistributedDataParallel(m, device_ids=where) for n, m in parallel.items()}
+
+    def save():
+        nonlocal saved_step
+        if step > saved_step:
+            state = {"scaler": scaler.state_dict(), "beta": beta, "first": first}
+            save_checkpoint(cfg, step, modules, optimizers, state, device, rank)
+            saved_step = step
+
+    def stop():
+        """SIGTERM: what was done is saved, and --resume goes on from here to the same weights."""
+        save()
+        all_reduce([0.0], device)  # when one rank ends, torchrun ends the others: let rank 0 finish
+        if rank == 0:
+            print(
+                f"stopped by SIGTERM at iteration {step}; --resume goes on from there", flush=True
+            )
+        sys.exit(128 + signal.SIGTERM)
+
+    def sum_over_ranks(tensor):
+        if world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def responses_of(model, lines, line_ids, temperature):
+        """One response to each held-out prompt, from all ranks: its line with `response`, `parts`
+        (proxy, kl in nats, gold and its parts, eos, words), in order."""
+        sampler = model if device.type == "cpu" else copy.deepcopy(model).bfloat16()
+        settings = dataclasses.replace(cfg, temperature=temperature)
+        order = sorted(range(len(lines)), key=lambda i: len(line_ids[i]))
+        rows, found = 4 * cfg.micro_batch_size or 256, []
+        for begin in range(0, len(lines), rows * world):
+            if stop_requested(device):
+                stop()
+            mine = order[begin : begin + rows * world][rank::world]
+            # A rank without prompts goes along: scoring gathers over the ranks.
+            some = mine or order[:1]
+            seed = 1_000_003 * (cfg.seed + 1) + begin * world + rank
+            batch = sample_batch(
+                sampler,
+                [lines[i] for i in some],
+                [line_ids[i] for i in some],
+                settings,
+                tokenizer.eot_token,
+                seed,
+                device,
+            )
+            texts = texts_of(batch, tokenizer)
+            scores = score_batch(rewards, weights, batch, texts, cfg, autocast, device).tolist()
+            gap = response_logprobs(model, batch, cfg, autocast)
+            gap = (gap - response_logprobs(reference, batch, cfg, autocast)).sum(1).tolist()
+            ended = batch["ended"].tolist()
+            for n, i in enumerate(mine):
+                parts = {"proxy": scores[n], "kl": gap[n], "eos": float(ended[n])}
+                parts |= {"words": float(len(texts[n].split()))} | judge(gold, lines[i], texts[n])
+                found.append(lines[i] | {"index": i, "response": texts[n], "parts": parts})
+        return sorted(gather(found, device), key=lambda sample: sample["index"])
+
+    few = held_out[: max(cfg.num_prompts // 4, 1)] if held_out else []
+    few_ids = held_out_ids[: len(few)]
+    base = responses_of(reference, few, few_ids, cfg.temperature)
+    judged = "gold" if gold else "proxy"
+    started = time.time()
+    first_step = step
+    while True:
+        if step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
+            save()
+        if stop_requested(device):
+            stop()
+        if few and (step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0)):
+            samples = responses_of(policy, few, few_ids, cfg.temperature)
+            if rank == 0:
+                means = {k: v[0] for k, v in summarise(samples)["all"].items() if k != "count"}
+                wins = against(samples, base, judged)
+                record = {"step": step, "seconds": round(time.time() - started, 1)}
+                record |= {f"eval_{name}": value for name, value in means.items()}
+                record["eval_win_rate"] = wins[0]
+                append_line(out_dir / "metrics.jsonl", record)
+                print(
+                    f"iteration {step}/{cfg.steps}  held out: wins {wins[0]:.3f} against the "
+                    f"reference by {judged}, "
+                    + ", ".join(
+                        f"{k} {means[k]:.2f}" for k in ("proxy", "gold", "kl") if k in means
+                    ),
+                    flush=True,
+                )
+                for sample in one_a_task(samples):
+                    append_line(out_dir / "samples.jsonl", {"step": step} | sample)
+                    parts = sample["parts"]
+                    total = parts["proxy"] - beta * parts["kl"]
+                    print(f"  {sample['prompt'][-160:]!r}\n    -> {sample['response']!r}")
+                    print(
+                        f"    score {parts['proxy']:+.2f}  KL {parts['kl']:.2f}  total {total:+.2f}"
+                    )
+        if step == cfg.steps:
+            break
+
+        # 1. Rollout: this rank's share of the prompts, a response to each.
+        begun = time.time()
+        order = prompt_order(len(prompts), (step + 1) * cfg.batch_size, cfg.seed)
+        mine = order[step * cfg.batch_size :][rank::world]
+        some = mine or order[:1]  # a rank without prompts goes along, with weight 0
+        sampler = policy if device.type == "cpu" else copy.deepcopy(policy).bfloat16()
+        seed = (cfg.seed * 1_000_003 + step) * 4096 + rank
+        batch = sample_batch(
+            sampler,
+            [prompts[i] for i in some],
+            [ids[i] for i in some],
+            cfg,
+            tokenizer.eot_token,
+            seed,
+            device,
+        )
+        del sampler
+        tokens, mask = batch["tokens"], batch["mask"]
+        counted = mask if mine else torch.zeros_like(mask)
+        texts = texts_of(batch, tokenizer)
+        sampled = time.time()
+
+        # 2. Scores of whole responses; log-probabilities and values of tokens, by the forward that
+        #    the update will use: the sampler's own differ in their last digits.
+        scores = score_batch(rewards, weights, batch, texts, cfg, autocast, device)
+        logprobs = response_logprobs(policy, batch, cfg, autocast)
+        ref_logprobs = response_logprobs(reference, batch, cfg, autocast)
+        values = []
+        for part in micro_batches(len(tokens), cfg.micro_batch_size):
+            with torch.no_grad(), autocast:
+                output = value_model(tokens[part])
+            values.append(response_values(output, mask[part], statistics))
+        values = torch.cat(values)
+        scored = time.time()
+
+        if step == 0:  # nothing is trained yet: the policy is the reference
+            far = max(gather([float((logprobs - ref_logprobs).abs().max())], device))
+            if far > 1e-5:
+                refuse(f"self-check: the untrained policy is {far:.1e} nats from the reference")
+
+        # 3. Rewards, advantages and returns.
+        rewarded = token_rewards(scores, logprobs, ref_logprobs, mask, beta, cfg.kl_estimator)
+        if cfg.whiten_rewards:
+            rewarded = whiten(rewarded, counted, shift_mean=False, all_reduce=sum_over_ranks)
+        advantages, returns = gae(rewarded, values, mask, cfg.gamma, cfg.lam)
+        if cfg.whiten_advantages:
+            advantages = whiten(advantages, counted, all_reduce=sum_over_ranks)
+
+        # 4. The update: epochs of minibatches, the old policy's numbers being constants.
+        rate = learning_rate(step, cfg.steps, cfg)
+        for name, lr in (
+            ("adam_policy", rate),
+            ("adam_value", rate / cfg.lr * cfg.value_lr if cfg.lr else cfg.value_lr),
+        ):
+            for group in optimizers[name].param_groups:
+                group["lr"] = lr
+        for model in parallel.values():
+            model.train()
+        minibatches = math.ceil(cfg.batch_size / cfg.minibatch_size)
+        largest = math.ceil(math.ceil(cfg.batch_size / world) / minibatches)
+        size = cfg.micro_batch_size or largest
+        window = dict.fromkeys(("policy", "value", "clipped", "kl", "entropy", "tokens"), 0.0)
+        updates, norms = 0, {"policy": 0.0, "value": 0.0}
+        for epoch in range(cfg.update_epochs):
+            shuffle = np.random.default_rng([cfg.seed, step, epoch, rank])
+            shuffled = shuffle.permutation(len(mine)).tolist()
+            epoch_kl = [0.0, 0.0]
+            for number in range(minibatches):
+                minibatch = shuffled[number::minibatches]
+                total = all_reduce([float(counted[minibatch].sum())], device)[0]
+                parts = [minibatch[i : i + size] for i in range(0, largest, size)]
+                for micro, rows in enumerate(parts):
+                    real, rows = bool(rows), rows or [0]
+                    inside = mask[rows]
+                    last = micro == len(parts) - 1
+                    with ExitStack() as waiting:
+                        for model in parallel.values() if world > 1 and not last else ():
+                            waiting.enter_context(model.no_sync())
+                        with autocast:
+                            logits = parallel["policy"](tokens[rows], at=predicts(inside))  # (N, V)
+                            output = parallel["value"](tokens[rows])  # (B, T)
+                        new_logprobs = token_logprobs(logits, tokens[rows], inside, cfg.temperature)
+                        new_values = response_values(output, inside, statistics)
+                        losses = policy_loss(
+                            new_logprobs, logprobs[rows], advantages[rows], cfg.clip
+                        )
+                        value_losses = value_loss(
+                            new_values, values[rows], returns[rows], cfg.value_clip
+                        )
+                        bonus = entropy(logits / cfg.temperature)  # (N,)
+                        policy_sum = (losses * inside).sum() - cfg.entropy_coef * bonus.sum()
+                        value_sum = (value_losses * inside).sum()
+                        # One mean over micro-batches and ranks; DDP averages: undo it.
+                        loss = (policy_sum + value_sum) * (float(real) * world / total)
+                        scaler.scale(loss).backward()
+                    ratio = (new_logprobs - logprobs[rows]).detach().exp()[inside]
+                    if updates == 0 and step == first_step:
+                        check_ratio(ratio, dtype, device)
+                    if real:
+                        window["policy"] += float((losses * inside).sum())
+                        window["value"] += float(value_sum)
+                        window["clipped"] += float(((ratio - 1).abs() > cfg.clip).sum())
+                        drift = float((ratio - 1 - ratio.log()).sum())  # k3 of old from new
+                        window["kl"] += drift
+                        window["entropy"] += float(bonus.sum())
+                        window["tokens"] += float(inside.sum())
+                        epoch_kl = [epoch_kl[0] + drift, epoch_kl[1] + float(inside.sum())]
+                scaler.unscale_(optimizers["adam_policy"])
+                scaler.unscale_(optimizers["adam_value"])
+                finite = True
+                for name, model in modules.items():
+                    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).item()
+                    norms[name] = max(norms[name], norm) if math.isfinite(norm) else norm
+                    finite = finite and math.isfinite(norm)
+                # The norms are of summed gradients, the same on all ranks: all stop, or none.
+                # float16 may overflow: the scaler then skips the step and halves its scale.
+                if not finite and scaler.get_scale() <= 1:
+                    if rank == 0:
+                        print(
+                            f"iteration {step}, update {updates}: the gradient norms are {norms}; "
+                            f"stopped before the update, nothing is changed",
+                            file=sys.stderr,
+                            flush=True,
+                        )
+                    sys.exit(1)
+                for optimizer in optimizers.values():
+                    scaler.step(optimizer)
+                    optimizer.zero_grad(set_to_none=True)
+                scaler.update()
+                updates += 1
+            moved = all_reduce(epoch_kl, device)  # all ranks decide together
+            if cfg.stop_kl and moved[0] / max(moved[1], 1) > cfg.stop_kl:
+                break
+
+        # 5. What happened, in numbers over all ranks; beta for the next iteration.
+        inside = mask if mine else torch.zeros_like(mask)
+        kl = (logprobs - ref_logprobs)[: len(mine)].sum().item()
+        explained = [(returns * inside).sum(), (returns**2 * inside).sum()]
+        explained += [((returns - values) * inside).sum(), ((returns - values) ** 2 * inside).sum()]
+        sums = {
+            "episodes": len(mine),
+            "score": scores[: len(mine)].sum().item(),
+            "kl": kl,
+            "eos": batch["ended"][: len(mine)].sum().item(),
+            "tokens": float(inside.sum()),
+            **{f"update_{name}": value for name, value in window.items()},
+            **{f"explained_{i}": float(value) for i, value in enumerate(explained)},
+        }
+        sums = dict(zip(sums, all_reduce(sums.values(), device), strict=True))
+        episodes, count, trained = sums["episodes"], sums["tokens"], sums["update_tokens"]
+        spread = sums["explained_1"] / count - (sums["explained_0"] / count) ** 2
+        missed = sums["explained_3"] / count - (sums["explained_2"] / count) ** 2
+        done = time.time()
+        step += 1
+        record = {
+            "step": step,
+            "seconds": round(done - started, 1),
+            "score": sums["score"] / episodes,
+            "kl": sums["kl"] / episodes,  # to the reference, nats a sequence
+            "objective": (sums["score"] - beta * sums["kl"]) / episodes,
+            "beta": beta,
+            "eos": sums["eos"] / episodes,
+            "tokens": count / episodes,
+            "policy_loss": sums["update_policy"] / trained,
+            "value_loss": sums["update_value"] / trained,
+            "explained_variance": 1 - missed / spread if spread > 0 else 0.0,
+            "clip_fraction": sums["update_clipped"] / trained,
+            "update_kl": sums["update_kl"] / trained,  # old policy to new, nats a token
+            "entropy": sums["update_entropy"] / trained,  # nats a token
+            "policy_norm": norms["policy"] if math.isfinite(norms["policy"]) else None,
+            "value_norm": norms["value"] if math.isfinite(norms["value"]) else None,
+            "updates": updates,
+            "lr": rate,
+            "rollout_share": (sampled - begun) / (done - begun),
+            "scoring_share": (scored - sampled) / (done - begun),
+        }
+        if first is None:
+            first = {name: record[name] for name in ("eos", "value_loss")}
+        if cfg.kl_target:
+            beta = adaptive_beta(beta, record["kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon)
+        if step % cfg.log_every == 0 or step == cfg.steps:
+            left = (done - started) / (step - first_step) * (cfg.steps - step)
+            if rank == 0:
+                append_line(out_dir / "metrics.jsonl", record)
+                print(
+                    f"iteration {step}/{cfg.steps}  score {record['score']:+.3f}  KL "
+                    f"{record['kl']:.2f}  EOS {record['eos']:.3f}  tokens {record['tokens']:.1f}  "
+                    f"clipped {record['clip_fraction']:.3f}  entropy {record['entropy']:.2f}  "
+                    f"value loss {record['value_loss']:.3f}  explained "
+                    f"{record['explained_variance']:.2f}  {left // 60:.0f}:{left % 60:02.0f} left",
+                    flush=True,
+                )
+                for warning in warnings_of(record, first, cfg):
+                    print(f"  warning: {warning}", flush=True)
+
+    # The finished policy, then what it is worth on held-out prompts, sampled and greedy.
+    if rank == 0:
+        save_model(out_dir, policy, tokenizer, {"stage": "ppo"})
+    report = {"step": step, "seconds": round(time.time() - started, 1), "beta": beta}
+    report["episodes"] = step * cfg.batch_size
+    report["peak_memory_gib"] = round(peak_memory(device) / 2**30, 2)
+    some, some_ids = held_out[: cfg.num_prompts], held_out_ids[: cfg.num_prompts]
+    for name, temperature in (("sampled", cfg.temperature), ("greedy", 0.0)) if some else ():
+        samples = responses_of(policy, some, some_ids, temperature)
+        others = responses_of(reference, some, some_ids, temperature)
+        report[name] = summarise(samples)
+        report[f"reference_{name}"] = summarise(others)
+        report[f"win_rate_{name}"] = {
+            part: against(samples, others, part)
+            for part in ("proxy", "gold")
+            if part in samples[0]["parts"]
+        }
+        if rank == 0:
+            print_table(f"{name} (temperature {temperature:g})", report[name])
+            for part, (rate, low, high) in report[f"win_rate_{name}"].items():
+                interval = "" if low is None else f"[{low:.3f}, {high:.3f}]"
+                print(f"  wins against the reference by {part}: {rate:.3f} {interval}")
+    if rank == 0:
+        write_json(out_dir / "report.json", report)
+        for path in out_dir.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        print(f"{out_dir}: finished in {report['seconds']:.0f} s, {report['peak_memory_gib']} GiB")
+    del parallel  # DDP is part of a reference cycle and keeps the group
+    end_process(device)
+
+
+def set_dropout(model, rate):
+    """A checkpoint's dropout is its pre-training's: ours is the flag's."""
+    model.config = dataclasses.replace(model.config, dropout=rate)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = rate
+        elif hasattr(module, "dropout"):
+            module.dropout = rate
+
+
+def peak_memory(device):
+    """The most memory this process has held, bytes: on the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:  # a full disk, a folder that can't be written
+        sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -1,0 +1,508 @@
+"""ppo.py: its mathematics against vectors, double loops and exact enumeration; the whole script."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, gradient, metrics, read_lines, run_script, torchrun, weights, write_jsonl
+
+import ppo
+import reward
+from model import GPT, GPTConfig, load_model, save_model
+
+
+def run(monkeypatch, *args):
+    return run_script(ppo, monkeypatch, *args)
+
+
+def tensor(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+# --- the vectors of methods.md, card C1, C2, C4 ---------------------------------------------------
+
+LOGPROBS, REF, MASK = tensor([-1, -0.5, -2]), tensor([-1.2, -0.9, -1.5]), torch.ones(1, 3).bool()
+VALUES = tensor([0.3, 0.6, 0.9])
+
+
+def test_reward_and_advantage_vectors():
+    rewards = ppo.token_rewards(tensor(1.5), LOGPROBS, REF, MASK, 0.1)
+    assert rewards[0].tolist() == pytest.approx([-0.02, -0.04, 1.55])
+    advantages, returns = ppo.gae(rewards, VALUES, MASK, 1.0, 0.95)
+    assert advantages[0].tolist() == pytest.approx([1.113625, 0.8775, 0.65])
+    assert returns[0].tolist() == pytest.approx([1.413625, 1.4775, 1.55])
+    white = ppo.whiten(advantages, MASK)
+    assert white[0].tolist() == pytest.approx([1.232268, -0.015189, -1.217080], abs=1e-6)
+    scaled = ppo.whiten(rewards, MASK, shift_mean=False)
+    assert scaled[0].tolist() == pytest.approx([-0.196972, -0.223823, 1.910795], abs=1e-6)
+    new = tensor([-0.7, -0.9, -1.9])
+    losses = ppo.policy_loss(new, LOGPROBS, advantages, 0.2)
+    assert losses[0].tolist() == pytest.approx([-1.336350, -0.588206, -0.718361], abs=1e-6)
+    value = ppo.value_loss(tensor([0.1, 0.9, 1.4]), VALUES, returns, 0.2)
+    assert value.mean().item() == pytest.approx(0.397853, abs=1e-6)
+    unclipped = ppo.value_loss(tensor([0.1, 0.9, 1.4]), VALUES, returns, 1e9)
+    assert unclipped.mean().item() == pytest.approx(0.346936, abs=1e-6)
+
+
+def test_adaptive_beta_vector():
+    beta = 0.15
+    for kl, expected in [(9, 0.15153600), (6.5, 0.15218255), (2, 0.15062420)]:
+        beta = ppo.adaptive_beta(beta, kl, 6, 512, 10000)
+        assert beta == pytest.approx(expected, abs=1e-8)
+
+
+def test_kl_estimator_vectors():
+    """Of the three tokens, and exactly: what each estimator is on average over q, and spreads."""
+    for kind, mean in [("k1", 0.033333), ("k2", 0.075), ("k3", 0.079257)]:
+        found = ppo.kl_estimate(LOGPROBS, REF, kind).mean().item()
+        assert found == pytest.approx(mean, abs=1e-6)
+    q, p = tensor([0.5, 0.3, 0.2]), tensor([0.4, 0.4, 0.2])
+    for kind, mean in [("k1", 0.025267), ("k2", 0.024862), ("k3", 0.025267)]:
+        estimates = ppo.kl_estimate(q.log(), p.log(), kind)
+        assert (q * estimates).sum().item() == pytest.approx(mean, abs=1e-6)
+    with pytest.raises(ValueError, match="expected k1, k2 or k3"):
+        ppo.kl_estimate(q, p, "k4")
+
+
+def test_kl_estimators_on_a_language_model(small_gpt):
+    """Every response of up to 3 tokens of a small vocabulary: the sum of k1, and of k3, weighted by
+    probability, is the exact KL of the two laws of responses."""
+    policy = small_gpt(vocab_size=4, dtype=torch.float64, initializer_range=0.6)
+    reference = small_gpt(vocab_size=4, dtype=torch.float64, initializer_range=0.6, seed=1)
+    prompt, eos = [1, 2], 3
+    exact = k1 = k3 = total = 0.0
+    for length in (1, 2, 3):
+        for body in itertools.product(range(3), repeat=length - 1):
+            for last in range(4) if length == 3 else [eos]:
+                response = [*body, last]
+                tokens = torch.tensor([prompt + response])
+                mask = torch.tensor([[False] * 2 + [True] * length])
+                batch, cfg = {"tokens": tokens, "mask": mask}, ppo.Config()
+                lp, ref = (
+                    ppo.response_logprobs(model, batch, cfg, ppo.nullcontext())
+                    for model in (policy, reference)
+                )
+                p = lp.sum().exp().item()
+                total += p
+                exact += p * (lp - ref).sum().item()
+                k1 += p * (ppo.kl_estimate(lp, ref, "k1") * mask).sum().item()
+                k3 += p * (ppo.kl_estimate(lp, ref, "k3") * mask).sum().item()
+    assert total == pytest.approx(1) and k1 == pytest.approx(exact)
+    assert k3 == pytest.approx(exact, abs=1e-9)  # unbiased given the context, token by token
+
+
+# --- slow loops -----------------------------------------------------------------------------------
+
+
+def ragged(rows=6, T=11, seed=0):
+    """Masks of different beginnings and lengths, and garbage everywhere else."""
+    rng = np.random.default_rng(seed)
+    mask = torch.zeros(rows, T, dtype=torch.bool)
+    for row in mask:
+        begin = rng.integers(1, 4)
+        row[begin : begin + rng.integers(1, T - begin + 1)] = True
+    draw = [torch.tensor(rng.normal(size=(rows, T))) for _ in range(4)]
+    return mask, *draw
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
+def test_gae_is_its_double_sum(gamma, lam):
+    """A_t = sum_l (gamma lam)^l delta_{t+l}, by two loops over the response's own tokens; values in
+    the pads and the prompt, garbage here, make no difference."""
+    mask, rewards, values, *_ = ragged()
+    advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
+    for b, inside in enumerate(mask):
+        at = inside.nonzero().flatten().tolist()
+        for n, t in enumerate(at):
+            total = 0.0
+            for power, k in enumerate(range(n, len(at))):
+                following = values[b, at[k + 1]].item() if k + 1 < len(at) else 0.0
+                delta = rewards[b, at[k]].item() + gamma * following - values[b, at[k]].item()
+                total += (gamma * lam) ** power * delta
+            assert advantages[b, t].item() == pytest.approx(total, abs=1e-12)
+            assert returns[b, t].item() == pytest.approx(total + values[b, t].item(), abs=1e-12)
+        assert not advantages[b, ~inside].any() and not returns[b, ~inside].any()
+
+
+def test_whitening_is_over_the_mask_and_over_ranks():
+    mask, x, *_ = ragged()
+    white, inside = ppo.whiten(x, mask), x[mask].numpy()
+    expected = (inside - inside.mean()) / np.sqrt(inside.var() + 1e-8)
+    assert white[mask].numpy() == pytest.approx(expected) and not white[~mask].any()
+    shifted = ppo.whiten(x, mask, shift_mean=False)[mask].numpy()
+    assert shifted == pytest.approx(expected + inside.mean())
+    # Two ranks, one at a time: each adds what the other has, in the order that it is asked.
+    halves = [(x[:2], mask[:2]), (x[2:], mask[2:])]
+    sums = []
+    for part, inside in halves:
+        count, first = inside.sum().double(), (part * inside).sum()
+        sums.append(torch.stack([count, first]))
+    mean = (sums[0] + sums[1])[1] / (sums[0] + sums[1])[0]
+    squares = [(((p - mean) ** 2) * m).sum()[None] for p, m in halves]
+    for n, (part, inside) in enumerate(halves):
+        others = iter([sums[1 - n], squares[1 - n]])
+        found = ppo.whiten(part, inside, all_reduce=lambda t, others=others: t + next(others))
+        assert torch.allclose(found, white[:2] if n == 0 else white[2:])
+
+
+def test_policy_loss_by_cases():
+    """Where the ratio has moved the way the advantage wants by more than the clip there is no
+    gradient; everywhere else it is -A ratio."""
+    logprobs = torch.zeros(1, 6, dtype=torch.float64)
+    ratio = tensor([1.5, 1.5, 0.5, 0.5, 1.1, 0.9])
+    advantages = tensor([1, -1, 1, -1, 1, -1])
+    new = ratio.log().requires_grad_()
+    losses = ppo.policy_loss(new, logprobs, advantages, 0.2)
+    (found,) = torch.autograd.grad(losses.sum(), new)
+    assert losses[0].tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8, -1.1, 0.9])
+    assert found[0].tolist() == pytest.approx([0, 1.5, -0.5, 0, -1.1, 0.9])
+
+
+def test_gradients_of_the_losses():
+    mask, new, old, advantages, returns = ragged()
+    new, old = (0.3 * new).requires_grad_(), 0.3 * old
+    for loss in (
+        lambda x: ppo.policy_loss(x, old, advantages, 0.2)[mask],
+        lambda x: ppo.value_loss(x, old, returns, 0.2)[mask],
+    ):
+        assert torch.autograd.gradcheck(loss, new)
+
+
+def test_a_score_lands_on_the_last_token():
+    mask, logprobs, ref, *_ = ragged()
+    scores = torch.arange(1.0, 7, dtype=torch.float64)
+    rewards = ppo.token_rewards(scores, logprobs, ref, mask, 0.0)
+    assert rewards.sum(1).tolist() == scores.tolist()
+    for row, inside in zip(rewards, mask, strict=True):
+        assert row.nonzero().flatten().tolist() == [inside.nonzero().max().item()]
+    for kind in ("k1", "k2", "k3"):
+        full = ppo.token_rewards(scores, logprobs, ref, mask, 0.1, kind)
+        penalty = (ppo.kl_estimate(logprobs, ref, kind) * mask).sum(1)
+        assert torch.allclose(full.sum(1), scores - 0.1 * penalty)
+
+
+def test_values_are_of_the_state_before_the_token(small_gpt):
+    """Column t of the values has read the tokens before t, and no more."""
+    model = small_gpt(scalar_head=True, dtype=torch.float64)
+    tokens = torch.tensor([[1, 2, 3, 4, 5]])
+    mask = torch.tensor([[False, False, True, True, True]])
+    statistics = {"reward_mean": 0.5, "reward_std": 2.0, "score_transform": "identity"}
+    with torch.no_grad():
+        values = ppo.response_values(model(tokens), mask, statistics)
+        for t in (2, 3, 4):
+            alone = (model(tokens[:, :t])[0, -1].item() - 0.5) / 2
+            assert values[0, t].item() == pytest.approx(alone)
+        assert not values[0, :2].any()
+
+
+def test_combining_rewards():
+    scores = tensor([1.0, 2.0], [3.0, -1.0])
+    assert ppo.combine_scores(scores, [1.0, 1.0], "mean").tolist() == [2.0, 0.5]
+    assert ppo.combine_scores(scores, [3.0, 1.0], "mean").tolist() == [1.5, 1.25]
+    assert ppo.combine_scores(scores, [1.0, 1.0], "min").tolist() == [1.0, -1.0]
+
+
+def test_prompt_order():
+    """Whole epochs, in other orders; a longer order begins as a shorter one."""
+    order = ppo.prompt_order(5, 12, 3)
+    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5)) and len(order) == 12
+    assert order[:5] != order[5:10] and ppo.prompt_order(5, 7, 3) == order[:7]
+
+
+# --- the whole script -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(toy_data, policy_run, tokenizer, tmp_path_factory):
+    """A folder with 20 prompts, 9 held out, a policy and a normalised reward model."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, source, count in [
+        ("prompts.jsonl", "prompts_train.jsonl", 20),
+        ("held.jsonl", "prompts_validation.jsonl", 9),
+    ]:
+        write_jsonl(folder / name, read_lines(toy_data / source)[:count])
+    shutil.copytree(policy_run, folder / "policy")
+    torch.manual_seed(3)
+    model = reward.add_scalar_head(load_model(policy_run))
+    statistics = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
+    save_model(folder / "reward", model, tokenizer, {"stage": "reward"} | statistics)
+    return folder
+
+
+def flags(data, out, *more):
+    files = ["--prompts", data / "prompts.jsonl", "--validation", data / "held.jsonl"]
+    files += ["--init", data / "policy", "--reward", data / "reward", "--max_new_tokens", 8]
+    files += ["--num_prompts", 9, "--device", "cpu", "--out_dir", out]
+    return list(map(str, [*files, *more]))
+
+
+def test_the_bandit_reaches_the_exact_optimum(tmp_path, monkeypatch, tokenizer):
+    """methods.md section 0: three one-token responses with reference probabilities .5, .3, .2 and
+    rewards 0, 1, 2; at beta 0.5 the optimum is pi_ref exp(r / beta) / Z, and PPO, advantages not
+    whitened, lands within 0.02 of it in total variation."""
+    arms = [tokenizer.encode_ordinary(f" {word}")[0] for word in ("golf", "chess", "tennis")]
+    torch.manual_seed(0)
+    sizes = {"n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    policy = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **sizes))
+    with torch.no_grad():  # the last LayerNorm's bias is all that reaches the logits
+        policy.ln_f.weight.zero_()
+        policy.ln_f.bias.copy_(torch.eye(8)[0])
+        policy.wte.weight.zero_()
+        policy.wte.weight[:, 0] = -30
+        for arm, p in zip(arms, (0.5, 0.3, 0.2), strict=True):
+            policy.wte.weight[arm, 0] = math.log(p)
+    save_model(tmp_path / "policy", policy, tokenizer, {})
+    (tmp_path / "arms.py").write_text(
+        "def score(prompt, response, **fields):\n"
+        "    return {' golf': 0, ' chess': 1, ' tennis': 2}[response]\n"
+    )
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Which?"}])
+    args = ["--init", tmp_path / "policy", "--reward", tmp_path / "arms.py", "--validation", ""]
+    args += ["--prompts", tmp_path / "prompts.jsonl", "--max_new_tokens", 1, "--device", "cpu"]
+    args += ["--missing_eos_score", "none", "--no-whiten_advantages", "--beta", 0.5]
+    args += ["--steps", 120, "--batch_size", 1024, "--minibatch_size", 1024, "--update_epochs", 2]
+    args += ["--lr", 0.05, "--value_lr", 0.05, "--final_lr", 0.01, "--out_dir", tmp_path / "run"]
+    assert run(monkeypatch, *args) == 0
+    with torch.no_grad():
+        logits = load_model(tmp_path / "run")(torch.tensor([tokenizer.encode_ordinary("Which?")]))
+    found = logits[0, -1].softmax(-1)[arms]
+    optimum = torch.tensor([0.036667, 0.162559, 0.800774])
+    distance = 0.5 * (found - optimum).abs().sum().item()
+    print(f"total variation {distance:.4f}: {found.tolist()}")
+    assert found.sum() > 0.999 and distance < 0.02
+
+
+# A rollout that does not depend on the ranks: each prompt's response is written by its text.
+CANNED = (
+    "import model\n"
+    "def canned(sampler, prompts, ids, cfg, eos, seed, device):\n"
+    "    responses = [(list(line['prompt'].encode()) * 2)[: 2 + len(line['prompt']) % 6]\n"
+    "                 + [eos] * (len(line['prompt']) % 3 > 0) for line in prompts]\n"
+    "    tokens, mask = model.pad(ids, responses)\n"
+    "    ended = torch.tensor([response[-1] == eos for response in responses])\n"
+    "    return {'lines': prompts, 'tokens': tokens, 'mask': mask, 'ended': ended}\n"
+    "ppo.sample_batch = canned\n"
+    "ppo.shutil.rmtree = lambda *args, **kwargs: None\n"
+)
+
+
+def test_ranks_and_accumulation_take_the_same_update(data, tmp_path):
+    """15 episodes of different lengths, some not ended, on 1 rank, 2 ranks and in micro-batches:
+    the gradients of policy and value network equal to 1e-12 relative in float64."""
+    args = ["--steps", 1, "--batch_size", 15, "--minibatch_size", 15, "--update_epochs", 1]
+    args += ["--dtype", "float64", "--clip_norm", 1e9, "--entropy_coef", 0.01, "--validation", ""]
+    args += ["--whiten_rewards"]
+    for name, ranks, more in [
+        ("one", 1, []),
+        ("accumulated", 1, ["--micro_batch_size", 4]),
+        ("two", 2, []),
+        ("both", 2, ["--micro_batch_size", 3]),
+    ]:
+        argv = ["ppo.py", *flags(data, tmp_path / name, *args, *more)]
+        code = f"{CANNED}sys.argv = {argv!r}\nppo.main()\n"
+        done = torchrun(tmp_path, "ppo", code, ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+    expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
+    assert expected.norm() > 0.1
+    for name in ("accumulated", "two", "both"):
+        difference = gradient(tmp_path / name) - expected
+        assert difference.norm() / expected.norm() < 1e-12, name
+        for a, b in zip(metrics(tmp_path / name), logged, strict=True):
+            for key in ("score", "kl", "policy_loss", "value_loss", "explained_variance", "eos"):
+                assert a[key] == pytest.approx(b[key], rel=1e-9, abs=1e-12), (name, key)
+
+
+LONG = ["--steps", 5, "--batch_size", 8, "--minibatch_size", 3, "--save_every", 2]
+LONG += ["--eval_every", 3, "--kl_target", 0.5, "--kl_horizon", 100]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, *flags(data, out, *LONG)) == 0
+    return out
+
+
+def without_shares(lines):
+    return [{k: v for k, v in line.items() if not k.endswith("_share")} for line in lines]
+
+
+@pytest.mark.parametrize("moment", [1, 3, 4, 5])
+def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
+    """kill -9 in an update of an iteration: the end is bit-identical."""
+    args = flags(data, tmp_path / "run", *LONG, "--resume")
+    code = (
+        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport ppo\n"
+        f"real, calls = ppo.gae, []\n"
+        f"def gae(*args):\n"
+        f"    calls.append(1)\n"
+        f"    if len(calls) == {moment} and not os.path.exists({str(tmp_path / 'killed')!r}):\n"
+        f"        open({str(tmp_path / 'killed')!r}, 'w').close()\n"
+        f"        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"    return real(*args)\n"
+        f"ppo.gae = gae\nsys.argv = {['ppo.py', *args]!r}\nppo.main()\n"
+    )
+    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, *args) == 0
+    assert weights(tmp_path / "run") == weights(uninterrupted)
+    found, expected = (without_shares(metrics(x)) for x in (tmp_path / "run", uninterrupted))
+    assert found == expected
+    samples = [out / "samples.jsonl" for out in (tmp_path / "run", uninterrupted)]
+    assert samples[0].read_bytes() == samples[1].read_bytes()
+
+
+@pytest.mark.parametrize("where, call", [("generate", 3), ("whiten", 3), ("judge", 30)])
+def test_sigterm_saves_and_resumes(data, tmp_path, monkeypatch, uninterrupted, where, call):
+    """SIGTERM in rollout, update and evaluation."""
+    args = flags(data, tmp_path / "run", *LONG, "--resume")
+    with monkeypatch.context() as patch:
+        real, calls = getattr(ppo, where), []
+
+        def interrupted(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+
+        patch.setattr(ppo, where, interrupted)
+        assert run(patch, *args) == 128 + signal.SIGTERM
+    assert not (tmp_path / "run/report.json").exists()
+    assert run(monkeypatch, *args) == 0
+    assert weights(tmp_path / "run") == weights(uninterrupted)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_fewer_episodes_than_ranks_need(data, tmp_path, n):
+    argv = ["ppo.py", *flags(data, tmp_path / "run", "--steps", 2, "--batch_size", n)]
+    argv += ["--minibatch_size", "2", "--micro_batch_size", "1"]
+    done = torchrun(tmp_path, "ppo", f"sys.argv = {argv!r}\nppo.main()\n")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["episodes"] == 2 * n and report["sampled"]["all"]["count"] == 9
+
+
+def test_it_learns_a_reward_of_ones_own(data, tmp_path, monkeypatch, capsys):
+    """A Python file that pays for short responses: they get shorter, and win by it; KL is paid."""
+    (tmp_path / "short.py").write_text(
+        "def score(prompt, response, *, task, **fields): return -len(response.split())\n"
+    )
+    more = ["--reward", tmp_path / "short.py", "--gold", tmp_path / "short.py", "--steps", 12]
+    more += ["--batch_size", 32, "--minibatch_size", 16, "--lr", 3e-3, "--beta", 0.01]
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *more)) == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["win_rate_sampled"]["gold"][0] > 0.6
+    lines = [line for line in metrics(tmp_path / "run") if "score" in line]
+    assert lines[-1]["score"] > lines[0]["score"] + 0.3 and lines[-1]["kl"] > 0.05
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert {"updates", "entropy", "clip_fraction", "rollout_share"} <= set(lines[0])
+    assert "wins against the reference by gold" in capsys.readouterr().out
+
+
+def test_what_did_not_end(data, tokenizer):
+    """It scores the smaller of --missing_eos_score and the lowest in the batch."""
+    rewards = [ppo.load_reward(str(data / "reward"), tokenizer, "cpu")]
+    tokens, mask = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]]), torch.tensor([[0, 0, 1, 1]] * 2) > 0
+    lines = [{"prompt": "a"}, {"prompt": "b"}]
+    batch = {"tokens": tokens, "mask": mask, "lines": lines, "ended": torch.tensor([True, False])}
+    arguments = (rewards, [1.0], batch, ["x", "y"])
+    rest = (ppo.nullcontext(), torch.device("cpu"))
+    own = ppo.score_batch(*arguments, ppo.Config(missing_eos_score="none"), *rest)
+    found = ppo.score_batch(*arguments, ppo.Config(missing_eos_score="-7"), *rest)
+    assert found[0] == own[0] and found[1] == -7
+    found = ppo.score_batch(*arguments, ppo.Config(missing_eos_score="50"), *rest)
+    assert found[1] == own.min()
+
+
+def test_the_self_check_finds_another_forward(data, tmp_path, monkeypatch, capsys):
+    """Log-probabilities of another temperature than the update's."""
+    real = ppo.response_logprobs
+    other = ppo.dataclasses.replace
+
+    def wrong(model, batch, cfg, autocast):
+        return real(model, batch, other(cfg, temperature=0.9), autocast)
+
+    monkeypatch.setattr(ppo, "response_logprobs", wrong)
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *LONG)) == 2
+    assert "self-check: the first minibatch's ratio" in capsys.readouterr().err
+
+
+def test_warnings():
+    cfg, before = ppo.Config(max_new_tokens=10), {"eos": 1.0, "value_loss": 0.5}
+    good = {"kl": 1.0, "eos": 0.95, "tokens": 5.0, "value_loss": 0.4}
+    assert ppo.warnings_of(good, before, cfg) == []
+    for change, words in [
+        ({"kl": -1.0}, "below 0"),
+        ({"eos": 0.5}, "fewer responses end"),
+        ({"tokens": 9.5}, "as long as --max_new_tokens"),
+        ({"value_loss": 9.0}, "lower --value_lr"),
+    ]:
+        (found,) = ppo.warnings_of(good | change, before, cfg)
+        assert words in found
+
+
+def test_stop_kl_ends_the_epochs(data, tmp_path, monkeypatch):
+    more = ["--steps", 1, "--batch_size", 8, "--minibatch_size", 8, "--update_epochs", 6]
+    more += ["--lr", 1e-2, "--warmup", 0, "--validation", ""]
+    assert run(monkeypatch, *flags(data, tmp_path / "all", *more)) == 0
+    assert run(monkeypatch, *flags(data, tmp_path / "few", *more, "--stop_kl", 1e-6)) == 0
+    assert metrics(tmp_path / "all")[0]["updates"] == 6
+    assert 1 < metrics(tmp_path / "few")[0]["updates"] < 6
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_precisions(data, tmp_path, monkeypatch, dtype):
+    more = [*LONG, "--dtype", dtype]
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *more)) == 0
+    assert all(
+        math.isfinite(line["score"]) for line in metrics(tmp_path / "run") if "score" in line
+    )
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--combine", "max"], "--combine: expected mean or min"),
+        (["--kl_estimator", "k4"], "--kl_estimator: k1, k2 or k3"),
+        (["--gamma", "1.1"], "--gamma, --lam: expected at most 1"),
+        (["--temperature", "0"], "--temperature: above 0"),
+        (["--minibatch_size", "0"], "expected more than 0"),
+        (["--missing_eos_score", "low"], "--missing_eos_score low: expected a number or none"),
+        (["--reward", ""], "--reward_weights: expected 0 numbers"),
+        (["--reward_weights", "1,2"], "--reward_weights: expected 1 numbers"),
+        (["--reward_weights", "0"], "not all 0"),
+        (["--reward", "nowhere"], "nowhere: not a model directory"),
+        (["--reward", "nowhere.py"], "nowhere.py: not a Python file"),
+        (["--init", "nowhere"], "nowhere"),
+        (["--max_new_tokens", "96"], "leaves no room in 96 positions"),
+        (["--top_p", "0.9"], "unrecognized arguments"),
+    ],
+)
+def test_bad_settings(data, tmp_path, monkeypatch, capsys, more, message):
+    assert run(monkeypatch, *flags(data, tmp_path / "run"), *more) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_reward_is_refused(data, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, *flags(data, tmp_path / "run", "--reward", data / "policy")) == 2
+    assert "not a reward model" in capsys.readouterr().err
+    assert run(monkeypatch, *flags(data, tmp_path / "run", "--init", data / "reward")) == 2
+    assert "has a scalar head" in capsys.readouterr().err
+
+
+def test_help_shows_every_flag(monkeypatch, capsys):
+    assert run(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in vars(ppo.Config()))
