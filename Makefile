@@ -6,7 +6,7 @@
 #   make reward-scaling, make reward-margins, make best-of-n     experiments, three seeds each
 # QUICK=1 makes the experiments with one seed.
 # LAUNCH="torchrun --nproc_per_node=8" runs the stages on several GPUs; INIT=gpt2/ DATA=mine/ on a
-# model and data of your own, into runs/own/mine (see below, and SFT_FLAGS, REWARD_FLAGS, SAMPLING).
+# model and data of your own, into runs/own/mine (see below, and SFT_FLAGS, REWARD_FLAGS, PPO_FLAGS, SAMPLING).
 
 PYTHON3 ?= python3
 VENV ?= .venv
@@ -38,7 +38,7 @@ report: $(RUNS)/evaluation/report.json
 # What the report must show: differences of scores, paired by prompt, with their interval above 0.
 check: report
 	$(PYTHON) evaluate.py check --report $(RUNS)/evaluation/report.json --judge $(if $(GOLD),gold,$(RUNS)/reward) --better \
-	  "$(RUNS)/sft@best_of=4:$(RUNS)/reward > $(RUNS)/sft"
+	  "$(RUNS)/sft@best_of=4:$(RUNS)/reward > $(RUNS)/sft,$(RUNS)/ppo > $(RUNS)/sft,$(RUNS)/ppo@temperature=0 > $(RUNS)/sft@temperature=0"
 
 all: report
 
@@ -82,6 +82,8 @@ go = @$(info $(1) --out_dir $(3))if cmp -s $(3)/script.py $(2) && test ! -e $(3)
 SFT = $(RUN) sft.py $(GOLD) $(SFT_FLAGS) $(SAMPLING) --data $(DATA)/demonstrations.jsonl \
   --validation $(DATA)/demonstrations_validation.jsonl --prompts $(DATA)/prompts_validation.jsonl
 ANNOTATE = $(RUN) annotate.py $(GOLD) $(SAMPLING)
+PPO = $(RUN) ppo.py $(GOLD) $(PPO_FLAGS) $(SAMPLING) --prompts $(DATA)/prompts_train.jsonl \
+  --validation $(DATA)/prompts_validation.jsonl
 REWARD = $(RUN) reward.py $(GOLD) $(REWARD_FLAGS) $(SAMPLING) --prompts $(DATA)/prompts_train.jsonl
 
 $(RUNS)/sft/report.json: $(READY) sft.py model.py | $(VENV)/installed
@@ -98,10 +100,14 @@ $(eval $(call judged,feedback_validation,validation))
 $(RUNS)/reward/report.json: $(FEEDBACK) $(HELD_OUT) $(RUNS)/sft/report.json reward.py
 	$(call go,$(REWARD) --init $(RUNS)/sft --data $(FEEDBACK) --validation $(HELD_OUT),reward.py,$(@D))
 
-# Every policy on the test prompts, and best-of-n. A stage that lands adds its policy here.
-POLICIES := $(RUNS)/sft $(RUNS)/sft@temperature=0 $(RUNS)/sft@best_of=4:$(RUNS)/reward
+$(RUNS)/ppo/report.json: $(RUNS)/reward/report.json ppo.py
+	$(call go,$(PPO) --init $(RUNS)/sft --reward $(RUNS)/reward,ppo.py,$(@D))
 
-$(RUNS)/evaluation/report.json: $(RUNS)/reward/report.json evaluate.py model.py
+# Every policy on the test prompts, and best-of-n. A stage that lands adds its policy here.
+POLICIES := $(RUNS)/sft $(RUNS)/sft@temperature=0 $(RUNS)/sft@best_of=4:$(RUNS)/reward \
+  $(RUNS)/ppo $(RUNS)/ppo@temperature=0
+
+$(RUNS)/evaluation/report.json: $(RUNS)/ppo/report.json evaluate.py model.py
 	$(RUN) evaluate.py --policies $(call list,$(POLICIES)) $(GOLD) --judges $(RUNS)/reward \
 	  --prompts $(DATA)/prompts_test.jsonl --best_of_n 16 --proxy $(RUNS)/reward $(SAMPLING) \
 	  --out_dir $(@D) --report $(RUNS)/report.md --overwrite
