@@ -72,6 +72,7 @@ from model import (
 )
 
 STATISTICS = ("reward_mean", "reward_std", "score_transform")
+WIN_RATE = ("eval_win_rate", "eval_win_rate_low", "eval_win_rate_high")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +94,20 @@ class Config:
     out_dir: Annotated[str, "run directory"] = "runs/ppo"
     beta: Annotated[float, "KL coefficient (Stiennon et al.: 0.05; InstructGPT: 0.02)"] = 0.05
     kl_target: Annotated[float, "nats a sequence that beta is steered to; 0: beta is fixed"] = 0.0
-    kl_horizon: Annotated[int, "episodes in which beta can change e-fold (Ziegler et al.)"] = 10000
+    kl_horizon: Annotated[int, "episodes in which beta can change by a fifth (Ziegler et al.)"] = (
+        10000
+    )
     kl_estimator: Annotated[str, "of the penalty: k1 (the log-ratio), k2 or k3"] = "k1"
     stop_kl: Annotated[
-        float, "nats a token from the old policy that end an update's epochs; 0: none do"
+        float,
+        "mean nats a token from the old policy in an epoch, after which no other follows; 0: off",
     ] = 0.0
     missing_eos_score: Annotated[
         str, "a response that did not end gets this or the batch's lowest; none: its own"
     ] = "-1"
-    whiten_rewards: Annotated[bool, "divide rewards by their std (Ziegler et al.)"] = False
+    whiten_rewards: Annotated[
+        bool, "rewards of std 1 over a batch, their mean kept (Ziegler et al.)"
+    ] = False
     whiten_advantages: Annotated[bool, "advantages of mean 0 and std 1 over a batch"] = True
     gamma: Annotated[float, "discount a token (all sources: 1)"] = 1.0
     lam: Annotated[float, "GAE's lambda (all sources: 0.95)"] = 0.95
@@ -543,17 +549,6 @@ def read_prompts(path):
     return prompts
 
 
-def rank_share(batch, rank, world, micro_batch_size):
-    """This rank's micro-batches of a batch: lists of indices, as many on every rank, some empty.
-
-    Ranks take turns in a batch that is sorted by length, so that their work is alike.
-    """
-    largest = math.ceil(len(batch) / world)
-    size = micro_batch_size or largest
-    mine = batch[rank::world]
-    return [mine[i : i + size] for i in range(0, largest, size)]
-
-
 def load_gold(path):
     """A user's Python file as a module: score(prompt, response, **fields), perhaps explain(...)."""
     spec = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
@@ -652,11 +647,14 @@ def load_reward(name, tokenizer, device):
     return "model", model, statistics
 
 
-def prompt_order(count, needed, seed):
-    """Numbers of `needed` prompts of `count`, whole epochs in random orders one after another."""
-    epochs = math.ceil(needed / count)
-    orders = [np.random.default_rng([seed, epoch]).permutation(count) for epoch in range(epochs)]
-    return np.concatenate(orders)[:needed].tolist()
+def prompts_of_step(count, batch_size, step, seed):
+    """Numbers of the prompts of one iteration: whole epochs of `count` prompts in random orders run
+    on from iteration to iteration."""
+    begin, end = step * batch_size, (step + 1) * batch_size
+    epochs = range(begin // count, (end - 1) // count + 1)
+    orders = [np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs]
+    skip = begin - epochs[0] * count
+    return np.concatenate(orders)[skip : skip + batch_size].tolist()
 
 
 # --- rollouts -------------------------------------------------------------------------------------
@@ -692,15 +690,15 @@ def micro_batches(count, size):
     return [slice(i, i + (size or count)) for i in range(0, count, size or max(count, 1))]
 
 
-def score_batch(rewards, weights, batch, texts, cfg, autocast, device):
+def score_batch(rewards, weights, batch, texts, real, cfg, autocast, device):
     """Scores (B,), float64: every reward's, combined; what did not end gets the smaller of
-    --missing_eos_score and the lowest score in the batch, over all ranks."""
+    --missing_eos_score and the lowest of the `real` first scores of all ranks' batches."""
     found = []
     for kind, model, *statistics in rewards:
         if kind == "file":
             pairs = zip(batch["lines"], texts, strict=True)
-            scores = torch.tensor([gold_score(model, line, text) for line, text in pairs])
-            found.append(scores.double().to(device))
+            scores = [gold_score(model, line, text) for line, text in pairs]
+            found.append(torch.tensor(scores, dtype=torch.float64, device=device))
             continue
         raw = []
         for part in micro_batches(len(texts), 4 * cfg.micro_batch_size):
@@ -711,15 +709,16 @@ def score_batch(rewards, weights, batch, texts, cfg, autocast, device):
     scores = combine_scores(torch.stack(found), weights, cfg.combine)
     if cfg.missing_eos_score == "none":
         return scores
-    lowest = [float(scores.min()) if len(scores) else math.inf]
+    lowest = [float(scores[:real].min()) if real else math.inf]
     least = min([float(cfg.missing_eos_score), *gather(lowest, device)])
     return scores.masked_fill(~batch["ended"], least)
 
 
-def response_logprobs(model, batch, cfg, autocast):
-    """log pi of each response token, (B, T), at the temperature of sampling."""
+def response_logprobs(model, batch, size, cfg, autocast):
+    """log pi of each response token, (B, T), at the temperature of sampling, `size` rows a
+    forward (0: all)."""
     parts = []
-    for part in micro_batches(len(batch["tokens"]), cfg.micro_batch_size):
+    for part in micro_batches(len(batch["tokens"]), size):
         tokens, mask = batch["tokens"][part], batch["mask"][part]
         with torch.no_grad(), autocast:
             parts.append(
@@ -833,12 +832,18 @@ def main():
             "--kl_horizon, --clip_norm: expected more than 0"
         )
     try:
-        if cfg.missing_eos_score != "none":
-            float(cfg.missing_eos_score)
+        if cfg.missing_eos_score != "none" and not math.isfinite(float(cfg.missing_eos_score)):
+            raise ValueError
     except ValueError:
         refuse(f"--missing_eos_score {cfg.missing_eos_score}: expected a number or none")
     names = split_names(cfg.reward)
     weights = read_numbers("--reward_weights", cfg.reward_weights) or [1.0] * len(names)
+    if cfg.combine == "min" and cfg.reward_weights:
+        refuse("--reward_weights: the least of several rewards has no weights")
+    if cfg.kl_target and cfg.kl_horizon < cfg.batch_size:
+        refuse("--kl_horizon: expected at least --batch_size, or beta could fall below 0")
+    if cfg.value_init.endswith(".py"):
+        refuse("--value_init: expected a reward model's run directory")
     if not names or len(weights) != len(names) or not sum(weights) > 0:
         refuse(f"--reward_weights: expected {len(names)} numbers, one a --reward, not all 0")
     device, dtype, rank, world = start_process(cfg)
@@ -884,11 +889,12 @@ def main():
     gold = load_gold(cfg.gold) if cfg.gold else None
     room = positions - cfg.max_new_tokens
     ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in prompts]
+    cut = sum(len(encode(tokenizer, p["prompt"], None, sys.maxsize)[0]) > room for p in prompts)
     held_out_ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in held_out]
     inputs = [cfg.prompts, *([cfg.validation] if cfg.validation else [])]
     for directory in [cfg.init, *models, *([cfg.value_init] if cfg.value_init else [])]:
-        inputs += weight_files(Path(directory))
-    inputs += [name for name in names if name.endswith(".py")]
+        inputs += [*weight_files(Path(directory)), Path(directory) / "config.json"]
+    inputs += [name for name in [*names, cfg.gold] if name.endswith(".py")]
     checkpoint = open_run(cfg, inputs, device, rank, world)
     out_dir = Path(cfg.out_dir)
     if rank == 0:
@@ -897,7 +903,8 @@ def main():
         ]
         print(
             f"policy {sizes[0]:.2f}M, value network {sizes[1]:.2f}M parameters; {device}, {dtype}, "
-            f"{world} rank(s); {len(prompts)} prompts; {cfg.steps} iterations of {cfg.batch_size}",
+            f"{world} rank(s); {len(prompts)} prompts, {cut} cut; {cfg.steps} iterations of "
+            f"{cfg.batch_size} episodes",
             flush=True,
         )
 
@@ -918,6 +925,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     mixed = dtype in (torch.bfloat16, torch.float16)
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
+    rounded = device.type == "cuda" and mixed  # sampling is bound by reading the weights
     step = saved_step = 0
     beta, first = cfg.beta, None  # `first`: the first iteration's numbers, to warn by
     if checkpoint:
@@ -928,7 +936,8 @@ def main():
         if rank == 0:
             print(f"resumed at iteration {step} from {checkpoint}", flush=True)
     # Losses go through these two: DDP averages the gradients over the ranks in its backward pass.
-    parallel = {name: torch.compile(m) if cfg.compile else m for name, m in modules.items()}
+    compiled = {name: torch.compile(m) if cfg.compile else m for name, m in modules.items()}
+    parallel = compiled
     if world > 1:
         where = [device] if device.type == "cuda" else None
         parallel = {n: DistributedDataParallel(m, device_ids=where) for n, m in parallel.items()}
@@ -958,7 +967,7 @@ def main():
     def responses_of(model, lines, line_ids, temperature):
         """One response to each held-out prompt, from all ranks: its line with `response`, `parts`
         (proxy, kl in nats, gold and its parts, eos, words), in order."""
-        sampler = model if device.type == "cpu" else copy.deepcopy(model).bfloat16()
+        sampler = copy.deepcopy(model).bfloat16() if rounded else model
         settings = dataclasses.replace(cfg, temperature=temperature)
         order = sorted(range(len(lines)), key=lambda i: len(line_ids[i]))
         rows, found = 4 * cfg.micro_batch_size or 256, []
@@ -979,13 +988,18 @@ def main():
                 device,
             )
             texts = texts_of(batch, tokenizer)
-            scores = score_batch(rewards, weights, batch, texts, cfg, autocast, device).tolist()
-            gap = response_logprobs(model, batch, cfg, autocast)
-            gap = (gap - response_logprobs(reference, batch, cfg, autocast)).sum(1).tolist()
+            scores = score_batch(
+                rewards, weights, batch, texts, len(mine), cfg, autocast, device
+            ).tolist()
+            size = cfg.micro_batch_size
+            gap = response_logprobs(model, batch, size, cfg, autocast)
+            gap = (gap - response_logprobs(reference, batch, size, cfg, autocast)).sum(1).tolist()
             ended = batch["ended"].tolist()
             for n, i in enumerate(mine):
-                parts = {"proxy": scores[n], "kl": gap[n], "eos": float(ended[n])}
-                parts |= {"words": float(len(texts[n].split()))} | judge(gold, lines[i], texts[n])
+                parts = {"words": float(len(texts[n].split()))} | judge(gold, lines[i], texts[n])
+                parts |= {"proxy": scores[n], "eos": float(ended[n])}
+                if temperature == cfg.temperature:  # else no estimate of KL
+                    parts["kl"] = gap[n]
                 found.append(lines[i] | {"index": i, "response": texts[n], "parts": parts})
         return sorted(gather(found, device), key=lambda sample: sample["index"])
 
@@ -1007,7 +1021,7 @@ def main():
                 wins = against(samples, base, judged)
                 record = {"step": step, "seconds": round(time.time() - started, 1)}
                 record |= {f"eval_{name}": value for name, value in means.items()}
-                record["eval_win_rate"] = wins[0]
+                record |= dict(zip(WIN_RATE, wins, strict=True))
                 append_line(out_dir / "metrics.jsonl", record)
                 print(
                     f"iteration {step}/{cfg.steps}  held out: wins {wins[0]:.3f} against the "
@@ -1030,10 +1044,14 @@ def main():
 
         # 1. Rollout: this rank's share of the prompts, a response to each.
         begun = time.time()
-        order = prompt_order(len(prompts), (step + 1) * cfg.batch_size, cfg.seed)
-        mine = order[step * cfg.batch_size :][rank::world]
+        share = math.ceil(cfg.batch_size / world)  # of the rank with most episodes
+        minibatches = min(math.ceil(cfg.batch_size / cfg.minibatch_size), share)
+        largest = math.ceil(share / minibatches)
+        size = cfg.micro_batch_size or largest
+        order = prompts_of_step(len(prompts), cfg.batch_size, step, cfg.seed)
+        mine = order[rank::world]
         some = mine or order[:1]  # a rank without prompts goes along, with weight 0
-        sampler = policy if device.type == "cpu" else copy.deepcopy(policy).bfloat16()
+        sampler = copy.deepcopy(policy).bfloat16() if rounded else policy
         seed = (cfg.seed * 1_000_003 + step) * 4096 + rank
         batch = sample_batch(
             sampler,
@@ -1049,24 +1067,29 @@ def main():
         counted = mask if mine else torch.zeros_like(mask)
         texts = texts_of(batch, tokenizer)
         sampled = time.time()
+        if stop_requested(device):
+            stop()  # nothing has changed in this iteration: it will be begun again
 
         # 2. Scores of whole responses; log-probabilities and values of tokens, by the forward that
         #    the update will use: the sampler's own differ in their last digits.
-        scores = score_batch(rewards, weights, batch, texts, cfg, autocast, device)
-        logprobs = response_logprobs(policy, batch, cfg, autocast)
-        ref_logprobs = response_logprobs(reference, batch, cfg, autocast)
+        scores = score_batch(rewards, weights, batch, texts, len(mine), cfg, autocast, device)
+        logprobs = response_logprobs(compiled["policy"], batch, size, cfg, autocast)
+        ref_logprobs = response_logprobs(reference, batch, size, cfg, autocast)
         values = []
-        for part in micro_batches(len(tokens), cfg.micro_batch_size):
+        for part in micro_batches(len(tokens), size):
             with torch.no_grad(), autocast:
-                output = value_model(tokens[part])
+                output = compiled["value"](tokens[part])
             values.append(response_values(output, mask[part], statistics))
         values = torch.cat(values)
         scored = time.time()
 
         if step == 0:  # nothing is trained yet: the policy is the reference
             far = max(gather([float((logprobs - ref_logprobs).abs().max())], device))
-            if far > 1e-5:
-                refuse(f"self-check: the untrained policy is {far:.1e} nats from the reference")
+            if far > (0.2 if mixed or cfg.compile else 1e-5):
+                refuse(
+                    f"self-check: the untrained policy is {far:.1e} nats a token from the "
+                    f"reference, which is itself. Likely causes: dropout, another precision"
+                )
 
         # 3. Rewards, advantages and returns.
         rewarded = token_rewards(scores, logprobs, ref_logprobs, mask, beta, cfg.kl_estimator)
@@ -1086,9 +1109,6 @@ def main():
                 group["lr"] = lr
         for model in parallel.values():
             model.train()
-        minibatches = math.ceil(cfg.batch_size / cfg.minibatch_size)
-        largest = math.ceil(math.ceil(cfg.batch_size / world) / minibatches)
-        size = cfg.micro_batch_size or largest
         window = dict.fromkeys(("policy", "value", "clipped", "kl", "entropy", "tokens"), 0.0)
         updates, norms = 0, {"policy": 0.0, "value": 0.0}
         for epoch in range(cfg.update_epochs):
@@ -1117,8 +1137,12 @@ def main():
                         value_losses = value_loss(
                             new_values, values[rows], returns[rows], cfg.value_clip
                         )
-                        bonus = entropy(logits / cfg.temperature)  # (N,)
-                        policy_sum = (losses * inside).sum() - cfg.entropy_coef * bonus.sum()
+                        with torch.set_grad_enabled(cfg.entropy_coef > 0):
+                            tempered = logits if cfg.temperature == 1 else logits / cfg.temperature
+                            bonus = entropy(tempered)  # (N,)
+                        policy_sum = (losses * inside).sum()
+                        if cfg.entropy_coef > 0:
+                            policy_sum = policy_sum - cfg.entropy_coef * bonus.sum()
                         value_sum = (value_losses * inside).sum()
                         # One mean over micro-batches and ranks; DDP averages: undo it.
                         loss = (policy_sum + value_sum) * (float(real) * world / total)
@@ -1203,6 +1227,7 @@ def main():
             "lr": rate,
             "rollout_share": (sampled - begun) / (done - begun),
             "scoring_share": (scored - sampled) / (done - begun),
+            "update_share": (done - scored) / (done - begun),
         }
         if first is None:
             first = {name: record[name] for name in ("eos", "value_loss")}

@@ -87,7 +87,7 @@ def test_kl_estimators_on_a_language_model(small_gpt):
                 mask = torch.tensor([[False] * 2 + [True] * length])
                 batch, cfg = {"tokens": tokens, "mask": mask}, ppo.Config()
                 lp, ref = (
-                    ppo.response_logprobs(model, batch, cfg, ppo.nullcontext())
+                    ppo.response_logprobs(model, batch, 0, cfg, ppo.nullcontext())
                     for model in (policy, reference)
                 )
                 p = lp.sum().exp().item()
@@ -210,11 +210,13 @@ def test_combining_rewards():
     assert ppo.combine_scores(scores, [1.0, 1.0], "min").tolist() == [1.0, -1.0]
 
 
-def test_prompt_order():
-    """Whole epochs, in other orders; a longer order begins as a shorter one."""
-    order = ppo.prompt_order(5, 12, 3)
-    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5)) and len(order) == 12
-    assert order[:5] != order[5:10] and ppo.prompt_order(5, 7, 3) == order[:7]
+def test_prompts_of_step():
+    """Whole epochs run on from iteration to iteration, each in another order."""
+    steps = [ppo.prompts_of_step(5, 4, step, 3) for step in range(5)]
+    flat = [number for step in steps for number in step]
+    epochs = [flat[i : i + 5] for i in range(0, 20, 5)]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert sorted(ppo.prompts_of_step(2, 6, 1, 0)) == [0, 0, 0, 1, 1, 1]
 
 
 # --- the whole script -----------------------------------------------------------------------------
@@ -382,10 +384,10 @@ def test_sigterm_saves_and_resumes(data, tmp_path, monkeypatch, uninterrupted, w
     assert weights(tmp_path / "run") == weights(uninterrupted)
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_fewer_episodes_than_ranks_need(data, tmp_path, n):
+@pytest.mark.parametrize("n, minibatch", [(1, 2), (4, 1)])
+def test_fewer_episodes_than_ranks_need(data, tmp_path, n, minibatch):
     argv = ["ppo.py", *flags(data, tmp_path / "run", "--steps", 2, "--batch_size", n)]
-    argv += ["--minibatch_size", "2", "--micro_batch_size", "1"]
+    argv += ["--minibatch_size", str(minibatch), "--micro_batch_size", "1"]
     done = torchrun(tmp_path, "ppo", f"sys.argv = {argv!r}\nppo.main()\n")
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "run/report.json").read_text())
@@ -415,13 +417,15 @@ def test_what_did_not_end(data, tokenizer):
     tokens, mask = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]]), torch.tensor([[0, 0, 1, 1]] * 2) > 0
     lines = [{"prompt": "a"}, {"prompt": "b"}]
     batch = {"tokens": tokens, "mask": mask, "lines": lines, "ended": torch.tensor([True, False])}
-    arguments = (rewards, [1.0], batch, ["x", "y"])
+    arguments = (rewards, [1.0], batch, ["x", "y"], 2)
     rest = (ppo.nullcontext(), torch.device("cpu"))
     own = ppo.score_batch(*arguments, ppo.Config(missing_eos_score="none"), *rest)
     found = ppo.score_batch(*arguments, ppo.Config(missing_eos_score="-7"), *rest)
     assert found[0] == own[0] and found[1] == -7
     found = ppo.score_batch(*arguments, ppo.Config(missing_eos_score="50"), *rest)
     assert found[1] == own.min()
+    dummy = (rewards, [1.0], batch, ["x", "y"], 0)  # rows of a rank without episodes
+    assert ppo.score_batch(*dummy, ppo.Config(missing_eos_score="50"), *rest)[1] == 50
 
 
 def test_the_self_check_finds_another_forward(data, tmp_path, monkeypatch, capsys):
@@ -429,8 +433,8 @@ def test_the_self_check_finds_another_forward(data, tmp_path, monkeypatch, capsy
     real = ppo.response_logprobs
     other = ppo.dataclasses.replace
 
-    def wrong(model, batch, cfg, autocast):
-        return real(model, batch, other(cfg, temperature=0.9), autocast)
+    def wrong(model, batch, size, cfg, autocast):
+        return real(model, batch, size, other(cfg, temperature=0.9), autocast)
 
     monkeypatch.setattr(ppo, "response_logprobs", wrong)
     assert run(monkeypatch, *flags(data, tmp_path / "run", *LONG)) == 2
@@ -478,6 +482,10 @@ def test_precisions(data, tmp_path, monkeypatch, dtype):
         (["--temperature", "0"], "--temperature: above 0"),
         (["--minibatch_size", "0"], "expected more than 0"),
         (["--missing_eos_score", "low"], "--missing_eos_score low: expected a number or none"),
+        (["--missing_eos_score", "nan"], "--missing_eos_score nan: expected a number or none"),
+        (["--combine", "min", "--reward_weights", "1"], "has no weights"),
+        (["--kl_target", "1", "--kl_horizon", "9"], "--kl_horizon: expected at least"),
+        (["--value_init", "x.py"], "--value_init: expected a reward model"),
         (["--reward", ""], "--reward_weights: expected 0 numbers"),
         (["--reward_weights", "1,2"], "--reward_weights: expected 1 numbers"),
         (["--reward_weights", "0"], "not all 0"),
