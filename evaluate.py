@@ -970,6 +970,24 @@ def head_to_head(cfg, names, scores, lengths, comparers):
     return report
 
 
+def scores_by_task(cfg, names, prompts, scores):
+    """{judge: {task: {policy: {"score", "over_first"}}}}, means with intervals; the second paired by
+    prompt with the first policy's: a win rate can hide a task that got worse."""
+    tasks, report = {}, {}
+    for i, line in enumerate(prompts):
+        tasks.setdefault(line.get("task", "all"), []).append(i)
+    for by, table in scores.items():
+        for task, numbers in tasks.items():
+            rows = report.setdefault(by, {}).setdefault(task, {})
+            first = np.array([np.mean(table[names[0]][i]) for i in numbers])
+            for name in names:
+                values = np.array([np.mean(table[name][i]) for i in numbers])
+                settings = (cfg.bootstrap, cfg.seed)
+                rows[name] = {"score": mean_with_interval(values, *settings)}
+                rows[name]["over_first"] = mean_with_interval(values - first, *settings)
+    return report
+
+
 def both_ways(table, a, b, value, total=1.0):
     """Enters [value, low, high] of a against b, and total - value of b against a."""
     table[a][b] = value
@@ -1080,6 +1098,15 @@ def write_report(cfg, report, judges, show, prompts, samples, scores, figures):
             rows += [[a, *(interval_text(controlled[a].get(b), 3) for b in names)] for a in names]
             text += ["", "The same at equal length (empty where one side is always longer):", ""]
             text += markdown(rows)
+    for by, tasks in report["by_task"].items():
+        if len(tasks) < 2:
+            break
+        rows = [["policy", *tasks, *(f"{task}: over {names[0]}'s" for task in tasks)]]
+        for name in names:
+            cells = [interval_text(tasks[task][name]["score"]) for task in tasks]
+            cells += [interval_text(tasks[task][name]["over_first"]) for task in tasks]
+            rows.append([name, *cells])
+        text += ["", f"## Scores by task, by {by}", "", *markdown(rows)]
     for pair, share in report["order_decides"].items():
         text += ["", f"The order of the two decided in {share:.1%} of comparisons ({pair})."]
     for task in dict.fromkeys(t for f in report["policies"].values() for t in f["parts"]):
@@ -1573,6 +1600,7 @@ def main():
             if loaded[0] == "file" and hasattr(loaded[1], "compare")
         }
         report |= head_to_head(cfg, names, scores, lengths, comparers)
+        report["by_task"] = scores_by_task(cfg, names, prompts, scores)
         for (a, b), rows in labelled.items():
             rate = mean_with_interval(mean_by_prompt(rows), cfg.bootstrap, cfg.seed)
             report["win_rate"].setdefault(cfg.comparisons, {}).setdefault(a, {})[b] = rate

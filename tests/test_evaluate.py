@@ -324,6 +324,13 @@ def test_a_whole_evaluation(setting, policy_run):
     assert gap[0] == pytest.approx(means[0] - means[1]) and gap[1] <= gap[0] <= gap[2]
     parts = sft["parts"]
     assert parts["harmful"]["harmless"] == 1 and "harmless" not in parts["summary"]
+    rows = report["by_task"]["gold"]
+    assert set(rows) == {"summary", "benign", "harmful"}
+    assert rows["summary"][first]["over_first"][0] == 0
+    scores = [found[other]["score"][0] for found in rows.values()]
+    assert min(scores) <= means[0] <= max(scores)
+    gap = rows["benign"][other]["score"][0] - rows["benign"][first]["score"][0]
+    assert rows["benign"][other]["over_first"][0] == pytest.approx(gap)
     lines = read_lines(folder / "out/samples-0.jsonl")
     assert lines[0]["policy"] == str(policy_run) and len(lines[0]["responses"]) <= 4
     words = [len(response.split()) for line in lines for response in line["responses"]]
