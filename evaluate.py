@@ -971,7 +971,7 @@ def head_to_head(cfg, names, scores, lengths, comparers):
 
 
 def scores_by_task(cfg, names, prompts, scores):
-    """{judge: {task: {policy: {"score", "over_first"}}}}, means with intervals; the second is paired
+    """{judge: {task: {policy: {"score", "over_first"}}}}, means with intervals; the second paired
     by prompt with the first policy's: a win rate can hide a task that got worse."""
     tasks, report = {}, {}
     for i, line in enumerate(prompts):
