@@ -1151,12 +1151,12 @@ def main():
                     if updates == 0 and step == first_step:
                         check_ratio(ratio, dtype, device)
                     if real:
-                        window["policy"] += float((losses * inside).sum())
-                        window["value"] += float(value_sum)
+                        window["policy"] += (losses * inside).sum().item()
+                        window["value"] += value_sum.item()
                         window["clipped"] += float(((ratio - 1).abs() > cfg.clip).sum())
                         drift = float((ratio - 1 - ratio.log()).sum())  # k3 of old from new
                         window["kl"] += drift
-                        window["entropy"] += float(bonus.sum())
+                        window["entropy"] += bonus.sum().item()
                         window["tokens"] += float(inside.sum())
                         epoch_kl = [epoch_kl[0] + drift, epoch_kl[1] + float(inside.sum())]
                 scaler.unscale_(optimizers["adam_policy"])

@@ -339,12 +339,14 @@ def test_a_real_terminal(tmp_path):
     before = termios.tcgetattr(child)
     process = subprocess.Popen(list(map(str, command)), stdin=child, stdout=child, stderr=child)
 
+    screen = bytearray()
+
     def wait_for(text):
-        seen = b""
-        while text not in seen:
-            assert select.select([parent], [], [], 60)[0], seen  # else the test would hang
-            seen += os.read(parent, 4096)
-        return seen
+        """Reads on until the text has come, and leaves what came after it for the next call."""
+        while text not in screen:
+            assert select.select([parent], [], [], 60)[0], screen  # else the test would hang
+            screen.extend(os.read(parent, 4096))
+        del screen[: screen.index(text) + len(text)]
 
     wait_for(b"0 of 5 judged")
     wait_for(b"best of 1, 2, 3?")
