@@ -528,7 +528,8 @@ def load_reward_model(directory, device="cpu"):
     if not numbers or not std > 0 or transform not in ("identity", "sigmoid"):
         raise ValueError(
             f"{directory}: config.json: {statistics}: its scores were never normalised, and can't "
-            f"be used; reward.py --init {directory} --epochs 0 --normalise_with RUN does it"
+            f"be used; reward.py --init {directory} --normalise_with POLICY --epochs 0 --data FILE "
+            f"--out_dir NEW does it"
         )
     return model, tokenizer, statistics
 
@@ -596,7 +597,11 @@ def judge_samples(loaded, prompts, samples, cfg, device, autocast, rank, world):
     if raw is None:
         return None
     scores = iter(normalised(torch.tensor(raw, dtype=torch.float64), statistics).tolist())
-    return [[s if e["ended"] else math.nan for e, s in zip(some, scores)] for some in samples]  # noqa: B905
+    table = [[next(scores) for _ in some] for some in samples]
+    return [
+        [score if sample["ended"] else math.nan for score, sample in zip(*rows, strict=True)]
+        for rows in zip(table, samples, strict=True)
+    ]
 
 
 def fill_missing(tables):

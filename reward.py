@@ -727,7 +727,8 @@ def load_reward_model(directory, device="cpu"):
     if not numbers or not std > 0 or transform not in ("identity", "sigmoid"):
         raise ValueError(
             f"{directory}: config.json: {statistics}: its scores were never normalised, and can't "
-            f"be used; reward.py --init {directory} --epochs 0 --normalise_with RUN does it"
+            f"be used; reward.py --init {directory} --normalise_with POLICY --epochs 0 --data FILE "
+            f"--out_dir NEW does it"
         )
     return model, tokenizer, statistics
 
@@ -1448,7 +1449,7 @@ def main():
 
 
 def set_dropout(model, rate):
-    """A checkpoint's dropout is its pre-training's: ours is the flag's."""
+    """Sets all dropout rates: a checkpoint's own is its pre-training's."""
     model.config = dataclasses.replace(model.config, dropout=rate)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

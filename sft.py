@@ -906,7 +906,7 @@ def main():
 
 
 def set_dropout(model, rate):
-    """A checkpoint's dropout is its pre-training's: ours is the flag's."""
+    """Sets all dropout rates: a checkpoint's own is its pre-training's."""
     model.config = dataclasses.replace(model.config, dropout=rate)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -412,6 +412,23 @@ def test_bad_settings(setting, tmp_path, monkeypatch, capsys, more, message):
     assert message in error and "Traceback" not in error
 
 
+def test_flags_of_the_table(setting, tmp_path, monkeypatch, capsys):
+    """KL to another reference than the first policy; the parts asked for; a finished run stands."""
+    folder, args = setting
+    more = ["--reference", folder / "other", "--show", "words,harmless,nothing", "--num_shown", 1]
+    more += ["--best_of_n", 0, "--out_dir", tmp_path / "out", "--resume"]
+    assert run(monkeypatch, *args, *more) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    first, other, *_ = report["policies"]
+    assert report["policies"][first]["kl"][0] > 0.1
+    assert report["policies"][other]["kl"][0] == pytest.approx(0, abs=1e-6)
+    text = (tmp_path / "out/report.md").read_text()
+    assert "| words | harmless |" in text and text.count("| policy | response |") == 1
+    capsys.readouterr()
+    assert run(monkeypatch, *args, *more) == 0
+    assert "this run is finished" in capsys.readouterr().out
+
+
 def test_a_constant_judge(setting, tmp_path, monkeypatch):
     """0.7 for everything: sums of 0.7 round, and the interval must not turn inside out."""
     _, args = setting

@@ -411,6 +411,23 @@ def test_it_learns_a_reward_of_ones_own(data, tmp_path, monkeypatch, capsys):
     assert "wins against the reference by gold" in capsys.readouterr().out
 
 
+def test_several_rewards_and_other_choices(data, tmp_path, monkeypatch):
+    """Two rewards by weight and by the least of them, another value network's start, estimator,
+    temperature and discount: each runs, and the scores are those of both."""
+    (tmp_path / "words.py").write_text(
+        "def score(prompt, response, **fields): return -len(response.split())\n"
+    )
+    both = ["--reward", f"{data / 'reward'},{tmp_path / 'words.py'}", "--steps", 1]
+    both += ["--batch_size", 8, "--value_init", data / "reward", "--kl_estimator", "k3"]
+    both += ["--temperature", 0.8, "--gamma", 0.99, "--lam", 0.9, "--validation", ""]
+    scores = []
+    for more in (["--reward_weights", "3,1"], ["--combine", "min"], ["--reward_weights", "1,0"]):
+        out = tmp_path / str(len(scores))
+        assert run(monkeypatch, *flags(data, out, *both, *more)) == 0
+        scores.append(metrics(out)[0]["score"])
+    assert len(set(scores)) == 3 and scores[1] < scores[0] < scores[2]
+
+
 def test_what_did_not_end(data, tokenizer):
     """It scores the smaller of --missing_eos_score and the lowest in the batch."""
     rewards = [ppo.load_reward(str(data / "reward"), tokenizer, "cpu")]

@@ -758,17 +758,18 @@ def test_help_shows_every_flag(monkeypatch, capsys, command):
 
 
 def test_hh_rlhf_with_gpt2s_tokenizer(shared, gpt2_tokenizer, tmp_path, monkeypatch):
-    """Real pairs, real vocabulary, a small network from random weights: the loss falls."""
+    """Real pairs, real vocabulary, a small network: it learns eight pairs by heart."""
     target = tmp_path / "hh.jsonl"
     command = [sys.executable, "data/convert.py", "hh"]
     source = next((shared / "data").glob("hh*"))
     done = subprocess.run([*command, source, target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    target.write_text("".join(target.read_text().splitlines(keepends=True)[:8]))
     torch.manual_seed(0)
     sizes = {"n_positions": 128, "n_embd": 16, "n_layer": 1, "n_head": 2}
     save_model(tmp_path / "trunk", GPT(GPTConfig(**sizes)), gpt2_tokenizer, {})
     args = ["--data", target, "--validation", "", "--init", tmp_path / "trunk", "--overlong", "cut"]
     args += ["--normalise_with", "none", "--steps", 40, "--batch_size", 8, "--lr", 1e-2]
-    assert run(monkeypatch, *args, "--out_dir", tmp_path / "run", "--log_every", 10) == 0
+    assert run(monkeypatch, *args, "--out_dir", tmp_path / "run", "--log_every", 1) == 0
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
-    assert all(math.isfinite(loss) for loss in losses) and losses[-1] < losses[0] + 0.05
+    assert losses[0] > 0.5 and losses[-1] < 0.2
