@@ -1,6 +1,7 @@
 # One command on a fresh machine with Python 3.11 or newer:
 #   make             installs, writes the embedded task, runs every stage that exists, reports
 #   make test        installs, runs all tests
+#   make test-mutations  plants bugs in the sources, each of which the tests must catch
 #   make test-peers  installs transformers and TRL beside torch, runs the tests that compare
 #   make bench       measures against peers
 #   make reward-scaling, make reward-margins, make best-of-n     experiments, three seeds each
@@ -27,7 +28,7 @@ comma := ,
 space := $() $()
 list = $(subst $(space),$(comma),$(strip $(1)))
 
-.PHONY: all report check test test-peers bench lint clean reward-scaling reward-margins best-of-n
+.PHONY: all report check test test-mutations test-peers bench lint clean reward-scaling reward-margins best-of-n
 .DELETE_ON_ERROR:
 
 report: $(RUNS)/evaluation/report.json
@@ -185,6 +186,9 @@ test: $(VENV)/installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pytest
+
+test-mutations: $(VENV)/installed
+	$(PYTHON) tests/mutations.py
 
 test-peers: $(PEERS)/installed
 	$(PEERS)/bin/python -m pytest -m peers tests/test_peers.py

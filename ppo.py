@@ -60,6 +60,7 @@ from model import (
     load_config,
     load_model,
     load_tokenizer,
+    pad,
     predicts,
     read_json,
     save_model,
@@ -665,17 +666,20 @@ def sample_batch(sampler, prompts, prompt_ids, cfg, eos, seed, device):
     """One response to each prompt -> {"lines", "tokens", "mask", "ended"}: tokens, mask (B, T),
     ended (B,) bool. From the full softmax: truncated, its KL would be another distribution's."""
     generator = torch.Generator(device).manual_seed(seed)
-    tokens, mask = generate(
-        sampler,
-        prompt_ids,
-        cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        eos=eos,
-        generator=generator,
-    )
-    columns = torch.arange(mask.shape[1], device=device)
-    last = tokens.gather(1, (mask * columns).argmax(1, keepdim=True)).squeeze(1)  # (B,)
-    return {"lines": prompts, "tokens": tokens, "mask": mask, "ended": last == eos}
+    responses = []
+    for part in micro_batches(len(prompts), 8 * cfg.micro_batch_size):  # no more cache at once
+        tokens, mask = generate(
+            sampler,
+            prompt_ids[part],
+            cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            eos=eos,
+            generator=generator,
+        )
+        responses += [row[inside].tolist() for row, inside in zip(tokens, mask, strict=True)]
+    tokens, mask = (x.to(device) for x in pad(prompt_ids, responses))
+    ended = torch.tensor([response[-1] == eos for response in responses], device=device)
+    return {"lines": prompts, "tokens": tokens, "mask": mask, "ended": ended}
 
 
 def texts_of(batch, tokenizer):
@@ -778,13 +782,36 @@ def print_table(name, table):
                 print("    {:<12} {:8.3f}  [{:.3f}, {:.3f}]".format(part, *value))
 
 
-def against(samples, others, part):
-    """Win rate over `others` on the same prompts by a part of theirs, ties half, with interval."""
-    shares = []
+def distinct(texts, n):
+    """Different n-grams of words over all n-grams, of all texts taken together (Li et al. 2016,
+    arXiv:1510.03055); 0 when there are none."""
+    grams = [
+        tuple(words[i : i + n])
+        for words in (text.split() for text in texts)
+        for i in range(len(words) - n + 1)
+    ]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def beside(samples, others):
+    """The policy's samples beside the reference's to the same prompts: means by task, differences
+    paired by prompt, win rates (ties half), each with its interval, and how various they are."""
+    pairs, wins = [], {}
     for ours, theirs in zip(samples, others, strict=True):
-        gap = ours["parts"][part] - theirs["parts"][part]
-        shares.append(0.5 + 0.5 * float(np.sign(gap)))
-    return mean_interval(shares)
+        parts = {
+            n: x - theirs["parts"][n] for n, x in ours["parts"].items() if n in theirs["parts"]
+        }
+        pairs.append(ours | {"parts": parts})
+    for part in ("proxy", "gold"):
+        if part in samples[0]["parts"]:
+            wins[part] = mean_interval([0.5 + 0.5 * np.sign(pair["parts"][part]) for pair in pairs])
+    return {
+        "policy": summarise(samples),
+        "reference": summarise(others),
+        "difference": summarise(pairs),
+        "win_rate": wins,
+        "distinct_2": [distinct([s["response"] for s in some], 2) for some in (samples, others)],
+    }
 
 
 def check_ratio(ratio, dtype, device):
@@ -1018,17 +1045,22 @@ def main():
         if few and (step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0)):
             samples = responses_of(policy, few, few_ids, cfg.temperature)
             if rank == 0:
-                means = {k: v[0] for k, v in summarise(samples)["all"].items() if k != "count"}
-                wins = against(samples, base, judged)
+                found = beside(samples, base)
                 record = {"step": step, "seconds": round(time.time() - started, 1)}
-                record |= {f"eval_{name}": value for name, value in means.items()}
+                for task, table in found["policy"].items():
+                    prefix = "eval" if task == "all" else f"eval_{task}"
+                    record |= {f"{prefix}_{k}": v[0] for k, v in table.items() if k != "count"}
+                record["eval_distinct_2"] = found["distinct_2"][0]
+                wins = found["win_rate"][judged]
                 record |= dict(zip(WIN_RATE, wins, strict=True))
                 append_line(out_dir / "metrics.jsonl", record)
                 print(
                     f"iteration {step}/{cfg.steps}  held out: wins {wins[0]:.3f} against the "
                     f"reference by {judged}, "
                     + ", ".join(
-                        f"{k} {means[k]:.2f}" for k in ("proxy", "gold", "kl") if k in means
+                        f"{k} {record[f'eval_{k}']:.2f}"
+                        for k in ("proxy", "gold", "kl", "distinct_2")
+                        if f"eval_{k}" in record
                     ),
                     flush=True,
                 )
@@ -1259,16 +1291,11 @@ def main():
     for name, temperature in (("sampled", cfg.temperature), ("greedy", 0.0)) if some else ():
         samples = responses_of(policy, some, some_ids, temperature)
         others = responses_of(reference, some, some_ids, temperature)
-        report[name] = summarise(samples)
-        report[f"reference_{name}"] = summarise(others)
-        report[f"win_rate_{name}"] = {
-            part: against(samples, others, part)
-            for part in ("proxy", "gold")
-            if part in samples[0]["parts"]
-        }
+        report[name] = beside(samples, others)
         if rank == 0:
-            print_table(f"{name} (temperature {temperature:g})", report[name])
-            for part, (rate, low, high) in report[f"win_rate_{name}"].items():
+            print_table(f"{name} (temperature {temperature:g})", report[name]["policy"])
+            print_table("more than the reference, paired by prompt", report[name]["difference"])
+            for part, (rate, low, high) in report[name]["win_rate"].items():
                 interval = "" if low is None else f"[{low:.3f}, {high:.3f}]"
                 print(f"  wins against the reference by {part}: {rate:.3f} {interval}")
     if rank == 0:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from mutations import MUTATIONS, mutated
 
 SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if path.name != "model.py"]
 BEGIN = "# --- plumbing: the same text in every script (tests/test_copies.py) ---\n"
@@ -118,3 +119,11 @@ def test_readme_names_real_files_and_flags():
             help_of[script] = subprocess.run(command, capture_output=True, text=True).stdout
         for flag in re.findall(r"(--\w+)", flags):
             assert flag in help_of[script], f"README gives {script} {flag}"
+
+
+def test_planted_bugs_still_fit_the_sources():
+    """tests/mutations.py rewrites text that stands in its file exactly once."""
+    for script, mutations in MUTATIONS.items():
+        assert len({name for name, *_ in mutations}) == len(mutations), script
+        for mutation in mutations:
+            assert mutated(*mutation)

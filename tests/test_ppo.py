@@ -1,18 +1,21 @@
 """ppo.py: its mathematics against vectors, double loops and exact enumeration; the whole script."""
 
+import copy
+import dataclasses
 import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, gradient, metrics, read_lines, run_script, torchrun, weights, write_jsonl
+from safetensors.torch import load_file
 
 import ppo
 import reward
@@ -210,6 +213,19 @@ def test_combining_rewards():
     assert ppo.combine_scores(scores, [1.0, 1.0], "min").tolist() == [1.0, -1.0]
 
 
+def test_sampling_is_at_the_temperature(small_gpt):
+    """Nearly 0 takes the most likely token; 1 gives each token its probability."""
+    model = small_gpt(vocab_size=6)
+    with torch.no_grad():
+        expected = model(torch.tensor([[1, 2]]))[0, -1].softmax(-1)
+    for temperature, law in [(1e-3, torch.eye(6)[expected.argmax()]), (1.0, expected)]:
+        c = ppo.Config(temperature=temperature, max_new_tokens=1, micro_batch_size=1000)
+        batch = ppo.sample_batch(model, [{}] * 4000, [[1, 2]] * 4000, c, 5, 0, torch.device("cpu"))
+        counts = batch["tokens"][:, 2].bincount(minlength=6) / 4000
+        assert (counts - law).abs().sum() < 0.06
+        assert (batch["ended"] == (batch["tokens"][:, 2] == 5)).all()
+
+
 def test_prompts_of_step():
     """Whole epochs run on from iteration to iteration, each in another order."""
     steps = [ppo.prompts_of_step(5, 4, step, 3) for step in range(5)]
@@ -231,7 +247,9 @@ def data(toy_data, policy_run, tokenizer, tmp_path_factory):
         ("held.jsonl", "prompts_validation.jsonl", 9),
     ]:
         write_jsonl(folder / name, read_lines(toy_data / source)[:count])
-    shutil.copytree(policy_run, folder / "policy")
+    policy = load_model(policy_run)  # its checkpoint has dropout; the script must turn it off
+    policy.config = dataclasses.replace(policy.config, dropout=0.1)
+    save_model(folder / "policy", policy, tokenizer, {"stage": "sft"})
     torch.manual_seed(3)
     model = reward.add_scalar_head(load_model(policy_run))
     statistics = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
@@ -283,17 +301,157 @@ def test_the_bandit_reaches_the_exact_optimum(tmp_path, monkeypatch, tokenizer):
 
 
 # A rollout that does not depend on the ranks: each prompt's response is written by its text.
-CANNED = (
-    "import model\n"
-    "def canned(sampler, prompts, ids, cfg, eos, seed, device):\n"
-    "    responses = [(list(line['prompt'].encode()) * 2)[: 2 + len(line['prompt']) % 6]\n"
-    "                 + [eos] * (len(line['prompt']) % 3 > 0) for line in prompts]\n"
-    "    tokens, mask = model.pad(ids, responses)\n"
-    "    ended = torch.tensor([response[-1] == eos for response in responses])\n"
-    "    return {'lines': prompts, 'tokens': tokens, 'mask': mask, 'ended': ended}\n"
-    "ppo.sample_batch = canned\n"
-    "ppo.shutil.rmtree = lambda *args, **kwargs: None\n"
-)
+CANNED = """import model, torch
+def canned(sampler, prompts, ids, cfg, eos, seed, device):
+    responses = [(list(line['prompt'].encode()) * 2)[: 2 + len(line['prompt']) % 6]
+                 + [eos] * (len(line['prompt']) % 3 > 0) for line in prompts]
+    tokens, mask = model.pad(ids, responses)
+    ended = torch.tensor([response[-1] == eos for response in responses])
+    return {'lines': prompts, 'tokens': tokens, 'mask': mask, 'ended': ended}
+ppo.sample_batch = canned
+ppo.shutil.rmtree = lambda *args, **kwargs: None
+"""
+
+
+@contextmanager
+def can_the_rollout():
+    """CANNED in this process, while it lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "sample_batch", ppo.sample_batch)
+        patch.setattr(ppo.shutil, "rmtree", ppo.shutil.rmtree)
+        exec(CANNED, {"ppo": ppo})
+        yield patch
+
+
+def iterations_by_hand(data, tokenizer, c):
+    """What ppo.py does with the canned rollout, one sequence at a time, without pads, masks or
+    batches: c's number of iterations from the papers' equations and Adam's. -> parameters."""
+    policy, value = load_model(data / "policy").double(), load_model(data / "reward").double()
+    reference, reward_model = copy.deepcopy(policy), copy.deepcopy(value)
+    lines = read_lines(data / "prompts.jsonl")
+
+    def score_before(model, ids):  # its score, normalised, having read all of ids
+        return (model(torch.tensor([ids]))[0, -1] - 0.1) / 1.2
+
+    def logprobs_of(model, prompt, response):
+        logits = model(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
+        logprobs = (logits / c.temperature).log_softmax(-1)
+        return [row[token] for row, token in zip(logprobs, response, strict=True)], [
+            -(row.exp() * row).sum() for row in logprobs
+        ]
+
+    moments = {}
+    adam_steps = 0
+    for step in range(c.steps):
+        episodes = []
+        for i in ppo.prompts_of_step(len(lines), c.batch_size, step, c.seed):
+            text = lines[i]["prompt"]
+            prompt = tokenizer.encode_ordinary(text)
+            response = (list(text.encode()) * 2)[: 2 + len(text) % 6]
+            response += [tokenizer.eot_token] * (len(text) % 3 > 0)
+            episode = {"prompt": prompt, "response": response}
+            with torch.no_grad():
+                episode["old"] = logprobs_of(policy, prompt, response)[0]
+                ref = logprobs_of(reference, prompt, response)[0]
+                sequence = prompt + response
+                episode["values"] = [
+                    score_before(value, sequence[: len(prompt) + t]) for t in range(len(response))
+                ]
+                episode["score"] = score_before(reward_model, sequence)
+            episode["rewards"] = [
+                -c.beta * (a - b) for a, b in zip(episode["old"], ref, strict=True)
+            ]
+            episodes.append(episode)
+        least = min(-1.0, *(episode["score"] for episode in episodes))
+        everything = []
+        for episode in episodes:
+            ended = episode["response"][-1] == tokenizer.eot_token
+            episode["rewards"][-1] = episode["rewards"][-1] + (episode["score"] if ended else least)
+            n, values = len(episode["response"]), [*episode["values"], 0.0]
+            deltas = [episode["rewards"][t] + c.gamma * values[t + 1] - values[t] for t in range(n)]
+            episode["advantages"] = [
+                sum((c.gamma * c.lam) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)
+            ]
+            episode["returns"] = [
+                a + v for a, v in zip(episode["advantages"], values, strict=False)
+            ]
+            everything += episode["advantages"]
+        mean, std = np.mean(everything), math.sqrt(np.var(everything) + 1e-8)
+        minibatches = math.ceil(c.batch_size / c.minibatch_size)
+        for epoch in range(c.update_epochs):
+            order = np.random.default_rng([c.seed, step, epoch, 0]).permutation(c.batch_size)
+            for number in range(minibatches):
+                loss, count, rewarded_changes = 0.0, 0, 0
+                for i in order[number::minibatches]:
+                    e = episodes[i]
+                    prompt, response = e["prompt"], e["response"]
+                    new, entropies = logprobs_of(policy, prompt, response)
+                    for t in range(len(response)):
+                        ratio = (new[t] - e["old"][t]).exp()
+                        advantage = (e["advantages"][t] - mean) / std
+                        low, high = 1 - c.clip, 1 + c.clip
+                        least_gain = min(ratio * advantage, ratio.clamp(low, high) * advantage)
+                        v = score_before(value, prompt + response[:t])
+                        near = e["values"][t] + (v - e["values"][t]).clamp(
+                            -c.value_clip, c.value_clip
+                        )
+                        errors = (v - e["returns"][t]) ** 2, (near - e["returns"][t]) ** 2
+                        loss = loss - least_gain + max(errors) / 2 - c.entropy_coef * entropies[t]
+                        count += 1
+                        rewarded_changes += abs(ratio.item() - 1) > c.clip
+                adam_steps += 1
+                for model, peak in ((policy, c.lr), (value, c.value_lr)):
+                    rate = peak * (step + 1) / c.warmup  # all steps are of the warm-up
+                    parameters = list(model.parameters())
+                    gradients = torch.autograd.grad(loss / count, parameters, retain_graph=True)
+                    norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+                    scale = min(1.0, c.clip_norm / (norm + 1e-6))
+                    for p, g in zip(parameters, gradients, strict=True):
+                        m, v = moments.get(p, (torch.zeros_like(p), torch.zeros_like(p)))
+                        m = 0.9 * m + 0.1 * scale * g
+                        v = c.adam_beta2 * v + (1 - c.adam_beta2) * (scale * g) ** 2
+                        moments[p] = m, v
+                        m, v = m / (1 - 0.9**adam_steps), v / (1 - c.adam_beta2**adam_steps)
+                        with torch.no_grad():
+                            if p.dim() == 2:
+                                p *= 1 - rate * c.weight_decay
+                            p -= rate * m / (v.sqrt() + c.adam_eps)
+        assert rewarded_changes > 0  # the clip has something to clip
+    return {f"policy.{k}": v for k, v in policy.state_dict().items()} | {
+        f"value.{k}": v for k, v in value.state_dict().items()
+    }
+
+
+def test_two_iterations_against_ones_by_hand(data, tmp_path, tokenizer):
+    """Everything between a rollout and the new weights: both networks equal to 1e-9."""
+    c = ppo.Config(
+        steps=2,
+        batch_size=7,
+        minibatch_size=3,
+        micro_batch_size=2,
+        update_epochs=2,
+        temperature=0.8,
+        gamma=0.98,
+        lam=0.9,
+        beta=0.3,
+        clip=0.05,
+        value_clip=0.05,
+        entropy_coef=0.02,
+        weight_decay=0.1,
+        clip_norm=0.5,
+        lr=0.01,
+        value_lr=0.02,
+        warmup=2,
+        dtype="float64",
+    )
+    changed = [(k, v) for k, v in vars(c).items() if v != getattr(ppo.Config(), k)]
+    args = [part for k, v in changed for part in (f"--{k}", v)]
+    with can_the_rollout() as patch:
+        assert run(patch, *flags(data, tmp_path / "run", "--validation", "", *args)) == 0
+    found = load_file(tmp_path / "run/checkpoint-2/tensors.safetensors")
+    for name, expected in iterations_by_hand(data, tokenizer, c).items():
+        difference = (found[name] - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert difference < 1e-9, (name, difference)
 
 
 def test_ranks_and_accumulation_take_the_same_update(data, tmp_path):
@@ -308,8 +466,12 @@ def test_ranks_and_accumulation_take_the_same_update(data, tmp_path):
         ("two", 2, []),
         ("both", 2, ["--micro_batch_size", 3]),
     ]:
-        argv = ["ppo.py", *flags(data, tmp_path / name, *args, *more)]
-        code = f"{CANNED}sys.argv = {argv!r}\nppo.main()\n"
+        argv = flags(data, tmp_path / name, *args, *more)
+        if ranks == 1:
+            with can_the_rollout() as patch:
+                assert run(patch, *argv) == 0
+            continue
+        code = f"{CANNED}sys.argv = {['ppo.py', *argv]!r}\nppo.main()\n"
         done = torchrun(tmp_path, "ppo", code, ranks)
         assert done.returncode == 0, done.stderr[-3000:]
     expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
@@ -384,14 +546,35 @@ def test_sigterm_saves_and_resumes(data, tmp_path, monkeypatch, uninterrupted, w
     assert weights(tmp_path / "run") == weights(uninterrupted)
 
 
-@pytest.mark.parametrize("n, minibatch", [(1, 2), (4, 1)])
-def test_fewer_episodes_than_ranks_need(data, tmp_path, n, minibatch):
+@pytest.mark.parametrize("n, minibatch", [(1, 2), (5, 1)])
+def test_ranks_share_the_episodes(data, tmp_path, n, minibatch):
+    """Fewer episodes than ranks, or an odd number: it ends, every prompt is sampled once, and ranks
+    draw from different generators."""
     argv = ["ppo.py", *flags(data, tmp_path / "run", "--steps", 2, "--batch_size", n)]
     argv += ["--minibatch_size", str(minibatch), "--micro_batch_size", "1"]
-    done = torchrun(tmp_path, "ppo", f"sys.argv = {argv!r}\nppo.main()\n")
+    code = (
+        "import json\nreal = ppo.sample_batch\n"
+        "def recorded(sampler, prompts, ids, cfg, eos, seed, device):\n"
+        f"    with open({str(tmp_path)!r} + '/' + os.environ['RANK'], 'a') as file:\n"
+        "        record = [seed, [line['prompt'] for line in prompts]]\n"
+        "        print(json.dumps(record), file=file)\n"
+        "    return real(sampler, prompts, ids, cfg, eos, seed, device)\n"
+        f"ppo.sample_batch = recorded\nsys.argv = {argv!r}\nppo.main()\n"
+    )
+    done = torchrun(tmp_path, "ppo", code)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report["episodes"] == 2 * n and report["sampled"]["all"]["count"] == 9
+    assert report["episodes"] == 2 * n and report["sampled"]["policy"]["all"]["count"] == 9
+    prompts = [line["prompt"] for line in read_lines(data / "prompts.jsonl")]
+    rollouts = [
+        [record for record in read_lines(tmp_path / rank) if set(record[1]) <= set(prompts)]
+        for rank in "01"
+    ]
+    for step, calls in enumerate(zip(*rollouts, strict=True)):
+        order = [prompts[i] for i in ppo.prompts_of_step(len(prompts), n, step, 0)]
+        assert calls[0][1] == order[::2] and calls[1][1] == (order[1::2] or order[:1])
+        assert calls[0][0] != calls[1][0]
+    assert len(rollouts[0]) == 2
 
 
 def test_it_learns_a_reward_of_ones_own(data, tmp_path, monkeypatch, capsys):
@@ -403,7 +586,7 @@ def test_it_learns_a_reward_of_ones_own(data, tmp_path, monkeypatch, capsys):
     more += ["--batch_size", 32, "--minibatch_size", 16, "--lr", 3e-3, "--beta", 0.01]
     assert run(monkeypatch, *flags(data, tmp_path / "run", *more)) == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report["win_rate_sampled"]["gold"][0] > 0.6
+    assert report["sampled"]["win_rate"]["gold"][0] > 0.6
     lines = [line for line in metrics(tmp_path / "run") if "score" in line]
     assert lines[-1]["score"] > lines[0]["score"] + 0.3 and lines[-1]["kl"] > 0.05
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-5)

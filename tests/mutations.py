@@ -1,0 +1,256 @@
+"""Planted bugs: each is one rewrite of a script's source, and that script's tests must fail.
+
+    make test-mutations                        # all, a line each
+    python tests/mutations.py ppo --only clip  # those whose name has `clip` in it
+
+A win rate does not catch such bugs: with its advantages one token off, PPO still won 0.67 against
+its start, as the right one did. What must catch them are the exact tests. Each bug goes into a copy
+of the sources in a temporary folder; the tests that stand first in the list of its script run
+first. Exit status 1 when a bug was not caught, or when the tests fail without one.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# {script: [(name, file, what stands there, what the bug makes of it)]}
+MUTATIONS = {
+    "ppo": [
+        (
+            "advantages one token early",
+            "ppo.py",
+            "advantages[:, t] = carried",
+            "advantages[:, t - 1] = carried",
+        ),
+        (
+            "lambda forgotten",
+            "ppo.py",
+            "delta + gamma * lam * carried",
+            "delta + gamma * carried",
+        ),
+        (
+            "the response's mask one token late",
+            "ppo.py",
+            'tokens, mask = batch["tokens"], batch["mask"]\n        counted',
+            'tokens, mask = batch["tokens"], batch["mask"].roll(1, 1)\n        counted',
+        ),
+        (
+            "log-probabilities of the token after",
+            "model.py",
+            "return F.pad(mask.bool()[:, 1:], (0, 1))",
+            "return mask.bool()",
+        ),
+        (
+            "the score one token before the last",
+            "ppo.py",
+            "return rewards.scatter_add(1, last, ",
+            "return rewards.scatter_add(1, last - 1, ",
+        ),
+        (
+            "values of the state after the token",
+            "ppo.py",
+            "return F.pad(values[:, :-1], (1, 0)) * mask",
+            "return values * mask",
+        ),
+        (
+            "KL rewarded",
+            "ppo.py",
+            "rewards = -beta * kl_estimate",
+            "rewards = beta * kl_estimate",
+        ),
+        (
+            "k3 of the swapped laws",
+            "ppo.py",
+            "return log_ratio.exp() - 1 - log_ratio",
+            "return (-log_ratio).exp() - 1 + log_ratio",
+        ),
+        (
+            "whitening over pads",
+            "ppo.py",
+            "    inside = mask.to(x.dtype)\n\n    def total",
+            "    inside = torch.ones_like(x)\n\n    def total",
+        ),
+        (
+            "whitening by each rank alone",
+            "ppo.py",
+            "whiten(advantages, counted, all_reduce=sum_over_ranks)",
+            "whiten(advantages, counted)",
+        ),
+        (
+            "the update's temperature is 1",
+            "ppo.py",
+            "token_logprobs(logits, tokens[rows], inside, cfg.temperature)",
+            "token_logprobs(logits, tokens[rows], inside)",
+        ),
+        (
+            "sampling's temperature is 1",
+            "ppo.py",
+            "temperature=cfg.temperature,\n            eos=eos,",
+            "temperature=float(cfg.temperature > 0),\n            eos=eos,",
+        ),
+        (
+            "old log-probabilities follow the updates",
+            "ppo.py",
+            "new_logprobs, logprobs[rows], advantages[rows], cfg.clip",
+            "new_logprobs, new_logprobs.detach(), advantages[rows], cfg.clip",
+        ),
+        (
+            "a pad's value is bootstrapped from",
+            "ppo.py",
+            "values = values * inside  # a pad",
+            "values = values * 1  # a pad",
+        ),
+        (
+            "each rank's own mean",
+            "ppo.py",
+            "total = all_reduce([float(counted[minibatch].sum())], device)[0]",
+            "total = world * float(counted[minibatch].sum())",
+        ),
+        (
+            "each micro-batch's own mean",
+            "ppo.py",
+            "* (float(real) * world / total)",
+            "* (float(real) * world / inside.sum() / len(parts))",
+        ),
+        (
+            "no clip from below",
+            "ppo.py",
+            "advantages * ratio.clamp(1 - clip, 1 + clip)",
+            "advantages * ratio.clamp(max=1 + clip)",
+        ),
+        (
+            "the better of clipped and unclipped",
+            "ppo.py",
+            "return torch.maximum(-advantages * ratio",
+            "return torch.minimum(-advantages * ratio",
+        ),
+        (
+            "value loss not clipped",
+            "ppo.py",
+            "clipped = values + (new_values - values).clamp(-clip, clip)",
+            "clipped = new_values",
+        ),
+        (
+            "the reference learns",
+            "ppo.py",
+            "reference = copy.deepcopy(policy).to(device, precision).requires_grad_(False)",
+            "reference = policy.to(device, precision)",
+        ),
+        (
+            "dropout left on",
+            "ppo.py",
+            "        set_dropout(model, 0.0)\n",
+            "",
+        ),
+        (
+            "scores not normalised",
+            "ppo.py",
+            "found.append(normalised(torch.cat(raw), statistics[0]))",
+            "found.append(torch.cat(raw))",
+        ),
+        (
+            "what ended is punished",
+            "ppo.py",
+            'scores.masked_fill(~batch["ended"], least)',
+            'scores.masked_fill(batch["ended"], least)',
+        ),
+        (
+            "entropy punished",
+            "ppo.py",
+            "policy_sum = policy_sum - cfg.entropy_coef",
+            "policy_sum = policy_sum + cfg.entropy_coef",
+        ),
+        (
+            "ranks with the same prompts",
+            "ppo.py",
+            "mine = order[rank::world]",
+            "mine = order[:share]",
+        ),
+        (
+            "ranks with the same samples",
+            "ppo.py",
+            "seed = (cfg.seed * 1_000_003 + step) * 4096 + rank",
+            "seed = (cfg.seed * 1_000_003 + step) * 4096",
+        ),
+        (
+            "beta falls when KL is too high",
+            "ppo.py",
+            "error = min(max(kl / target - 1,",
+            "error = -min(max(kl / target - 1,",
+        ),
+        (
+            "a resumed run forgets beta",
+            "ppo.py",
+            'beta, first = state["beta"], state["first"]',
+            'first = state["first"]',
+        ),
+    ],
+}
+
+
+def mutated(name, file, old, new):
+    """The file's source with the bug in it."""
+    source = (ROOT / file).read_text(encoding="utf-8")
+    if source.count(old) != 1:
+        raise ValueError(f"{name}: {file} has {source.count(old)} times {old!r}, expected once")
+    return source.replace(old, new)
+
+
+def run_tests(script, file="", source=""):
+    """The script's tests in a copy of the sources, `file` having `source` there. -> the first test
+    that fails, "" when none does; seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for part in ("data", "tests"):
+            ignored = shutil.ignore_patterns("toy", "__pycache__")
+            shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+        for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
+            shutil.copy(path, folder)
+        if file:
+            (folder / file).write_text(source, encoding="utf-8")
+        began = time.time()
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, f"tests/test_{script}.py"],
+            cwd=folder,
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+        )
+    failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(\S+)", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1) or (done.returncode == 1) != bool(failed):
+        sys.exit(f"the tests could not run:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return failed[0] if failed else "", time.time() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("scripts", nargs="*", help="whose bugs; none: all scripts'")
+    parser.add_argument("--only", default="", help="bugs whose name has this in it")
+    args = parser.parse_args()
+    missed = []
+    for script in args.scripts or MUTATIONS:
+        failed, seconds = run_tests(script)
+        if failed:
+            sys.exit(f"{script}: {failed} fails without any bug")
+        print(f"{script}: its tests pass without a bug ({seconds:.0f} s)", flush=True)
+        chosen = [m for m in MUTATIONS[script] if args.only in m[0]]
+        for name, file, old, new in chosen:
+            failed, seconds = run_tests(script, file, mutated(name, file, old, new))
+            print(f"  {name}: {failed or 'NOT CAUGHT'} ({seconds:.0f} s)", flush=True)
+            missed += [] if failed else [f"{script}: {name}"]
+        print(f"{script}: {len(chosen)} bugs planted", flush=True)
+    if missed:
+        sys.exit(f"not caught: {'; '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()
