@@ -187,7 +187,13 @@ class GPT(nn.Module):
         if self.score is not None:
             # In float32 under autocast too: it is differences between scores that count.
             return (at_least_float32(hidden) * self.score.weight[0]).sum(-1)
-        return F.linear(hidden, self.wte.weight)
+        weight = self.wte.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            # A shift of all logits alike, which softmax does not see: GPT-2's lie near -100, where
+            # bfloat16's numbers are 0.5 apart. So log-probabilities come five times nearer to
+            # float32's (0.08 off on average, 0.015 with the shift).
+            weight = weight - weight.mean(0)
+        return F.linear(hidden, weight)
 
     def forward(self, tokens, at=None):
         """Next-token logits, or scalars, of right-padded tokens (B, T) int64.

@@ -254,7 +254,9 @@ def ppo_gate(folder, ids, c):
 
     def our_batch(sampler, lines, prompts, cfg, eos, seed, device):
         tokens, mask = pad(prompts, [canned(prompt) for prompt in prompts])
-        return {"lines": lines, "tokens": tokens, "mask": mask, "ended": tokens[:, 0] >= 0}
+        lengths = [len(prompt) + length for prompt in prompts]
+        batch = {"lines": lines, "tokens": tokens, "mask": mask, "lengths": lengths}
+        return batch | {"ended": torch.ones(len(prompts), dtype=torch.bool)}
 
     trainer_module = sys.modules["trl.experimental.ppo.ppo_trainer"]
 

@@ -87,8 +87,8 @@ MUTATIONS = {
         (
             "the update's temperature is 1",
             "ppo.py",
-            "token_logprobs(logits, tokens[rows], inside, cfg.temperature)",
-            "token_logprobs(logits, tokens[rows], inside)",
+            "token_logprobs(logits, tokens[at], inside, cfg.temperature)",
+            "token_logprobs(logits, tokens[at], inside)",
         ),
         (
             "sampling's temperature is 1",
@@ -99,8 +99,8 @@ MUTATIONS = {
         (
             "old log-probabilities follow the updates",
             "ppo.py",
-            "new_logprobs, logprobs[rows], advantages[rows], cfg.clip",
-            "new_logprobs, new_logprobs.detach(), advantages[rows], cfg.clip",
+            "new_logprobs, logprobs[at], advantages[at], cfg.clip",
+            "new_logprobs, new_logprobs.detach(), advantages[at], cfg.clip",
         ),
         (
             "a pad's value is bootstrapped from",
@@ -171,8 +171,8 @@ MUTATIONS = {
         (
             "ranks with the same prompts",
             "ppo.py",
-            "mine = order[rank::world]",
-            "mine = order[:share]",
+            "mine = sorted(order[rank::world],",
+            "mine = sorted(order[:share],",
         ),
         (
             "ranks with the same samples",

@@ -172,6 +172,20 @@ def test_bad_config():
 # --- log-probabilities ----------------------------------------------------------------------------
 
 
+def test_logits_far_from_zero_under_autocast(small_gpt):
+    """As GPT-2's, which lie near -100: an offset that all tokens share costs no precision."""
+    model = small_gpt(vocab_size=200)
+    tokens = torch.randint(0, 200, (4, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.wte.weight[:, 3], model.ln_f.weight[3], model.ln_f.bias[3] = 0.7, 0, -140
+        exact = model(tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(tokens)
+    assert exact.mean() < -90 and rounded.mean().abs() < 1
+    errors = (rounded.float().log_softmax(-1) - exact.log_softmax(-1)).abs()
+    assert errors.mean() < 0.02  # 0.012; with logits near -98 it is 0.127
+
+
 def test_token_logprobs_vector():
     """Four positions, three tokens, a prompt of two: computed by hand. The response's log-probs
     come from the logits one column before, the prompt's last among them."""
