@@ -1,9 +1,10 @@
 # One command on a fresh machine with Python 3.11 or newer:
-#   make             installs, writes the embedded task, runs every stage that exists, reports
-#   make test        installs, runs all tests
+#   make                 installs, writes the embedded task, runs every stage that exists, reports
+#   make test            installs, runs all tests
 #   make test-mutations  plants bugs in the sources, each of which the tests must catch
-#   make test-peers  installs transformers and TRL beside torch, runs the tests that compare
-#   make bench       measures against peers
+#   make test-faults     kills every script at random moments (QUICK=1: two each)
+#   make test-peers      installs transformers and TRL beside torch, runs the tests that compare
+#   make bench           measures against peers
 #   make reward-scaling, make reward-margins, make best-of-n     experiments, three seeds each
 # QUICK=1 makes the experiments with one seed.
 # LAUNCH="torchrun --nproc_per_node=8" runs the stages on several GPUs; INIT=gpt2/ DATA=mine/ on a
@@ -28,7 +29,7 @@ comma := ,
 space := $() $()
 list = $(subst $(space),$(comma),$(strip $(1)))
 
-.PHONY: all report check test test-mutations test-peers bench lint clean reward-scaling reward-margins best-of-n
+.PHONY: all report check test test-mutations test-faults test-peers bench lint clean reward-scaling reward-margins best-of-n
 .DELETE_ON_ERROR:
 
 report: $(RUNS)/evaluation/report.json
@@ -189,6 +190,9 @@ test: $(VENV)/installed
 
 test-mutations: $(VENV)/installed
 	$(PYTHON) tests/mutations.py
+
+test-faults: $(VENV)/installed
+	QUICK=$(QUICK) $(PYTHON) -m pytest -m faults tests/test_faults.py
 
 test-peers: $(PEERS)/installed
 	$(PEERS)/bin/python -m pytest -m peers tests/test_peers.py

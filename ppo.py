@@ -715,15 +715,14 @@ def joined(parts, batch):
     return torch.cat([F.pad(part, (0, T - part.shape[1])) for part in parts])
 
 
-def score_batch(rewards, weights, batch, texts, real, size, cfg, autocast, device):
-    """Scores (B,), float64: every reward's, combined, `size` rows a forward. What did not end gets
-    the smaller of --missing_eos_score and the lowest of the `real` first scores of all ranks."""
+def score_batch(rewards, weights, batch, texts, size, cfg, autocast):
+    """Every reward's scores, combined, (B,) float64, `size` rows a forward."""
     found = []
     for kind, model, *statistics in rewards:
         if kind == "file":
             pairs = zip(batch["lines"], texts, strict=True)
             scores = [gold_score(model, line, text) for line, text in pairs]
-            found.append(torch.tensor(scores, dtype=torch.float64, device=device))
+            found.append(batch["tokens"].new_tensor(scores, dtype=torch.float64))
             continue
         raw = []
         for tokens, mask in trimmed(batch, size):
@@ -731,12 +730,17 @@ def score_batch(rewards, weights, batch, texts, real, size, cfg, autocast, devic
                 output = model(tokens)
             raw.append(last_score(output, mask).double())
         found.append(normalised(torch.cat(raw), statistics[0]))
-    scores = combine_scores(torch.stack(found), weights, cfg.combine)
+    return combine_scores(torch.stack(found), weights, cfg.combine)
+
+
+def punish_missing_eos(scores, ended, real, cfg, device):
+    """Scores (B,), where a response did not end the smaller of --missing_eos_score and the lowest
+    of the `real` first scores of all ranks: going on for ever can't pay, whatever their scale."""
     if cfg.missing_eos_score == "none":
         return scores
-    lowest = [float(scores[:real].min()) if real else math.inf]
+    lowest = [float(scores[:real].min())] if real else []
     least = min([float(cfg.missing_eos_score), *gather(lowest, device)])
-    return scores.masked_fill(~batch["ended"], least)
+    return scores.masked_fill(~ended, least)
 
 
 def response_logprobs(model, batch, size, cfg, autocast):
@@ -811,15 +815,21 @@ def distinct(texts, n):
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def beside(samples, others):
+def beside(samples, others, missing_eos_score):
     """The policy's samples beside the reference's to the same prompts: means by task, differences
     paired by prompt, win rates (ties half), each with its interval, and how various they are."""
+    if missing_eos_score != "none":  # one floor for both sides, so that it decides nothing
+        every = [sample["parts"]["proxy"] for sample in samples + others]
+        least = {"proxy": min(float(missing_eos_score), *every)}
+        samples, others = (
+            [s if s["parts"]["eos"] else s | {"parts": s["parts"] | least} for s in side]
+            for side in (samples, others)
+        )
     pairs, wins = [], {}
     for ours, theirs in zip(samples, others, strict=True):
-        parts = {
-            n: x - theirs["parts"][n] for n, x in ours["parts"].items() if n in theirs["parts"]
-        }
-        pairs.append(ours | {"parts": parts})
+        before = theirs["parts"]
+        more = {name: x - before[name] for name, x in ours["parts"].items() if name in before}
+        pairs.append(ours | {"parts": more})
     for part in ("proxy", "gold"):
         if part in samples[0]["parts"]:
             wins[part] = mean_interval([0.5 + 0.5 * np.sign(pair["parts"][part]) for pair in pairs])
@@ -1024,7 +1034,8 @@ def main():
             mine = order[begin : begin + rows * world][rank::world]
             # A rank without prompts goes along: scoring gathers over the ranks.
             some = mine or order[:1]
-            seed = 1_000_003 * (cfg.seed + 1) + begin * world + rank
+            # Not the reference's draws: a win rate is one of independent samples.
+            seed = 2 * (1_000_003 * (cfg.seed + 1) + begin * world + rank) + (model is policy)
             batch = sample_batch(
                 sampler,
                 [lines[i] for i in some],
@@ -1036,9 +1047,7 @@ def main():
             )
             texts = texts_of(batch, tokenizer)
             size = cfg.micro_batch_size
-            scores = score_batch(
-                rewards, weights, batch, texts, len(mine), size, cfg, autocast, device
-            ).tolist()
+            scores = score_batch(rewards, weights, batch, texts, size, cfg, autocast).tolist()
             gap = response_logprobs(model, batch, size, cfg, autocast)
             gap = (gap - response_logprobs(reference, batch, size, cfg, autocast)).sum(1).tolist()
             ended = batch["ended"].tolist()
@@ -1064,7 +1073,7 @@ def main():
         if few and (step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0)):
             samples = responses_of(policy, few, few_ids, cfg.temperature)
             if rank == 0:
-                found = beside(samples, base)
+                found = beside(samples, base, cfg.missing_eos_score)
                 record = {"step": step, "seconds": round(time.time() - started, 1)}
                 for task, table in found["policy"].items():
                     prefix = "eval" if task == "all" else f"eval_{task}"
@@ -1125,7 +1134,8 @@ def main():
 
         # 2. Scores of whole responses; log-probabilities and values of tokens, by the forward that
         #    the update will use: the sampler's own differ in their last digits.
-        scores = score_batch(rewards, weights, batch, texts, len(mine), size, cfg, autocast, device)
+        scores = score_batch(rewards, weights, batch, texts, size, cfg, autocast)
+        scores = punish_missing_eos(scores, batch["ended"], len(mine), cfg, device)
         logprobs = response_logprobs(compiled["policy"], batch, size, cfg, autocast)
         ref_logprobs = response_logprobs(reference, batch, size, cfg, autocast)
         values = []
@@ -1312,7 +1322,7 @@ def main():
     for name, temperature in (("sampled", cfg.temperature), ("greedy", 0.0)) if some else ():
         samples = responses_of(policy, some, some_ids, temperature)
         others = responses_of(reference, some, some_ids, temperature)
-        report[name] = beside(samples, others)
+        report[name] = beside(samples, others, cfg.missing_eos_score)
         if rank == 0:
             print_table(f"{name} (temperature {temperature:g})", report[name]["policy"])
             print_table("more than the reference, paired by prompt", report[name]["difference"])

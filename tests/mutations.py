@@ -159,8 +159,8 @@ MUTATIONS = {
         (
             "what ended is punished",
             "ppo.py",
-            'scores.masked_fill(~batch["ended"], least)',
-            'scores.masked_fill(batch["ended"], least)',
+            "scores.masked_fill(~ended, least)",
+            "scores.masked_fill(ended, least)",
         ),
         (
             "entropy punished",
@@ -179,6 +179,12 @@ MUTATIONS = {
             "ppo.py",
             "seed = (cfg.seed * 1_000_003 + step) * 4096 + rank",
             "seed = (cfg.seed * 1_000_003 + step) * 4096",
+        ),
+        (
+            "policy and reference with the same draws",
+            "ppo.py",
+            " + (model is policy)",
+            "",
         ),
         (
             "beta falls when KL is too high",

@@ -599,6 +599,20 @@ def test_it_learns_a_reward_of_ones_own(data, tmp_path, monkeypatch, capsys):
     assert "wins against the reference by gold" in capsys.readouterr().out
 
 
+def test_a_policy_that_did_not_learn_wins_half(data, tmp_path, monkeypatch):
+    """Its samples are other draws than the reference's, from the same law; greedy, the same."""
+    held = write_jsonl(tmp_path / "held.jsonl", 20 * read_lines(data / "held.jsonl"))
+    more = ["--steps", 1, "--batch_size", 2, "--lr", 0, "--value_lr", 0]
+    more += ["--validation", held, "--num_prompts", 180]
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *more)) == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    _, low, high = report["sampled"]["win_rate"]["proxy"]
+    assert low < 0.5 < high and 0.05 < high - low < 0.2
+    assert report["sampled"]["difference"]["all"]["kl"] == pytest.approx([0, 0, 0], abs=1e-5)
+    assert report["greedy"]["win_rate"]["proxy"] == [0.5, 0.5, 0.5]
+    assert report["greedy"]["distinct_2"][0] == report["greedy"]["distinct_2"][1]
+
+
 def test_several_rewards_and_other_choices(data, tmp_path, monkeypatch):
     """Two rewards by weight and by the least of them, another value network's start, estimator,
     temperature and discount: each runs, and the scores are those of both."""
@@ -616,22 +630,29 @@ def test_several_rewards_and_other_choices(data, tmp_path, monkeypatch):
     assert len(set(scores)) == 3 and min(scores) == scores[1]
 
 
-def test_what_did_not_end(data, tokenizer):
-    """It scores the smaller of --missing_eos_score and the lowest in the batch."""
-    rewards = [ppo.load_reward(str(data / "reward"), tokenizer, "cpu")]
-    tokens, mask = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]]), torch.tensor([[0, 0, 1, 1]] * 2) > 0
-    lines = [{"prompt": "a"}, {"prompt": "b"}]
-    batch = {"tokens": tokens, "mask": mask, "lengths": [4, 4], "lines": lines}
-    batch["ended"] = torch.tensor([True, False])
-    arguments = (rewards, [1.0], batch, ["x", "y"], 2, 1)
-    rest = (ppo.nullcontext(), torch.device("cpu"))
-    own = ppo.score_batch(*arguments, ppo.Config(missing_eos_score="none"), *rest)
-    found = ppo.score_batch(*arguments, ppo.Config(missing_eos_score="-7"), *rest)
-    assert found[0] == own[0] and found[1] == -7
-    found = ppo.score_batch(*arguments, ppo.Config(missing_eos_score="50"), *rest)
-    assert found[1] == own.min()
-    dummy = (rewards, [1.0], batch, ["x", "y"], 0, 1)  # rows of a rank without episodes
-    assert ppo.score_batch(*dummy, ppo.Config(missing_eos_score="50"), *rest)[1] == 50
+def test_what_did_not_end():
+    """It scores the smaller of --missing_eos_score and the lowest in the batch; rows that a rank
+    without episodes goes along with count for nothing."""
+    own, ended = tensor(0.5, 3.0, -2.0), torch.tensor([True, False, True])
+    for given, real, expected in [
+        ("none", 3, 3.0),
+        ("-7", 3, -7.0),
+        ("50", 3, -2.0),
+        ("50", 2, 0.5),
+        ("50", 0, 50.0),
+    ]:
+        c = ppo.Config(missing_eos_score=given)
+        found = ppo.punish_missing_eos(own, ended, real, c, torch.device("cpu"))
+        assert found.tolist() == [0.5, expected, -2.0]
+    samples = [
+        {"response": "a b c", "parts": {"proxy": proxy, "eos": eos}}
+        for proxy, eos in [(1.0, 1.0), (9.0, 0.0)]
+    ]
+    table = ppo.beside(samples, samples[::-1], "-1")
+    assert table["win_rate"]["proxy"][0] == 0.5
+    assert table["policy"]["all"]["proxy"][0] == 0.0 == table["difference"]["all"]["proxy"][0]
+    assert ppo.beside(samples, samples, "none")["policy"]["all"]["proxy"][0] == 5.0
+    assert table["distinct_2"] == [0.5, 0.5]
 
 
 def test_the_self_check_finds_another_forward(data, tmp_path, monkeypatch, capsys):
