@@ -97,7 +97,7 @@ class Config:
     ] = ""
     gold: Annotated[str, "Python file whose score(prompt, response, **fields) is the truth"] = ""
     out_dir: Annotated[str, "run directory"] = "runs/ppo"
-    beta: Annotated[float, "KL coefficient (Stiennon et al.: 0.05; InstructGPT: 0.02)"] = 0.05
+    beta: Annotated[float, "KL coefficient (Stiennon et al.: 0.05; InstructGPT: 0.02)"] = 0.1
     kl_target: Annotated[float, "nats a sequence that beta is steered to; 0: beta is fixed"] = 0.0
     kl_horizon: Annotated[int, "episodes in which beta can change by a fifth (Ziegler et al.)"] = (
         10000
@@ -715,22 +715,25 @@ def joined(parts, batch):
     return torch.cat([F.pad(part, (0, T - part.shape[1])) for part in parts])
 
 
+def scores_of(reward, batch, texts, size, autocast):
+    """One reward's scores (B,), float64; of a model's, `size` rows a forward (0: all)."""
+    kind, model, *statistics = reward
+    if kind == "file":
+        pairs = zip(batch["lines"], texts, strict=True)
+        scores = [gold_score(model, line, text) for line, text in pairs]
+        return batch["tokens"].new_tensor(scores, dtype=torch.float64)
+    raw = []
+    for tokens, mask in trimmed(batch, size):
+        with torch.no_grad(), autocast:
+            output = model(tokens)
+        raw.append(last_score(output, mask).double())
+    return normalised(torch.cat(raw), statistics[0])
+
+
 def score_batch(rewards, weights, batch, texts, size, cfg, autocast):
-    """Every reward's scores, combined, (B,) float64, `size` rows a forward."""
-    found = []
-    for kind, model, *statistics in rewards:
-        if kind == "file":
-            pairs = zip(batch["lines"], texts, strict=True)
-            scores = [gold_score(model, line, text) for line, text in pairs]
-            found.append(batch["tokens"].new_tensor(scores, dtype=torch.float64))
-            continue
-        raw = []
-        for tokens, mask in trimmed(batch, size):
-            with torch.no_grad(), autocast:
-                output = model(tokens)
-            raw.append(last_score(output, mask).double())
-        found.append(normalised(torch.cat(raw), statistics[0]))
-    return combine_scores(torch.stack(found), weights, cfg.combine)
+    """Every reward's scores, combined, (B,) float64."""
+    scores = [scores_of(reward, batch, texts, size, autocast) for reward in rewards]
+    return combine_scores(torch.stack(scores), weights, cfg.combine)
 
 
 def punish_missing_eos(scores, ended, real, cfg, device):
@@ -840,6 +843,17 @@ def beside(samples, others, missing_eos_score):
         "win_rate": wins,
         "distinct_2": [distinct([s["response"] for s in some], 2) for some in (samples, others)],
     }
+
+
+def print_beside(name, report):
+    """A table of the policy's samples, and what they are worth more than the reference's."""
+    print_table(name, report["policy"])
+    for part, (rate, low, high) in report["win_rate"].items():
+        interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+        print(f"  wins against the reference by {part}: {rate:.3f}{interval}; more, by prompt:")
+        for task, table in report["difference"].items():
+            if part in table and table["count"] > 1:
+                print("    {:<12} {:+8.3f}  [{:+.3f}, {:+.3f}]".format(task, *table[part]))
 
 
 def check_ratio(ratio, limit, device):
@@ -1324,11 +1338,7 @@ def main():
         others = responses_of(reference, some, some_ids, temperature)
         report[name] = beside(samples, others, cfg.missing_eos_score)
         if rank == 0:
-            print_table(f"{name} (temperature {temperature:g})", report[name]["policy"])
-            print_table("more than the reference, paired by prompt", report[name]["difference"])
-            for part, (rate, low, high) in report[name]["win_rate"].items():
-                interval = "" if low is None else f"[{low:.3f}, {high:.3f}]"
-                print(f"  wins against the reference by {part}: {rate:.3f} {interval}")
+            print_beside(f"{name} (temperature {temperature:g})", report[name])
     if rank == 0:
         write_json(out_dir / "report.json", report)
         for path in out_dir.glob("checkpoint-*"):

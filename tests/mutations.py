@@ -153,8 +153,8 @@ MUTATIONS = {
         (
             "scores not normalised",
             "ppo.py",
-            "found.append(normalised(torch.cat(raw), statistics[0]))",
-            "found.append(torch.cat(raw))",
+            "return normalised(torch.cat(raw), statistics[0])",
+            "return torch.cat(raw)",
         ),
         (
             "what ended is punished",
