@@ -595,9 +595,9 @@ def collate(examples):
 
 def collate_pairs(examples):
     """`collate`, and the reference's log-probabilities of its rows (R,)."""
-    refs = torch.tensor([ref for example in examples for ref in example["ref"]])
+    refs = [ref for example in examples for ref in example["ref"]]
     tokens, mask, rows, keep, _, label = collate(examples)
-    return tokens, mask, rows, keep, label, refs
+    return tokens, mask, rows, keep, label, torch.tensor(refs, dtype=torch.float64)
 
 
 def read_prompts(path):
@@ -1072,7 +1072,7 @@ def check_start(losses, ref_logprobs, keep, label, limit, cfg, device):
     """Ends the run, on all ranks, unless the first loss is that of a policy that is its reference:
     ln 2 for dpo."""
     expected = preference_loss(ref_logprobs, ref_logprobs, keep, label.to(losses.dtype), cfg)
-    far = max(gather([float((losses / expected - 1).abs().max())], device))
+    far = max(gather([float((losses.detach() / expected - 1).abs().max())], device))
     if far > limit:
         refuse(
             f"self-check: the first loss is {far:.1e} of it off {expected[0]:.4f} (limit "
@@ -1535,9 +1535,8 @@ def main():
     if cfg.online:
         report["labels"] = labels
     report["peak_memory_gib"] = round(peak_memory(device) / 2**30, 2)
-    for name, temperature in (
-        (("sampled", cfg.temperature), ("greedy", 0.0)) if held_prompts else ()
-    ):
+    ways = (("sampled", cfg.temperature), ("greedy", 0.0))
+    for name, temperature in ways if held_prompts else ():
         samples, others = compare_with_reference(cfg.num_prompts, temperature)
         report[name] = beside(samples, others, "none")
         if rank == 0:

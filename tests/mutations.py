@@ -199,6 +199,124 @@ MUTATIONS = {
             'first = state["first"]',
         ),
     ],
+    "dpo": [
+        (
+            "mean of log-probabilities in the sum's place",
+            "dpo.py",
+            "        return logprobs.sum(1)\n",
+            "        return logprobs.sum(1) / mask.sum(1)\n",
+        ),
+        (
+            "chosen and rejected reference swapped",
+            "dpo.py",
+            "(chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)",
+            "(chosen_logprobs - ref_rejected_logprobs) - (rejected_logprobs - ref_chosen_logprobs)",
+        ),
+        (
+            "policy and reference swapped",
+            "dpo.py",
+            "    q = label * (1 - label_smoothing)",
+            "    h = -h\n    q = label * (1 - label_smoothing)",
+        ),
+        (
+            "no reference",
+            "dpo.py",
+            "h = (chosen_logprobs - ref_chosen_logprobs) -",
+            "h = chosen_logprobs -",
+        ),
+        (
+            "mask one token late",
+            "dpo.py",
+            "    tokens, mask, rows, keep, _, label = collate(examples)\n",
+            "    tokens, mask, rows, keep, _, label = collate(examples)\n"
+            "    mask = mask.roll(1, 1)\n",
+        ),
+        (
+            "prompt tokens counted",
+            "dpo.py",
+            "    tokens, mask, rows, keep, _, label = collate(examples)\n",
+            "    tokens, mask, rows, keep, _, label = collate(examples)\n"
+            "    mask = mask | (mask.cumsum(1) == 0)\n    mask[:, 0] = False\n",
+        ),
+        (
+            "end of text not counted",
+            "dpo.py",
+            "        return logprobs.sum(1)\n",
+            "        return (logprobs * mask.roll(-1, 1)).sum(1)\n",
+        ),
+        (
+            "chosen and rejected swapped",
+            "dpo.py",
+            "chosen, rejected = logprobs[:, i], logprobs[:, j]  # (B, P)",
+            "rejected, chosen = logprobs[:, i], logprobs[:, j]  # (B, P)",
+        ),
+        (
+            "beta missing on one side",
+            "dpo.py",
+            "return q * f(h) + (1 - q) * f(-h)",
+            "return q * f(h) + (1 - q) * f(-h / beta)",
+        ),
+        (
+            "beta squared",
+            "dpo.py",
+            "return -F.logsigmoid(beta * h)",
+            "return -F.logsigmoid(beta * beta * h)",
+        ),
+        (
+            "label forgotten",
+            "dpo.py",
+            "*references, cfg.beta, kind, smoothing, label)",
+            "*references, cfg.beta, kind, smoothing)",
+        ),
+        (
+            "ties and padding count",
+            "dpo.py",
+            "return losses.masked_fill(~keep, 0.0).sum(1) / keep.sum(1)",
+            "return losses.mean(1)",
+        ),
+        (
+            "each micro-batch's own mean",
+            "dpo.py",
+            "scaler.scale(loss * world / len(batch)).backward()",
+            "scaler.scale(loss / len(some) / len(shares)).backward()",
+        ),
+        (
+            "dropout left on",
+            "dpo.py",
+            "        set_dropout(model, 0.0)\n",
+            "",
+        ),
+        (
+            "ipo's target without the half",
+            "dpo.py",
+            "return (h - 1 / (2 * beta)) ** 2",
+            "return (h - 1 / beta) ** 2",
+        ),
+        (
+            "the last response wins the ranking",
+            "dpo.py",
+            "ranked = sorted(responses.items(), key=lambda item: -item[1][0])",
+            "ranked = sorted(responses.items(), key=lambda item: item[1][0])",
+        ),
+        (
+            "a resumed round is sampled anew",
+            "dpo.py",
+            "if cfg.online and epoch != step // steps_an_epoch:",
+            "if cfg.online:",
+        ),
+        (
+            "the reference follows the policy",
+            "dpo.py",
+            "to = policy if cfg.refresh_reference else reference",
+            "to = policy",
+        ),
+        (
+            "a cache of other truncation is used",
+            "dpo.py",
+            "[tokenizer_hash(tokenizer), max_length, cfg.overlong]",
+            "[tokenizer_hash(tokenizer)]",
+        ),
+    ],
 }
 
 

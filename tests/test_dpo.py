@@ -1,0 +1,569 @@
+"""dpo.py: its losses against vectors, exact optima and TRL's numbers; the whole script."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, gradient, metrics, read_lines, run_script, torchrun, weights, write_jsonl
+from safetensors.torch import load_file
+
+import dpo
+import reward
+from model import load_model, save_model
+
+
+def run(monkeypatch, *args):
+    return run_script(dpo, monkeypatch, *args)
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# --- the vectors of methods.md, cards D1 to D4 and D8 ---------------------------------------------
+
+CHOSEN, REJECTED = tensor(-10, -8), tensor(-12, -7.5)
+REF_CHOSEN, REF_REJECTED = tensor(-11, -8.2), tensor(-11.5, -8.5)
+FOUR = (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED)
+
+
+@pytest.mark.parametrize(
+    "loss, smoothing, expected",
+    [
+        ("dpo", 0.0, [0.620957, 0.733947]),
+        ("dpo", 0.1, [0.635957, 0.725947]),
+        ("robust", 0.1, [0.602207, 0.743947]),
+        ("ipo", 0.0, [12.25, 33.64]),
+        ("hinge", 0.0, [0.85, 1.08]),
+    ],
+)
+def test_loss_vectors(loss, smoothing, expected):
+    losses = dpo.dpo_loss(*FOUR, 0.1, loss, smoothing)
+    assert losses.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_ipo_on_length_averages():
+    """As TRL has it; ours sums, as the paper and its authors' first code do."""
+    w, r = tensor(5, 4), tensor(6, 3)
+    losses = dpo.dpo_loss(CHOSEN / w, REJECTED / r, REF_CHOSEN / w, REF_REJECTED / r, 0.1, "ipo")
+    assert losses.tolist() == pytest.approx([22.246944, 27.913611], abs=1e-6)
+
+
+def test_other_losses():
+    for bias, expected in [(0.5, [0.913015, 0.928057]), (1.0, [0.598139, 0.718460])]:
+        found = dpo.cpl_loss(CHOSEN, REJECTED, 0.1, bias).tolist()
+        assert found == pytest.approx(expected, abs=1e-6)
+    scores = tensor(-0.5, -0.7, -1.2)[None]
+    found = dpo.plackett_luce_loss(scores, torch.zeros_like(scores), 1.0)
+    assert found.tolist() == pytest.approx([1.313623], abs=1e-6)
+    with pytest.raises(ValueError, match="expected dpo, ipo, hinge or robust"):
+        dpo.dpo_loss(*FOUR, 0.1, "kto")
+
+
+def test_the_gradient_is_the_papers():
+    """-beta sigmoid(-beta h) for log pi(chosen), the opposite for log pi(rejected); nothing for the
+    reference's, were it to learn."""
+    four = [x.clone().requires_grad_() for x in FOUR]
+    found = torch.autograd.grad(dpo.dpo_loss(*four, 0.1).sum(), four[:2])
+    weight = torch.sigmoid(-0.1 * tensor(1.5, -0.8))
+    assert found[0].tolist() == pytest.approx([-0.046257, -0.051999], abs=1e-6)
+    assert torch.allclose(found[0], -0.1 * weight) and torch.allclose(found[1], 0.1 * weight)
+    for more in [("dpo", 0.0), ("dpo", 0.1), ("robust", 0.1), ("ipo", 0.0)]:
+        assert torch.autograd.gradcheck(
+            lambda *x, more=more: dpo.dpo_loss(*x, 0.3, *more, 0.8), four
+        )
+
+
+def test_soft_labels_and_wrong_ones():
+    """A label p weighs the two orders by p and 1 - p. Robust: on labels that are flipped with
+    probability e, its mean is dpo's loss on clean ones. At h = 0 every dpo is ln 2."""
+    clean, swapped = dpo.dpo_loss(*FOUR, 0.1), dpo.dpo_loss(*FOUR[:2][::-1], *FOUR[2:][::-1], 0.1)
+    soft = dpo.dpo_loss(*FOUR, 0.1, label=tensor(0.7, 0.6))
+    assert torch.allclose(soft, tensor(0.7, 0.6) * clean + tensor(0.3, 0.4) * swapped)
+    robust = dpo.dpo_loss(*FOUR, 0.1, "robust", 0.2)
+    wrong = dpo.dpo_loss(*FOUR[:2][::-1], *FOUR[2:][::-1], 0.1, "robust", 0.2)
+    assert torch.allclose(0.8 * robust + 0.2 * wrong, clean)
+    for loss, smoothing, label in [("dpo", 0, 1), ("dpo", 0.2, 0.7), ("robust", 0.2, 1)]:
+        start = dpo.dpo_loss(CHOSEN, REJECTED, CHOSEN, REJECTED, 0.1, loss, smoothing, label)
+        assert start.tolist() == pytest.approx([math.log(2)] * 2)
+
+
+def test_plackett_luce_is_a_law_of_rankings():
+    """Its probabilities of all orders sum to 1; of two responses it is dpo; ties and what is not
+    there count for nothing."""
+    r, zero = tensor(0.4, -1.0, 0.3, 1.2), torch.zeros(1, 4, dtype=torch.float64)
+    orders = [r[list(order)][None] for order in itertools.permutations(range(4))]
+    total = sum(math.exp(-dpo.plackett_luce_loss(order, zero, 0.7).item()) for order in orders)
+    assert total == pytest.approx(1)
+    two = dpo.plackett_luce_loss(torch.stack([CHOSEN, REJECTED], 1), torch.zeros(2, 2), 0.1)
+    assert torch.allclose(two, dpo.dpo_loss(CHOSEN, REJECTED, tensor(0, 0), tensor(0, 0), 0.1))
+    beats = torch.zeros(1, 4, 4, dtype=torch.bool)
+    beats[0, 0, 1] = beats[0, 0, 2] = True  # 1 and 2 a tie, 3 not there
+    found = dpo.plackett_luce_loss(r[None], zero, 1.0, beats)
+    assert found.item() == pytest.approx((r[:3].logsumexp(0) - r[0]).item())
+
+
+def test_discounted_sums():
+    logprobs, mask = tensor([0, 1, 2, 4], [0, 0, 3, 5]), torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]])
+    assert dpo.discounted(logprobs, mask, 1).tolist() == [7, 8]
+    assert dpo.discounted(logprobs, mask, 0.5).tolist() == [1 + 1 + 1, 3 + 2.5]
+
+
+# --- exact optima: three one-token responses, methods.md section 0 --------------------------------
+
+PI_REF, REWARDS = tensor(0.5, 0.3, 0.2), tensor(0, 1, 2)
+
+
+def descend(loss_of, steps=1500, lr=0.02):
+    """Adam on the logits of three arms, from the reference's."""
+    logits = PI_REF.log().clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(logits.log_softmax(0)).backward()
+        optimizer.step()
+    return logits.detach().softmax(0)
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+@pytest.mark.parametrize("loss", ["dpo", "robust"])
+def test_dpo_lands_on_the_optimum(beta, loss):
+    """With the exact Bradley-Terry probabilities as labels: pi_ref exp(r / beta) / Z. The robust
+    loss gets them through a noisy channel, and undoes it."""
+    optimum = (PI_REF.log() + REWARDS / beta).softmax(0)
+    i, j = torch.triu_indices(3, 3, 1)
+    label, e = torch.sigmoid(REWARDS[i] - REWARDS[j]), 0.1
+    if loss == "robust":
+        label = label * (1 - e) + (1 - label) * e
+
+    def loss_of(logprobs):
+        refs = PI_REF.log()
+        four = logprobs[i], logprobs[j], refs[i], refs[j]
+        return dpo.dpo_loss(*four, beta, loss, e if loss == "robust" else 0.0, label).sum()
+
+    assert 0.5 * (descend(loss_of) - optimum).abs().sum().item() < 1e-3
+
+
+def test_ipo_settles_where_dpo_does_not():
+    """Of two arms one always wins: IPO's log-ratio stays at 1 / (2 tau), DPO's grows and grows."""
+    half = tensor(0.5).log()
+
+    def ratio_after(loss, steps):
+        logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], lr=0.05)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            logprobs = logits.log_softmax(0)
+            dpo.dpo_loss(logprobs[:1], logprobs[1:], half, half, 0.4, loss).sum().backward()
+            optimizer.step()
+        return (logits[0] - logits[1]).item()
+
+    assert ratio_after("ipo", 2000) == pytest.approx(1.25, abs=1e-3)
+    growth = [ratio_after("dpo", steps) for steps in (250, 500, 1000)]
+    assert growth[0] > 5 and growth[1] > growth[0] + 2 and growth[2] > growth[1] + 2
+
+
+# --- the whole script -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(toy_data, policy_run, tokenizer, tmp_path_factory):
+    """A folder with 21 rankings of 2 to 4 responses and 9 comparisons, some with a label, 8 held
+    out, 20 and 9 prompts, a policy with dropout in its checkpoint, another one, and a reward model.
+    """
+    folder = tmp_path_factory.mktemp("data")
+    lines = read_lines(toy_data / "rankings.jsonl")[:24]
+    for i, line in enumerate(lines):
+        for name in ("responses", "scores"):
+            line[name] = line[name][: 2 + i % 3]
+    lines = [line for line in lines if line["scores"][0] > line["scores"][-1]]
+    pairs = read_lines(toy_data / "comparisons.jsonl")[:9]
+    pairs = [pair | ({"label": 0.7} if i % 2 else {}) for i, pair in enumerate(pairs)]
+    write_jsonl(folder / "train.jsonl", lines + pairs)
+    for name, source, count in [
+        ("held.jsonl", "rankings_validation.jsonl", 8),
+        ("prompts.jsonl", "prompts_train.jsonl", 20),
+        ("held_prompts.jsonl", "prompts_validation.jsonl", 9),
+    ]:
+        write_jsonl(folder / name, read_lines(toy_data / source)[:count])
+    policy = load_model(policy_run)
+    policy.config = dataclasses.replace(policy.config, dropout=0.1)
+    save_model(folder / "policy", policy, tokenizer, {"stage": "sft"})
+    with torch.no_grad():
+        policy.wte.weight.mul_(0.8)
+    save_model(folder / "other", policy, tokenizer, {"stage": "sft"})
+    torch.manual_seed(3)
+    model = reward.add_scalar_head(load_model(policy_run))
+    statistics = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
+    save_model(folder / "reward", model, tokenizer, {"stage": "reward"} | statistics)
+    return folder
+
+
+def flags(data, out, *more):
+    files = ["--data", data / "train.jsonl", "--validation", data / "held.jsonl"]
+    files += ["--prompts", data / "held_prompts.jsonl", "--init", data / "policy", "--cache", ""]
+    files += ["--train_prompts", data / "prompts.jsonl", "--num_prompts", 9, "--device", "cpu"]
+    files += ["--max_new_tokens", 8, "--out_dir", out]
+    return list(map(str, [*files, *more]))
+
+
+NOTHING_HELD_OUT = ["--validation", "", "--prompts", ""]
+
+
+def steps_by_hand(data, tokenizer, cfg, steps):
+    """The first optimiser steps, one sequence at a time, without pads or masks, from the papers'
+    equations and Adam's. -> parameters."""
+    policy = load_model(data / "policy").double()
+    reference = copy.deepcopy(policy)
+    lines = read_lines(data / "train.jsonl")
+
+    def logprob(model, prompt, response):
+        ids = [*tokenizer.encode_ordinary(response), tokenizer.eot_token]
+        prompt = tokenizer.encode_ordinary(prompt)
+        logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return sum(row[token] for row, token in zip(logits, ids, strict=True))
+
+    def examples():
+        return dpo.read_examples(data / "train.jsonl", tokenizer, 96, False)[0]
+
+    lengths = [example["length"] for example in examples()]
+    batches = dpo.grouped_batches(lengths, cfg.batch_size, [cfg.seed, 0])
+    assert len(lengths) == len(lines)
+    moments = {}
+    for step in range(steps):
+        loss = 0.0
+        for number in batches[step]:
+            line = lines[number]
+            if "responses" in line:
+                scored = list(zip(line["responses"], line["scores"], strict=True))
+                pairs = [
+                    (a, b, 1.0) for (a, x), (b, y) in itertools.combinations(scored, 2) if x > y
+                ]
+            else:
+                pairs = [(line["chosen"], line["rejected"], line.get("label", 1.0))]
+            for chosen, rejected, label in pairs:
+                h = 0.0
+                for response, sign in ((chosen, 1), (rejected, -1)):
+                    h = h + sign * logprob(policy, line["prompt"], response)
+                    h = h - sign * logprob(reference, line["prompt"], response).detach()
+                q = label * (1 - cfg.label_smoothing) + (1 - label) * cfg.label_smoothing
+                p = torch.sigmoid(cfg.beta * h)
+                cross_entropy = -q * p.log() - (1 - q) * (1 - p).log()
+                loss = loss + cross_entropy / len(pairs) / len(batches[step])
+        parameters = list(policy.parameters())
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        scale = min(1.0, cfg.clip_norm / (norm + 1e-6))
+        rate = cfg.lr * (step + 1) / cfg.warmup
+        for p, g in zip(parameters, gradients, strict=True):
+            m, v = moments.get(p, (torch.zeros_like(p), torch.zeros_like(p)))
+            m = 0.9 * m + 0.1 * scale * g
+            v = cfg.adam_beta2 * v + (1 - cfg.adam_beta2) * (scale * g) ** 2
+            moments[p] = m, v
+            m, v = m / (1 - 0.9 ** (step + 1)), v / (1 - cfg.adam_beta2 ** (step + 1))
+            with torch.no_grad():
+                p -= rate * m / (v.sqrt() + cfg.adam_eps)
+    return policy.state_dict()
+
+
+def test_two_steps_against_ones_by_hand(data, tmp_path, monkeypatch, tokenizer):
+    """Rankings, comparisons and soft labels in one batch: the weights equal to 1e-9."""
+    cfg = dpo.Config(
+        steps=2,
+        batch_size=12,
+        micro_batch_size=5,
+        beta=0.3,
+        label_smoothing=0.1,
+        clip_norm=0.5,
+        lr=0.01,
+        warmup=2,
+        dtype="float64",
+    )
+    changed = [(k, v) for k, v in vars(cfg).items() if v != getattr(dpo.Config(), k)]
+    args = [part for k, v in changed for part in (f"--{k}", v)]
+    monkeypatch.setattr(dpo.shutil, "rmtree", lambda *a, **k: None)  # the checkpoint stays
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *NOTHING_HELD_OUT, *args)) == 0
+    found = load_file(tmp_path / "run/checkpoint-2/tensors.safetensors")
+    for name, expected in steps_by_hand(data, tokenizer, cfg, 2).items():
+        difference = (found[f"policy.{name}"] - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert difference < 1e-9, (name, difference)
+
+
+@pytest.mark.parametrize("loss", dpo.LOSSES)
+def test_every_loss_learns_to_order(data, tmp_path, monkeypatch, loss):
+    """The training pairs, over and over: the accuracy of the implicit rewards rises to nearly 1."""
+    more = ["--loss", loss, "--epochs", 30, "--lr", 3e-3, "--log_every", 1, *NOTHING_HELD_OUT]
+    more += ["--beta", {"ipo": 0.5, "cpl": 0.3}.get(loss, 0.1)]
+    if loss == "robust":
+        more += ["--label_smoothing", 0.1]
+    if loss == "cpl":
+        more += ["--gamma", 0.9, "--cpl_bias", 0.8, "--epochs", 60]
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *more)) == 0
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["accuracy"] > (0.8 if loss == "cpl" else 0.9)
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    if loss != "cpl":
+        assert lines[0]["margin"] == pytest.approx(0, abs=1e-5) and lines[-1]["margin"] > 0.3
+        assert lines[0]["weight"] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_ranks_and_accumulation_take_the_same_step(data, tmp_path):
+    """30 lines of 2 to 4 responses on 1 rank, 2 ranks and in micro-batches: the first step's
+    gradient equal to 1e-12 relative in float64, and what is logged."""
+    args = ["--steps", 1, "--batch_size", 29, "--dtype", "float64", "--clip_norm", 1e9]
+    args += ["--reference", data / "other", *NOTHING_HELD_OUT]
+    for name, ranks, more in [
+        ("one", 1, []),
+        ("accumulated", 1, ["--micro_batch_size", 4]),
+        ("two", 2, ["--micro_batch_size", 3]),
+    ]:
+        argv = flags(data, tmp_path / name, *args, *more)
+        if ranks == 1:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dpo.shutil, "rmtree", lambda *a, **k: None)
+                assert run(patch, *argv) == 0
+            continue
+        code = "dpo.shutil.rmtree = lambda *args, **kwargs: None\n"
+        code += f"sys.argv = {['dpo.py', *argv]!r}\ndpo.main()\n"
+        done = torchrun(tmp_path, "dpo", code, ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+    expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
+    assert expected.norm() > 0.1
+    for name in ("accumulated", "two"):
+        difference = gradient(tmp_path / name) - expected
+        assert difference.norm() / expected.norm() < 1e-12, name
+        for a, b in zip(metrics(tmp_path / name), logged, strict=True):
+            for key in ("loss", "accuracy", "chosen", "rejected"):
+                assert a[key] == pytest.approx(b[key], rel=1e-9, abs=1e-12), (name, key)
+
+
+LONG = ["--epochs", 2, "--batch_size", 8, "--save_every", 3, "--eval_every", 4, "--log_every", 2]
+ONLINE = ["--online", None, "--rounds", 3, "--round_prompts", 11, "--batch_size", 4]
+ONLINE += ["--save_every", 2, "--eval_every", 4, "--log_every", 2, "--judge_noise", 0.3]
+
+
+def long(data, online):
+    return [data / "reward" if flag is None else flag for flag in (ONLINE if online else LONG)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    for online in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            assert run(patch, *flags(data, folder / str(online), *long(data, online))) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "online, moment", [(False, 2), (False, 5), (True, 1), (True, 4), (True, 7)]
+)
+def test_kill_and_resume(data, tmp_path, uninterrupted, online, moment):
+    """kill -9 in the loss of a step, which online may be in the midst of a round: the end is
+    bit-identical, logs and judged samples too."""
+    args = flags(data, tmp_path / "run", *long(data, online), "--resume")
+    code = (
+        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport dpo\n"
+        f"real, calls = dpo.collate_pairs, []\n"
+        f"def counted(*args):\n"
+        f"    calls.append(torch.is_grad_enabled())\n"
+        f"    if len(calls) == {moment + 1}:\n"
+        f"        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"    return real(*args)\n"
+        f"import torch\ndpo.collate_pairs = counted\n"
+        f"sys.argv = {['dpo.py', *args]!r}\ndpo.main()\n"
+    )
+    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, *args) == 0
+    whole = uninterrupted / str(online)
+    assert weights(tmp_path / "run") == weights(whole)
+    assert metrics(tmp_path / "run") == metrics(whole)
+    for log in ("samples.jsonl", "rounds.jsonl") if online else ("samples.jsonl",):
+        assert (tmp_path / "run" / log).read_bytes() == (whole / log).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "online, where, call",
+    [
+        (False, "rank_share", 3),
+        (False, "judge", 12),
+        (True, "generate", 2),
+        (True, "rank_share", 2),
+    ],
+)
+def test_sigterm_saves_and_resumes(data, tmp_path, monkeypatch, uninterrupted, online, where, call):
+    """SIGTERM in an update, in evaluation and in a round's sampling."""
+    args = flags(data, tmp_path / "run", *long(data, online), "--resume")
+    with monkeypatch.context() as patch:
+        real, calls = getattr(dpo, where), []
+
+        def interrupted(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+
+        patch.setattr(dpo, where, interrupted)
+        assert run(patch, *args) == 128 + signal.SIGTERM
+    assert not (tmp_path / "run/report.json").exists()
+    assert run(monkeypatch, *args) == 0
+    assert weights(tmp_path / "run") == weights(uninterrupted / str(online))
+
+
+def test_two_ranks_with_few_lines_online(data, tmp_path):
+    """Three prompts a round, of which one rank has one: it ends, and every pair is counted."""
+    args = ["--online", data / "reward", "--rounds", 2, "--round_prompts", 3, "--batch_size", 2]
+    argv = ["dpo.py", *flags(data, tmp_path / "run", *args)]
+    done = torchrun(tmp_path, "dpo", f"sys.argv = {argv!r}\ndpo.main()\n")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    rounds = read_lines(tmp_path / "run/rounds.jsonl")
+    judged = sum(len(set(line["scores"])) > 1 for line in rounds)
+    assert report["labels"] == judged == len(rounds) and 2 <= judged <= 6
+    assert report["sampled"]["policy"]["all"]["count"] == 9
+    # What was judged is a file of rankings, that other stages read.
+    assert len(list(dpo.read_preferences(tmp_path / "run/rounds.jsonl"))) == judged
+
+
+def test_online_learns_what_the_judge_likes(data, tmp_path, monkeypatch):
+    """A Python file that likes short responses: they get shorter; with the reference refreshed in
+    each round KL to the start grows further."""
+    (tmp_path / "short.py").write_text(
+        "def score(prompt, response, *, task, **fields): return -len(response.split())\n"
+    )
+    short = tmp_path / "short.py"
+    args = ["--online", short, "--gold", short, "--rounds", 10, "--round_prompts", 32]
+    args += ["--batch_size", 16, "--lr", 3e-3, "--eval_every", 0, "--validation", ""]
+    kl = []
+    for more in ([], ["--refresh_reference"]):
+        out = tmp_path / str(len(kl))
+        assert run(monkeypatch, *flags(data, out, *args, *more)) == 0
+        report = json.loads((out / "report.json").read_text())
+        assert report["sampled"]["win_rate"]["gold"][0] > 0.6
+        kl.append(report["sampled"]["policy"]["all"]["kl"][0])
+    assert 0.05 < kl[0] < kl[1]
+
+
+def test_the_cache_of_the_reference(data, tmp_path, monkeypatch, capsys):
+    """The second run reads what the first computed, to the same weights; another truncation, other
+    weights or a damaged file do not."""
+    cached = ["--cache", tmp_path / "cache", "--steps", 2, *NOTHING_HELD_OUT]
+
+    def log_of(name, *more):
+        assert run(monkeypatch, *flags(data, tmp_path / name, *cached, *more)) == 0
+        return capsys.readouterr().out
+
+    assert "log-probabilities of the reference in" in log_of("first")
+    (file,) = (tmp_path / "cache").iterdir()
+    assert f"from {file}" in log_of("second")
+    assert weights(tmp_path / "first") == weights(tmp_path / "second")
+    assert "log-probabilities of the reference in" in log_of("third", "--max_length", 80)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    for place in (-20, 40):
+        contents = bytearray(file.read_bytes())
+        contents[place] ^= 4
+        file.write_bytes(contents)
+        assert "log-probabilities of the reference in" in log_of(f"damaged{place}")
+        assert f"from {file}" in log_of(f"repaired{place}")
+    assert weights(tmp_path / "first") == weights(tmp_path / "repaired40")
+
+
+def test_the_self_check_finds_another_reference(data, tmp_path, monkeypatch, capsys):
+    real = dpo.add_reference
+
+    def wrong(examples, logprobs):
+        real(examples, [x + 0.01 * i for i, x in enumerate(logprobs)])
+
+    monkeypatch.setattr(dpo, "add_reference", wrong)
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *LONG)) == 2
+    assert "self-check: the first loss is" in capsys.readouterr().err
+
+
+def test_another_reference(data, tmp_path, monkeypatch):
+    """A policy other than its reference: the first margin is not 0, and KL is to the reference."""
+    args = ["--reference", data / "other", "--steps", 1, "--lr", 0, "--log_every", 1]
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *args)) == 0
+    (line,) = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert abs(line["margin"]) > 0.01
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["sampled"]["policy"]["all"]["kl"][0] > 0.05
+    assert report["sampled"]["reference"]["all"]["kl"][0] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_precisions(data, tmp_path, monkeypatch, dtype):
+    args = flags(data, tmp_path / "run", *long(data, dtype == "float64"), "--dtype", dtype)
+    assert run(monkeypatch, *args) == 0
+    assert all(math.isfinite(line.get("loss", 0)) for line in metrics(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--loss", "kto"], "--loss: expected dpo, ipo"),
+        (["--overlong", "keep"], "--overlong: drop or cut"),
+        (["--label_smoothing", "0.5"], "--label_smoothing: expected less than 0.5"),
+        (["--gamma", "1.1"], "--gamma: at most 1"),
+        (["--beta", "0"], "expected more than 0"),
+        (["--temperature", "0"], "expected more than 0"),
+        (["--label_smoothing", "0.1", "--loss", "cpl"], "--loss cpl has none"),
+        (["--gamma", "0.9"], "--gamma: only --loss cpl discounts"),
+        (["--refresh_reference"], "only with --online"),
+        (["--judge_noise", "1"], "only with --online"),
+        (["--online", "x.py", "--num_samples", "1"], "--num_samples: expected 2 or more"),
+        (["--online", "nowhere"], "nowhere"),
+        (["--missing_eos_score", "low"], "expected a number or none"),
+        (["--data", ""], "--data: expected a file"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--init", "nowhere"], "nowhere"),
+        (["--reference", "nowhere"], "nowhere"),
+        (["--max_new_tokens", "96"], "leaves no room in 96 positions"),
+    ],
+)
+def test_bad_settings(data, tmp_path, monkeypatch, capsys, more, message):
+    assert run(monkeypatch, *flags(data, tmp_path / "run"), *more) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_is_no_policy(data, tmp_path, monkeypatch, capsys):
+    for flag in ("--init", "--reference"):
+        assert run(monkeypatch, *flags(data, tmp_path / "run", flag, data / "reward")) == 2
+        assert "has a scalar head" in capsys.readouterr().err
+
+
+def test_a_full_gradient_is_reported_and_nothing_changed(data, tmp_path, monkeypatch, capsys):
+    """NaN in a loss stops the run before the update; the checkpoint before it stays."""
+    real = dpo.preference_loss
+
+    def broken(*args):
+        losses = real(*args)
+        return losses * math.nan if losses.requires_grad and broken.calls > 3 else losses
+
+    def counted(*args):
+        broken.calls += 1
+        return broken(*args)
+
+    broken.calls = 0
+    monkeypatch.setattr(dpo, "preference_loss", counted)
+    args = flags(data, tmp_path / "run", *LONG, *NOTHING_HELD_OUT, "--save_every", 1)
+    assert run(monkeypatch, *args) == 1
+    assert "stopped before the update, nothing is changed" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
+
+
+def test_help_shows_every_flag(monkeypatch, capsys):
+    assert run(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in vars(dpo.Config()))
