@@ -8,7 +8,8 @@
 #   make reward-scaling, make reward-margins, make best-of-n     experiments, three seeds each
 # QUICK=1 makes the experiments with one seed.
 # LAUNCH="torchrun --nproc_per_node=8" runs the stages on several GPUs; INIT=gpt2/ DATA=mine/ on a
-# model and data of your own, into runs/own/mine (see below, and SFT_FLAGS, REWARD_FLAGS, PPO_FLAGS, SAMPLING).
+# model and data of your own, into runs/own/mine (see below, and SFT_FLAGS, REWARD_FLAGS, PPO_FLAGS, DPO_FLAGS,
+# SAMPLING).
 
 PYTHON3 ?= python3
 VENV ?= .venv
@@ -40,7 +41,7 @@ report: $(RUNS)/evaluation/report.json
 # What the report must show: differences of scores, paired by prompt, with their interval above 0.
 check: report
 	$(PYTHON) evaluate.py check --report $(RUNS)/evaluation/report.json --judge $(if $(GOLD),gold,$(RUNS)/reward) --better \
-	  "$(RUNS)/sft@best_of=4:$(RUNS)/reward > $(RUNS)/sft,$(RUNS)/ppo > $(RUNS)/sft,$(RUNS)/ppo@temperature=0 > $(RUNS)/sft@temperature=0"
+	  "$(RUNS)/sft@best_of=4:$(RUNS)/reward > $(RUNS)/sft,$(RUNS)/ppo > $(RUNS)/sft,$(RUNS)/ppo@temperature=0 > $(RUNS)/sft@temperature=0,$(RUNS)/dpo > $(RUNS)/sft,$(RUNS)/dpo@temperature=0 > $(RUNS)/sft@temperature=0"
 
 all: report
 
@@ -86,6 +87,7 @@ SFT = $(RUN) sft.py $(GOLD) $(SFT_FLAGS) $(SAMPLING) --data $(DATA)/demonstratio
 ANNOTATE = $(RUN) annotate.py $(GOLD) $(SAMPLING)
 PPO = $(RUN) ppo.py $(GOLD) $(PPO_FLAGS) $(SAMPLING) --prompts $(DATA)/prompts_train.jsonl \
   --validation $(DATA)/prompts_validation.jsonl
+DPO = $(RUN) dpo.py $(GOLD) $(DPO_FLAGS) $(SAMPLING) --prompts $(DATA)/prompts_validation.jsonl
 REWARD = $(RUN) reward.py $(GOLD) $(REWARD_FLAGS) $(SAMPLING) --prompts $(DATA)/prompts_train.jsonl
 
 $(RUNS)/sft/report.json: $(READY) sft.py model.py | $(VENV)/installed
@@ -105,11 +107,15 @@ $(RUNS)/reward/report.json: $(FEEDBACK) $(HELD_OUT) $(RUNS)/sft/report.json rewa
 $(RUNS)/ppo/report.json: $(RUNS)/reward/report.json ppo.py
 	$(call go,$(PPO) --init $(RUNS)/sft --reward $(RUNS)/reward,ppo.py,$(@D))
 
+$(RUNS)/dpo/report.json: $(FEEDBACK) $(HELD_OUT) $(RUNS)/sft/report.json dpo.py
+	$(call go,$(DPO) --init $(RUNS)/sft --data $(FEEDBACK) --validation $(HELD_OUT) \
+	  --cache $(RUNS)/cache,dpo.py,$(@D))
+
 # Every policy on the test prompts, and best-of-n. A stage that lands adds its policy here.
 POLICIES := $(RUNS)/sft $(RUNS)/sft@temperature=0 $(RUNS)/sft@best_of=4:$(RUNS)/reward \
-  $(RUNS)/ppo $(RUNS)/ppo@temperature=0
+  $(RUNS)/ppo $(RUNS)/ppo@temperature=0 $(RUNS)/dpo $(RUNS)/dpo@temperature=0
 
-$(RUNS)/evaluation/report.json: $(RUNS)/ppo/report.json evaluate.py model.py
+$(RUNS)/evaluation/report.json: $(RUNS)/ppo/report.json $(RUNS)/dpo/report.json evaluate.py model.py
 	$(RUN) evaluate.py --policies $(call list,$(POLICIES)) $(GOLD) --judges $(RUNS)/reward \
 	  --prompts $(DATA)/prompts_test.jsonl --best_of_n 16 --proxy $(RUNS)/reward $(SAMPLING) \
 	  --out_dir $(@D) --report $(RUNS)/report.md --overwrite

@@ -29,8 +29,9 @@ sys.path.insert(0, str(ROOT))
 import transformers  # noqa: E402
 import trl  # noqa: E402
 import trl.experimental.ppo as trl_ppo  # noqa: E402
-from datasets import Dataset  # noqa: E402
+from datasets import Dataset, disable_progress_bars  # noqa: E402
 
+import dpo  # noqa: E402
 import ppo  # noqa: E402
 from model import (  # noqa: E402
     GPT,
@@ -317,15 +318,127 @@ def bench_ppo(name, config, tokenizer, prompt_length, c, pairs):
     report(name, "episodes", c["batch_size"], times, "TRL")
 
 
+# --- DPO ------------------------------------------------------------------------------------------
+
+
+def our_dpo(folder, steps):
+    """Seconds of each step of dpo.py on the same batch, and of caching the reference's."""
+    flags = ["--data", folder / "pairs.jsonl", "--validation", "", "--prompts", "", "--cache", ""]
+    flags += ["--init", folder / "policy", "--out_dir", folder / "ours", "--overwrite"]
+    flags += ["--batch_size", 10**6, "--steps", steps, "--save_every", 0, "--device", "cpu"]
+    flags += ["--lr", 1e-4, "--warmup", 0, "--final_lr", 1, "--adam_beta2", 0.999]
+    flags += ["--log_every", 1]  # as theirs computes its metrics at every step
+    stamps, caching = [], []
+    real, compute = dpo.learning_rate, dpo.logprobs_of_rows
+
+    def stamped(*args):
+        stamps.append(time.perf_counter())
+        return real(*args)
+
+    def timed(*args):
+        began = time.perf_counter()
+        found = compute(*args)
+        caching.append(time.perf_counter() - began)
+        return found
+
+    sys.argv = ["dpo.py", *map(str, flags)]
+    dpo.learning_rate, dpo.logprobs_of_rows = stamped, timed
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            dpo.main()
+    finally:
+        dpo.learning_rate, dpo.logprobs_of_rows = real, compute
+    return np.diff(stamps).tolist(), caching[0]
+
+
+def their_dpo(folder, steps):
+    """Seconds of each step of TRL's DPOTrainer, with its reference model in each, and the trainer.
+    Off: reports, saves, gradient checkpointing, bf16. On: the metrics that it always computes."""
+
+    class Stamps(transformers.TrainerCallback):
+        def __init__(self):
+            self.at = []
+
+        def on_step_end(self, *args, **kwargs):
+            self.at.append(time.perf_counter())
+
+    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    lines = [{name: line[name] for name in ("prompt", "chosen", "rejected")} for line in lines]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "policy")
+    tokenizer.pad_token = tokenizer.eos_token
+    policy, reference = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "policy") for _ in "ab"
+    )
+    args = trl.DPOConfig(
+        output_dir=str(folder / "theirs"),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        per_device_train_batch_size=len(lines),
+        max_steps=steps,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        beta=0.1,
+        max_length=None,
+    )
+    stamps = Stamps()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        trainer = trl.DPOTrainer(
+            policy,
+            reference,
+            args,
+            train_dataset=Dataset.from_list(lines),
+            processing_class=tokenizer,
+            callbacks=[stamps],
+        )
+        trainer.train()
+    return np.diff(stamps.at).tolist(), trainer
+
+
+def bench_dpo(name, config, tokenizer, lines, pairs):
+    """A step on a batch of pairs, the same in every step. Gate: the first step's update."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        torch.manual_seed(0)
+        save_model(folder / "policy", GPT(config), tokenizer, {})
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        our_dpo(folder, 1)
+        _, trainer = their_dpo(folder, 1)
+        before = load_model(folder / "policy").state_dict()["wte.weight"]
+        moved = load_model(folder / "ours").state_dict()["wte.weight"] - before
+        theirs = trainer.model.state_dict()["transformer.wte.weight"]
+        gap = (theirs - before - moved).norm() / moved.norm()
+        # Adam's first step is lr times the gradient's sign: rounding shows where it is nearly 0.
+        if not gap < 0.05:
+            sys.exit(f"gate: the update differs by {gap:.3f} of its size: no timing")
+        print(f"  gate: updates {gap:.4f} apart")
+        times, caching = ([], []), []
+        for i in range(pairs):
+            for side in (0, 1) if i % 2 == 0 else (1, 0):
+                if side == 0:
+                    found, cached = our_dpo(folder, 6)
+                    caching.append(cached)
+                else:
+                    found = their_dpo(folder, 6)[0]
+                times[side].append(statistics.median(found[1:]))
+    report(name, "pairs", len(lines), times, "TRL")
+    print(f"  caching the reference's log-probabilities, once: {statistics.median(caching):.3f} s")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=10, help="pairs of runs at toy size (10)")
     parser.add_argument("--full", action="store_true", help="the 124M shape too (minutes)")
-    parser.add_argument("--only", default="", help="sampling or ppo (both)")
+    parser.add_argument("--only", default="", help="sampling, ppo or dpo (all)")
     args = parser.parse_args()
     torch.set_num_threads(2)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    disable_progress_bars()
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"TRL {trl.__version__}, 2 threads, float32"
@@ -345,10 +458,10 @@ def main():
         bench_sampling("sampling, toy, 16 x (32 + 32)", toy_shape, 16, 32, 32, args.pairs)
         if args.full:
             bench_sampling("sampling, 124M, 16 x (32 + 32)", GPTConfig(), 16, 32, 32, 3)
+    vocabulary = ROOT / "data/toy/bpe.tiktoken"
+    if not vocabulary.exists():
+        sys.exit(f"{vocabulary}: not there; python data/toy.py writes it")
     if args.only in ("", "ppo"):
-        vocabulary = ROOT / "data/toy/bpe.tiktoken"
-        if not vocabulary.exists():
-            sys.exit(f"{vocabulary}: not there; python data/toy.py writes it")
         c = {"batch_size": 128, "minibatch_size": 32, "update_epochs": 2, "max_new_tokens": 32}
         name = "PPO iteration, toy, 128 x (16 to 32 + 32), 2 epochs of 4 minibatches"
         bench_ppo(name, toy_shape, tiktoken_file(vocabulary), 32, c, args.pairs)
@@ -356,6 +469,14 @@ def main():
             c |= {"batch_size": 8, "minibatch_size": 4}
             name = "PPO iteration, 124M, 8 x (16 to 32 + 32), 2 epochs of 2 minibatches"
             bench_ppo(name, GPTConfig(), load_tokenizer("gpt2"), 32, c, 3)
+    if args.only in ("", "dpo"):
+        lines = (ROOT / "data/toy/comparisons.jsonl").read_text().splitlines()[:32]
+        lines = [json.loads(line) for line in lines]
+        toy = tiktoken_file(vocabulary)
+        bench_dpo("DPO step, toy, 32 pairs, ragged", toy_shape, toy, lines, args.pairs)
+        if args.full:
+            gpt2 = load_tokenizer("gpt2")
+            bench_dpo("DPO step, 124M, 8 pairs, ragged", GPTConfig(), gpt2, lines[:8], 3)
 
 
 if __name__ == "__main__":

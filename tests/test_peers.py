@@ -1,6 +1,7 @@
 """Parity with Hugging Face's transformers and TRL: run by `make test-peers`."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -252,3 +253,57 @@ def test_reward_scores_equal_theirs(tmp_path, tokenizer, small_gpt):
             theirs = again(torch.tensor([ids])).logits.item()
             found = model(torch.tensor([ids]))[0, -1].item()
         assert found == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss, smoothing", [("dpo", 0.0), ("hinge", 0.0), ("robust", 0.2)])
+def test_dpo_loss_equals_trls(loss, smoothing):
+    """DPOTrainer's loss on models whose logits are given: from logits to loss and gradient, ragged
+    responses, accuracies and margins too. (Their ipo averages over tokens; ours is the paper's.)"""
+    from collections import defaultdict
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    import dpo
+    from model import predicts, token_logprobs
+
+    accelerate, trl = pytest.importorskip("accelerate"), pytest.importorskip("trl")
+    module = sys.modules[trl.DPOTrainer.__module__]
+    torch.manual_seed(0)
+    B, T, V = 5, 9, 30
+    tokens = torch.randint(0, V, (2 * B, T))
+    begin, end = torch.randint(1, 5, (2 * B, 1)), torch.randint(5, T + 1, (2 * B, 1))
+    mask = (torch.arange(T) >= begin) & (torch.arange(T) < end)
+    logits = torch.randn(2 * B, T, V, dtype=torch.float64, requires_grad=True)
+    reference = logits.detach() + torch.randn(2 * B, T, V, dtype=torch.float64)
+    copied = logits.detach().clone().requires_grad_()
+    trainer = trl.DPOTrainer.__new__(trl.DPOTrainer)
+    trainer.model = SimpleNamespace(training=True)
+    trainer.ref_model = lambda **_: SimpleNamespace(logits=reference)
+    trainer.accelerator = accelerate.Accelerator(cpu=True)
+    trainer.args = SimpleNamespace(gradient_checkpointing_kwargs=None)
+    trainer.ld_alpha, trainer.precompute_ref_logps, trainer.aux_loss_enabled = None, False, False
+    trainer.f_divergence_type, trainer.use_weighting, trainer.beta = "reverse_kl", False, 0.3
+    trainer.loss_types, trainer.loss_weights = [{"dpo": "sigmoid"}.get(loss, loss)], [1.0]
+    trainer.label_smoothing = smoothing
+    trainer._metrics, trainer._total_train_tokens = {"train": defaultdict(list)}, 0
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones(2 * B, T), "completion_mask": mask}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "disable_gradient_checkpointing", lambda *_: nullcontext())
+        patch.setattr(module, "is_peft_model", lambda _: False)
+        model = lambda **_: SimpleNamespace(logits=copied)  # noqa: E731
+        theirs = trainer._compute_loss(model, inputs, return_outputs=False)
+    theirs.backward()
+
+    at = predicts(mask)
+    ours = token_logprobs(logits[at], tokens, mask).sum(1)
+    refs = token_logprobs(reference[at], tokens, mask).sum(1)
+    losses = dpo.dpo_loss(ours[:B], ours[B:], refs[:B], refs[B:], 0.3, loss, smoothing)
+    losses.mean().backward()
+    assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-12)
+    assert (logits.grad - copied.grad).abs().max() < 1e-14
+    pairs = torch.stack([ours[:B], ours[B:]], 1), torch.stack([refs[:B], refs[B:]], 1)
+    found = dpo.pair_numbers(*pairs, torch.ones(B, 1, dtype=torch.bool), dpo.Config(beta=0.3))
+    logged = trainer._metrics["train"]
+    for name, theirs in [("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")]:
+        assert found[name] / B == pytest.approx(logged[theirs][0])
+    assert found["chosen"] / B == pytest.approx(logged["logps/chosen"][0])
