@@ -17,7 +17,8 @@ older rollouts, no pre-training gradients.
     python ppo.py --gold data/toy.py                    # the embedded task, against runs/reward
     python ppo.py --reward data/toy.py --out_dir runs/ppo-gold       # a reward of your own
     torchrun --nproc_per_node=8 ppo.py --init runs/sft --reward runs/reward --prompts p.jsonl \
-        --lr 3e-6 --value_lr 1e-5 --batch_size 512 --minibatch_size 64 --micro_batch_size 8
+        --validation held.jsonl --lr 3e-6 --value_lr 1e-5 --batch_size 512 --minibatch_size 64 \
+        --micro_batch_size 8 --max_new_tokens 128
 """
 
 import argparse
@@ -73,10 +74,12 @@ from model import (
 )
 
 STATISTICS = ("reward_mean", "reward_std", "score_transform")
-# How far a log-probability may be from itself in two forwards, nats. Under autocast a forward of
-# other rows rounds otherwise: 0.11 in bfloat16 and 0.013 in float16 was measured, over 1,900 tokens
-# of the embedded task. The bugs that the self-checks look for change it many times over.
-LIMITS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 0.1, torch.bfloat16: 0.5}
+# How far a token's probability may be from itself in two forwards, as a share of it, for sums round
+# otherwise among other rows. Measured: 4e-6 in float32 on the embedded task (1.5e-5 with logits near
+# -100), 0.013 in float16, 0.11 in bfloat16. The bugs that are looked for change it far more.
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
+# What is summed over the tokens of all updates of an iteration, and logged as means a token.
+SUMMED = ("policy_loss", "value_loss", "clip_fraction", "update_kl", "entropy")
 WIN_RATE = ("eval_win_rate", "eval_win_rate_low", "eval_win_rate_high")
 
 
@@ -108,7 +111,8 @@ class Config:
         "mean nats a token from the old policy in an epoch, after which no other follows; 0: off",
     ] = 0.0
     missing_eos_score: Annotated[
-        str, "a response that did not end gets this or the batch's lowest; none: its own"
+        str,
+        "if a response did not end, the smaller of this and the batch's lowest; none: its own",
     ] = "-1"
     whiten_rewards: Annotated[
         bool, "rewards of std 1 over a batch, their mean kept (Ziegler et al.)"
@@ -121,7 +125,9 @@ class Config:
     entropy_coef: Annotated[float, "bonus a nat of entropy, a token (sources: 0)"] = 0.0
     steps: Annotated[int, "iterations, each of batch_size episodes"] = 40
     batch_size: Annotated[int, "episodes an iteration, over all ranks (sources: 512)"] = 128
-    minibatch_size: Annotated[int, "episodes an update, over all ranks (InstructGPT: 64)"] = 32
+    minibatch_size: Annotated[
+        int, "episodes an update, over all ranks, about: all updates are alike (InstructGPT: 64)"
+    ] = 32
     micro_batch_size: Annotated[int, "episodes a forward on one rank; 0: all of its share"] = 0
     update_epochs: Annotated[int, "passes over a rollout (Stiennon: 4; InstructGPT: 1)"] = 2
     lr: Annotated[float, "the policy's peak learning rate (sources: 1e-6 to 1.5e-5)"] = 3e-4
@@ -511,6 +517,19 @@ def value_loss(new_values, values, returns, clip):
     return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)
 
 
+def explained_variance(returns, values, mask, all_reduce=None):
+    """1 - var(returns - values) / var(returns) over the mask, and all ranks: 1 when the values
+    foresee everything, 0 when they foresee nothing. All (B, T)."""
+    inside = mask.to(returns.dtype)
+    sums = [inside.sum()]
+    for x in (returns, returns - values):
+        sums += [(x * inside).sum(), (x**2 * inside).sum()]
+    sums = torch.stack(sums) if all_reduce is None else all_reduce(torch.stack(sums))
+    count, first, second, missed, missed2 = sums.tolist()
+    spread = second / count - (first / count) ** 2
+    return 1 - (missed2 / count - (missed / count) ** 2) / spread if spread > 0 else 0.0
+
+
 def adaptive_beta(beta, kl, target, batch_size, horizon):
     """beta (1 + e batch_size / horizon), e = clip(kl / target - 1, -0.2, 0.2); kl, target in nats a
     sequence. arXiv:1909.08593 section 2.2, with their code's step."""
@@ -667,9 +686,9 @@ def prompts_of_step(count, batch_size, step, seed):
 
 
 def sample_batch(sampler, prompts, prompt_ids, cfg, eos, seed, device):
-    """One response to each prompt -> {"lines", "tokens", "mask", "lengths", "ended"}: tokens, mask
-    (B, T), lengths of prompt and response together, ended (B,) bool. From the full softmax:
-    truncated, its KL would be another distribution's."""
+    """One response to each prompt -> {"lines", "tokens", "mask", "lengths", "responses", "ended"}:
+    tokens, mask (B, T), lengths of prompt and response together, the responses' ids, ended (B,)
+    bool. From the full softmax: truncated, its KL would be another distribution's."""
     generator = torch.Generator(device).manual_seed(seed)
     responses = []
     for part in micro_batches(len(prompts), 8 * cfg.micro_batch_size):  # no more cache at once
@@ -684,18 +703,15 @@ def sample_batch(sampler, prompts, prompt_ids, cfg, eos, seed, device):
         responses += [row[inside].tolist() for row, inside in zip(tokens, mask, strict=True)]
     tokens, mask = (x.to(device) for x in pad(prompt_ids, responses))
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, responses, strict=True)]
-    ended = torch.tensor([response[-1] == eos for response in responses], device=device)
     batch = {"lines": prompts, "tokens": tokens, "mask": mask, "lengths": lengths}
-    return batch | {"ended": ended}
+    ended = [response[-1] == eos for response in responses]
+    return batch | {"responses": responses, "ended": torch.tensor(ended, device=device)}
 
 
 def texts_of(batch, tokenizer):
     """The responses as text, without the EOS that ends them."""
-    texts = []
-    for row, inside, ended in zip(batch["tokens"], batch["mask"], batch["ended"], strict=True):
-        ids = row[inside].tolist()
-        texts.append(text_of(tokenizer, ids[:-1] if ended else ids))
-    return texts
+    eos = tokenizer.eot_token
+    return [text_of(tokenizer, r[:-1] if r[-1] == eos else r) for r in batch["responses"]]
 
 
 def micro_batches(count, size):
@@ -820,16 +836,19 @@ def distinct(texts, n):
 
 def beside(samples, others, missing_eos_score):
     """The policy's samples beside the reference's to the same prompts: means by task, differences
-    paired by prompt, win rates (ties half), each with its interval, and how various they are."""
+    paired by prompt, win rates (ties half), each with its interval, and how various they are. In
+    differences and wins by proxy, what did not end has the smaller of missing_eos_score and the
+    lowest proxy of all."""
+    floored = samples, others
     if missing_eos_score != "none":  # one floor for both sides, so that it decides nothing
         every = [sample["parts"]["proxy"] for sample in samples + others]
         least = {"proxy": min(float(missing_eos_score), *every)}
-        samples, others = (
+        floored = (
             [s if s["parts"]["eos"] else s | {"parts": s["parts"] | least} for s in side]
             for side in (samples, others)
         )
     pairs, wins = [], {}
-    for ours, theirs in zip(samples, others, strict=True):
+    for ours, theirs in zip(*floored, strict=True):
         before = theirs["parts"]
         more = {name: x - before[name] for name, x in ours["parts"].items() if name in before}
         pairs.append(ours | {"parts": more})
@@ -856,12 +875,22 @@ def print_beside(name, report):
                 print("    {:<12} {:+8.3f}  [{:+.3f}, {:+.3f}]".format(task, *table[part]))
 
 
+def check_start(logprobs, ref_logprobs, limit, device):
+    """Ends the run, on all ranks, unless a policy that nothing has trained is the reference."""
+    far = gather([float((logprobs - ref_logprobs).abs().max())], device)
+    if not all(x <= limit for x in far):
+        refuse(
+            f"self-check: the untrained policy is {max(far):.1e} nats a token from the reference, "
+            f"which is itself. Likely causes: dropout, another precision"
+        )
+
+
 def check_ratio(ratio, limit, device):
     """Ends the run, on all ranks, unless every ratio of the first minibatch is 1."""
-    far = max(gather([float((ratio - 1).abs().max())], device))
-    if far > limit:
+    far = gather([float((ratio - 1).abs().max())], device)
+    if not all(x <= limit for x in far):
         refuse(
-            f"self-check: the first minibatch's ratio is {far:.1e} off 1 (limit {limit:.0e}): "
+            f"self-check: the first minibatch's ratio is {max(far):.1e} off 1 (limit {limit:.0e}): "
             f"the update's forward is not that of the rollout's log-probabilities. Likely causes: "
             f"dropout, another temperature, positions or masks that pads shift"
         )
@@ -877,6 +906,8 @@ def warnings_of(record, before, cfg):
         )
     if record["eos"] < 0.8 * before["eos"]:
         found.append("fewer responses end than at first: is the score high for not ending?")
+    if record["eos"] < 0.5:
+        found.append("most responses do not end: they all score the same, and nothing is learnt")
     if record["empty"] > 0:
         found.append(f"{record['empty']:.1%} of the responses are empty: is silence what pays?")
     if record["tokens"] > 0.9 * cfg.max_new_tokens:
@@ -910,6 +941,10 @@ def main():
     weights = read_numbers("--reward_weights", cfg.reward_weights) or [1.0] * len(names)
     if cfg.combine == "min" and cfg.reward_weights:
         refuse("--reward_weights: the least of several rewards has no weights")
+    if cfg.kl_target and not cfg.beta:
+        refuse("--kl_target: beta is steered by factors, and from 0 they lead nowhere")
+    if cfg.gold and not cfg.validation:
+        refuse("--gold: judges samples for --validation prompts, and there are none")
     if cfg.kl_target and cfg.kl_horizon < cfg.batch_size:
         refuse("--kl_horizon: expected at least --batch_size, or beta could fall below 0")
     if cfg.value_init.endswith(".py"):
@@ -918,7 +953,7 @@ def main():
         refuse(f"--reward_weights: expected {len(names)} numbers, one a --reward, not all 0")
     device, dtype, rank, world = start_process(cfg)
 
-    # The four models. All are without dropout: it would make the ratio differ from 1.
+    # The four models. All stay in eval mode: dropout would make the ratio differ from 1.
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     try:
         tokenizer = load_tokenizer(cfg.init)
@@ -944,8 +979,7 @@ def main():
         )
         torch.nn.init.zeros_(value_model.score.weight)
     for model in (policy, value_model):
-        set_dropout(model, 0.0)
-        model.to(device, precision)
+        model.eval().to(device, precision)
     positions = min(
         m.config.n_positions
         for m in (policy, value_model, *(r[1] for r in rewards if r[0] == "model"))
@@ -994,15 +1028,19 @@ def main():
     }
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     mixed = dtype in (torch.bfloat16, torch.float16)
-    limit = max(LIMITS[dtype], 1e-4 if cfg.compile else 0.0)  # compiled, sums have another order
+    share = math.ceil(cfg.batch_size / world)  # episodes of the rank with most
+    minibatches = min(math.ceil(cfg.batch_size / cfg.minibatch_size), share)
+    largest = math.ceil(share / minibatches)  # episodes of a minibatch on one rank
+    size = cfg.micro_batch_size or largest
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
     rounded = device.type == "cuda" and mixed  # sampling is bound by reading the weights
     step = saved_step = 0
     beta, first = cfg.beta, None  # `first`: the first iteration's numbers, to warn by
+    evaluated = -1
     if checkpoint:
         state = load_checkpoint(checkpoint, modules, optimizers, device, rank)
         step = saved_step = state["step"]
-        beta, first = state["beta"], state["first"]
+        beta, first, evaluated = state["beta"], state["first"], state["evaluated"]
         scaler.load_state_dict(state["scaler"])
         if rank == 0:
             print(f"resumed at iteration {step} from {checkpoint}", flush=True)
@@ -1017,6 +1055,7 @@ def main():
         nonlocal saved_step
         if step > saved_step:
             state = {"scaler": scaler.state_dict(), "beta": beta, "first": first}
+            state["evaluated"] = evaluated  # SIGTERM in a rollout saves after it was logged
             save_checkpoint(cfg, step, modules, optimizers, state, device, rank)
             saved_step = step
 
@@ -1041,35 +1080,28 @@ def main():
         sampler = copy.deepcopy(model).bfloat16() if rounded else model
         settings = dataclasses.replace(cfg, temperature=temperature)
         order = sorted(range(len(lines)), key=lambda i: len(line_ids[i]))
-        rows, found = 4 * cfg.micro_batch_size or 256, []
+        rows, found = 4 * size, []  # no gradients are kept, so more fit
         for begin in range(0, len(lines), rows * world):
             if stop_requested(device):
                 stop()
             mine = order[begin : begin + rows * world][rank::world]
-            # A rank without prompts goes along: scoring gathers over the ranks.
-            some = mine or order[:1]
+            if not mine:
+                continue
+            some, some_ids = [lines[i] for i in mine], [line_ids[i] for i in mine]
             # Not the reference's draws: a win rate is one of independent samples.
             seed = 2 * (1_000_003 * (cfg.seed + 1) + begin * world + rank) + (model is policy)
-            batch = sample_batch(
-                sampler,
-                [lines[i] for i in some],
-                [line_ids[i] for i in some],
-                settings,
-                tokenizer.eot_token,
-                seed,
-                device,
-            )
-            texts = texts_of(batch, tokenizer)
-            size = cfg.micro_batch_size
-            scores = score_batch(rewards, weights, batch, texts, size, cfg, autocast).tolist()
-            gap = response_logprobs(model, batch, size, cfg, autocast)
-            gap = (gap - response_logprobs(reference, batch, size, cfg, autocast)).sum(1).tolist()
-            ended = batch["ended"].tolist()
+            eos = tokenizer.eot_token
+            batch = sample_batch(sampler, some, some_ids, settings, eos, seed, device)
+            texts, ended = texts_of(batch, tokenizer), batch["ended"].tolist()
+            scores = score_batch(rewards, weights, batch, texts, rows, cfg, autocast).tolist()
+            if temperature:  # greedy samples say nothing of the KL
+                gap = response_logprobs(model, batch, size, cfg, autocast)
+                gap = gap - response_logprobs(reference, batch, size, cfg, autocast)
+                gap = gap.sum(1).tolist()
             for n, i in enumerate(mine):
                 parts = {"words": float(len(texts[n].split()))} | judge(gold, lines[i], texts[n])
                 parts |= {"proxy": scores[n], "eos": float(ended[n])}
-                if temperature == cfg.temperature:  # else no estimate of KL
-                    parts["kl"] = gap[n]
+                parts |= {"kl": gap[n]} if temperature else {}
                 found.append(lines[i] | {"index": i, "response": texts[n], "parts": parts})
         return sorted(gather(found, device), key=lambda sample: sample["index"])
 
@@ -1084,7 +1116,9 @@ def main():
             save()
         if stop_requested(device):
             stop()
-        if few and (step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0)):
+        due = step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0)
+        if few and due and step > evaluated:
+            evaluated = step
             samples = responses_of(policy, few, few_ids, cfg.temperature)
             if rank == 0:
                 found = beside(samples, base, cfg.missing_eos_score)
@@ -1119,10 +1153,6 @@ def main():
 
         # 1. Rollout: this rank's share of the prompts, a response to each.
         begun = time.time()
-        share = math.ceil(cfg.batch_size / world)  # of the rank with most episodes
-        minibatches = min(math.ceil(cfg.batch_size / cfg.minibatch_size), share)
-        largest = math.ceil(share / minibatches)
-        size = cfg.micro_batch_size or largest
         order = prompts_of_step(len(prompts), cfg.batch_size, step, cfg.seed)
         # By length, so that rows of one forward are alike: pads cost as much as tokens.
         mine = sorted(order[rank::world], key=lambda i: len(ids[i]))
@@ -1160,13 +1190,8 @@ def main():
         values = joined(values, batch)
         scored = time.time()
 
-        if step == 0:  # nothing is trained yet: the policy is the reference
-            far = max(gather([float((logprobs - ref_logprobs).abs().max())], device))
-            if far > limit:
-                refuse(
-                    f"self-check: the untrained policy is {far:.1e} nats a token from the "
-                    f"reference, which is itself. Likely causes: dropout, another precision"
-                )
+        if step == 0:
+            check_start(logprobs, ref_logprobs, 1e-3 if cfg.compile else 1e-5, device)
 
         # 3. Rewards, advantages and returns.
         rewarded = token_rewards(scores, logprobs, ref_logprobs, mask, beta, cfg.kl_estimator)
@@ -1177,110 +1202,104 @@ def main():
             advantages = whiten(advantages, counted, all_reduce=sum_over_ranks)
 
         # 4. The update: epochs of minibatches, the old policy's numbers being constants.
-        rate = learning_rate(step, cfg.steps, cfg)
-        for name, lr in (
-            ("adam_policy", rate),
-            ("adam_value", rate / cfg.lr * cfg.value_lr if cfg.lr else cfg.value_lr),
-        ):
-            for group in optimizers[name].param_groups:
-                group["lr"] = lr
-        for model in parallel.values():
-            model.train()
-        window = dict.fromkeys(("policy", "value", "clipped", "kl", "entropy", "tokens"), 0.0)
+        rate = learning_rate(step, cfg.steps, dataclasses.replace(cfg, lr=1.0))  # of the peak
+        for optimizer, peak in zip(optimizers.values(), (cfg.lr, cfg.value_lr), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * peak
+        rollout = {"tokens": tokens, "mask": mask, "logprobs": logprobs, "values": values}
+        rollout |= {"advantages": advantages, "returns": returns}
+        window = torch.zeros(len(SUMMED) + 1, dtype=torch.float64, device=device)
         updates, norms = 0, {"policy": 0.0, "value": 0.0}
         for epoch in range(cfg.update_epochs):
             shuffle = np.random.default_rng([cfg.seed, step, epoch, rank])
             shuffled = shuffle.permutation(len(mine)).tolist()
-            epoch_kl = [0.0, 0.0]
+            before = window.clone()
             for number in range(minibatches):
                 minibatch = sorted(shuffled[number::minibatches])
-                total = all_reduce([float(counted[minibatch].sum())], device)[0]
-                parts = [minibatch[i : i + size] for i in range(0, largest, size)]
-                for micro, rows in enumerate(parts):
-                    real, rows = bool(rows), rows or [0]
-                    at = rows, slice(max(batch["lengths"][i] for i in rows))
-                    inside = mask[at]
-                    last = micro == len(parts) - 1
+                total = all_reduce([sum(len(batch["responses"][i]) for i in minibatch)], device)[0]
+                micros = [minibatch[i : i + size] for i in range(0, largest, size)]
+                for micro, rows in enumerate(micros):
+                    # A rank without episodes left runs too: the others wait for its gradients.
+                    real, rows = float(bool(rows)), rows or [0]
+                    columns = max(batch["lengths"][i] for i in rows)
+                    old = {name: x[rows, :columns] for name, x in rollout.items()}  # (b, columns)
+                    inside = old["mask"]
                     with ExitStack() as waiting:
+                        last = micro == len(micros) - 1
                         for model in parallel.values() if world > 1 and not last else ():
                             waiting.enter_context(model.no_sync())
                         with autocast:
-                            logits = parallel["policy"](tokens[at], at=predicts(inside))  # (N, V)
-                            output = parallel["value"](tokens[at])  # (B, T)
-                        new_logprobs = token_logprobs(logits, tokens[at], inside, cfg.temperature)
-                        new_values = response_values(output, inside, statistics)
-                        losses = policy_loss(new_logprobs, logprobs[at], advantages[at], cfg.clip)
-                        value_losses = value_loss(
-                            new_values, values[at], returns[at], cfg.value_clip
+                            logits = parallel["policy"](
+                                old["tokens"], at=predicts(inside)
+                            )  # (N, V)
+                            output = parallel["value"](old["tokens"])  # (b, columns)
+                        new_logprobs = token_logprobs(
+                            logits, old["tokens"], inside, cfg.temperature
                         )
+                        new_values = response_values(output, inside, statistics)
+                        policy_sum = (
+                            policy_loss(new_logprobs, old["logprobs"], old["advantages"], cfg.clip)
+                            * inside
+                        ).sum()
+                        value_sum = (
+                            value_loss(new_values, old["values"], old["returns"], cfg.value_clip)
+                            * inside
+                        ).sum()
                         with torch.set_grad_enabled(cfg.entropy_coef > 0):
                             tempered = logits if cfg.temperature == 1 else logits / cfg.temperature
-                            bonus = entropy(tempered)  # (N,)
-                        policy_sum = (losses * inside).sum()
-                        if cfg.entropy_coef > 0:
-                            policy_sum = policy_sum - cfg.entropy_coef * bonus.sum()
-                        value_sum = (value_losses * inside).sum()
+                            bonus = entropy(tempered).sum()
+                        loss = policy_sum + value_sum - cfg.entropy_coef * bonus
                         # One mean over micro-batches and ranks; DDP averages: undo it.
-                        loss = (policy_sum + value_sum) * (float(real) * world / total)
-                        scaler.scale(loss).backward()
-                    ratio = (new_logprobs - logprobs[at]).detach().exp()[inside]
+                        scaler.scale(loss * (real * world / total)).backward()
+                    ratio = (new_logprobs - old["logprobs"]).detach().exp()[inside]
                     if updates == 0 and step == first_step:
-                        check_ratio(ratio, limit, device)
-                    if real:
-                        window["policy"] += (losses * inside).sum().item()
-                        window["value"] += value_sum.item()
-                        window["clipped"] += float(((ratio - 1).abs() > cfg.clip).sum())
-                        drift = float((ratio - 1 - ratio.log()).sum())  # k3 of old from new
-                        window["kl"] += drift
-                        window["entropy"] += bonus.sum().item()
-                        window["tokens"] += float(inside.sum())
-                        epoch_kl = [epoch_kl[0] + drift, epoch_kl[1] + float(inside.sum())]
+                        check_ratio(ratio, LIMITS[dtype], device)
+                    clipped = ((ratio - 1).abs() > cfg.clip).sum()
+                    drift = (ratio - 1 - ratio.log()).sum()  # KL of old and new policy, by k3
+                    numbers = [policy_sum, value_sum, clipped, drift, bonus, inside.sum()]
+                    window += real * torch.stack([x.detach().double() for x in numbers])
                 scaler.unscale_(optimizers["adam_policy"])
                 scaler.unscale_(optimizers["adam_value"])
-                finite = True
-                for name, model in modules.items():
-                    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).item()
-                    norms[name] = max(norms[name], norm) if math.isfinite(norm) else norm
-                    finite = finite and math.isfinite(norm)
+                found = {
+                    name: torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).item()
+                    for name, model in modules.items()
+                }
+                finite = all(map(math.isfinite, found.values()))
                 # The norms are of summed gradients, the same on all ranks: all stop, or none.
                 # float16 may overflow: the scaler then skips the step and halves its scale.
                 if not finite and scaler.get_scale() <= 1:
                     if rank == 0:
                         print(
-                            f"iteration {step}, update {updates}: the gradient norms are {norms}; "
-                            f"stopped before the update, nothing is changed",
+                            f"iteration {step}, update {updates}: the gradient norms are {found}; "
+                            f"stopped before the update; the last checkpoint is as it was",
                             file=sys.stderr,
                             flush=True,
                         )
                     sys.exit(1)
+                if finite:
+                    norms = {name: max(norms[name], norm) for name, norm in found.items()}
                 for optimizer in optimizers.values():
                     scaler.step(optimizer)
                     optimizer.zero_grad(set_to_none=True)
                 scaler.update()
                 updates += 1
-            moved = all_reduce(epoch_kl, device)  # all ranks decide together
-            if cfg.stop_kl and moved[0] / max(moved[1], 1) > cfg.stop_kl:
+            moved = all_reduce((window - before).tolist(), device)  # all ranks decide together
+            if cfg.stop_kl and moved[SUMMED.index("update_kl")] / moved[-1] > cfg.stop_kl:
                 break
 
         # 5. What happened, in numbers over all ranks; beta for the next iteration.
-        inside = mask if mine else torch.zeros_like(mask)
-        kl = (logprobs - ref_logprobs)[: len(mine)].sum().item()
-        explained = [(returns * inside).sum(), (returns**2 * inside).sum()]
-        explained += [((returns - values) * inside).sum(), ((returns - values) ** 2 * inside).sum()]
+        real = len(mine)
         sums = {
-            "episodes": len(mine),
-            "score": scores[: len(mine)].sum().item(),
-            "kl": kl,
-            "eos": batch["ended"][: len(mine)].sum().item(),
-            "empty": sum(not text.strip() for text in texts[: len(mine)]),
-            "tokens": float(inside.sum()),
-            **{f"update_{name}": value for name, value in window.items()},
-            **{f"explained_{i}": float(value) for i, value in enumerate(explained)},
+            "episodes": real,
+            "score": scores[:real].sum().item(),
+            "kl": (logprobs - ref_logprobs)[:real].sum().item(),
+            "eos": batch["ended"][:real].sum().item(),
+            "empty": sum(not text.strip() for text in texts[:real]),
+            "tokens": sum(map(len, batch["responses"][:real])),
         }
         sums = dict(zip(sums, all_reduce(sums.values(), device), strict=True))
-        episodes, count, trained = sums["episodes"], sums["tokens"], sums["update_tokens"]
-        spread = sums["explained_1"] / count - (sums["explained_0"] / count) ** 2
-        missed = sums["explained_3"] / count - (sums["explained_2"] / count) ** 2
+        *summed, trained = all_reduce(window.tolist(), device)
+        episodes = sums["episodes"]
         done = time.time()
         step += 1
         record = {
@@ -1292,17 +1311,14 @@ def main():
             "beta": beta,
             "eos": sums["eos"] / episodes,
             "empty": sums["empty"] / episodes,
-            "tokens": count / episodes,
-            "policy_loss": sums["update_policy"] / trained,
-            "value_loss": sums["update_value"] / trained,
-            "explained_variance": 1 - missed / spread if spread > 0 else 0.0,
-            "clip_fraction": sums["update_clipped"] / trained,
-            "update_kl": sums["update_kl"] / trained,  # old policy to new, nats a token
-            "entropy": sums["update_entropy"] / trained,  # nats a token
-            "policy_norm": norms["policy"] if math.isfinite(norms["policy"]) else None,
-            "value_norm": norms["value"] if math.isfinite(norms["value"]) else None,
+            "tokens": sums["tokens"] / episodes,
+            # update_kl: old policy to new; it, clip_fraction and entropy are a token's
+            **{name: x / trained for name, x in zip(SUMMED, summed, strict=True)},
+            "explained_variance": explained_variance(returns, values, counted, sum_over_ranks),
+            "policy_norm": norms["policy"],
+            "value_norm": norms["value"],
             "updates": updates,
-            "lr": rate,
+            "lr": rate * cfg.lr,
             "rollout_share": (sampled - begun) / (done - begun),
             "scoring_share": (scored - sampled) / (done - begun),
             "update_share": (done - scored) / (done - begun),
@@ -1346,16 +1362,6 @@ def main():
         print(f"{out_dir}: finished in {report['seconds']:.0f} s, {report['peak_memory_gib']} GiB")
     del parallel  # DDP is part of a reference cycle and keeps the group
     end_process(device)
-
-
-def set_dropout(model, rate):
-    """Sets all dropout rates: a checkpoint's own is its pre-training's."""
-    model.config = dataclasses.replace(model.config, dropout=rate)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = rate
-        elif hasattr(module, "dropout"):
-            module.dropout = rate
 
 
 def peak_memory(device):

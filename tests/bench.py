@@ -254,10 +254,12 @@ def ppo_gate(folder, ids, c):
         return np.random.default_rng(prompt).integers(0, max(prompt), length).tolist()
 
     def our_batch(sampler, lines, prompts, cfg, eos, seed, device):
-        tokens, mask = pad(prompts, [canned(prompt) for prompt in prompts])
+        responses = [canned(prompt) for prompt in prompts]
+        tokens, mask = pad(prompts, responses)
         lengths = [len(prompt) + length for prompt in prompts]
         batch = {"lines": lines, "tokens": tokens, "mask": mask, "lengths": lengths}
-        return batch | {"ended": torch.ones(len(prompts), dtype=torch.bool)}
+        ended = torch.ones(len(prompts), dtype=torch.bool)
+        return batch | {"responses": responses, "ended": ended}
 
     trainer_module = sys.modules["trl.experimental.ppo.ppo_trainer"]
 

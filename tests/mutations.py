@@ -87,8 +87,8 @@ MUTATIONS = {
         (
             "the update's temperature is 1",
             "ppo.py",
-            "token_logprobs(logits, tokens[at], inside, cfg.temperature)",
-            "token_logprobs(logits, tokens[at], inside)",
+            'logits, old["tokens"], inside, cfg.temperature\n',
+            'logits, old["tokens"], inside\n',
         ),
         (
             "sampling's temperature is 1",
@@ -99,8 +99,8 @@ MUTATIONS = {
         (
             "old log-probabilities follow the updates",
             "ppo.py",
-            "new_logprobs, logprobs[at], advantages[at], cfg.clip",
-            "new_logprobs, new_logprobs.detach(), advantages[at], cfg.clip",
+            'policy_loss(new_logprobs, old["logprobs"], old["advantages"], cfg.clip)',
+            'policy_loss(new_logprobs, new_logprobs.detach(), old["advantages"], cfg.clip)',
         ),
         (
             "a pad's value is bootstrapped from",
@@ -111,14 +111,14 @@ MUTATIONS = {
         (
             "each rank's own mean",
             "ppo.py",
-            "total = all_reduce([float(counted[minibatch].sum())], device)[0]",
-            "total = world * float(counted[minibatch].sum())",
+            'total = all_reduce([sum(len(batch["responses"][i]) for i in minibatch)], device)[0]',
+            'total = world * sum(len(batch["responses"][i]) for i in minibatch)',
         ),
         (
             "each micro-batch's own mean",
             "ppo.py",
-            "* (float(real) * world / total)",
-            "* (float(real) * world / inside.sum() / len(parts))",
+            "loss * (real * world / total)",
+            "loss * (real * world / inside.sum() / len(micros))",
         ),
         (
             "no clip from below",
@@ -147,8 +147,8 @@ MUTATIONS = {
         (
             "dropout left on",
             "ppo.py",
-            "        set_dropout(model, 0.0)\n",
-            "",
+            "model.eval().to(device, precision)",
+            "model.train().to(device, precision)",
         ),
         (
             "scores not normalised",
@@ -165,8 +165,8 @@ MUTATIONS = {
         (
             "entropy punished",
             "ppo.py",
-            "policy_sum = policy_sum - cfg.entropy_coef",
-            "policy_sum = policy_sum + cfg.entropy_coef",
+            "loss = policy_sum + value_sum - cfg.entropy_coef * bonus",
+            "loss = policy_sum + value_sum + cfg.entropy_coef * bonus",
         ),
         (
             "ranks with the same prompts",
@@ -187,6 +187,48 @@ MUTATIONS = {
             "",
         ),
         (
+            "the other estimator in rewards",
+            "ppo.py",
+            "token_rewards(scores, logprobs, ref_logprobs, mask, beta, cfg.kl_estimator)",
+            "token_rewards(scores, logprobs, ref_logprobs, mask, beta)",
+        ),
+        (
+            "rewards whitened with their mean",
+            "ppo.py",
+            "whiten(rewarded, counted, shift_mean=False, ",
+            "whiten(rewarded, counted, ",
+        ),
+        (
+            "each rank stops its epochs by itself",
+            "ppo.py",
+            "moved = all_reduce((window - before).tolist(), device)",
+            "moved = (window - before).tolist()",
+        ),
+        (
+            "reward weights in another order",
+            "ppo.py",
+            "return combine_scores(torch.stack(scores), weights, cfg.combine)",
+            "return combine_scores(torch.stack(scores), weights[::-1], cfg.combine)",
+        ),
+        (
+            "beta stays",
+            "ppo.py",
+            "            beta = adaptive_beta(",
+            "            adaptive_beta(",
+        ),
+        (
+            "--value_init forgotten",
+            "ppo.py",
+            'value_init = cfg.value_init or (models[0] if models else "")',
+            'value_init = models[0] if models else ""',
+        ),
+        (
+            "NaN goes on",
+            "ppo.py",
+            "if not finite and scaler.get_scale() <= 1:",
+            "if not finite and scaler.get_scale() <= 0:",
+        ),
+        (
             "beta falls when KL is too high",
             "ppo.py",
             "error = min(max(kl / target - 1,",
@@ -195,8 +237,8 @@ MUTATIONS = {
         (
             "a resumed run forgets beta",
             "ppo.py",
-            'beta, first = state["beta"], state["first"]',
-            'first = state["first"]',
+            'beta, first, evaluated = state["beta"], state["first"], state["evaluated"]',
+            'first, evaluated = state["first"], state["evaluated"]',
         ),
     ],
     "dpo": [

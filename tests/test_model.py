@@ -1,6 +1,7 @@
 """model.py against a GPT-2 in NumPy, sampling by hand, and recomputation of the whole."""
 
 import base64
+import copy
 import json
 import math
 import shutil
@@ -181,9 +182,11 @@ def test_logits_far_from_zero_under_autocast(small_gpt):
         exact = model(tokens)
         with torch.autocast("cpu", torch.bfloat16):
             rounded = model(tokens)
-    assert exact.mean() < -90 and rounded.mean().abs() < 1
-    errors = (rounded.float().log_softmax(-1) - exact.log_softmax(-1)).abs()
-    assert errors.mean() < 0.02  # 0.012; with logits near -98 it is 0.127
+        sampler = copy.deepcopy(model).bfloat16()(tokens)
+    for logits, limit in ((rounded, 0.02), (sampler, 0.04)):  # not centred: 0.127 and 0.13
+        assert exact.mean() < -90 and logits.mean().abs() < 1
+        errors = (logits.float().log_softmax(-1) - exact.log_softmax(-1)).abs()
+        assert errors.mean() < limit
 
 
 def test_token_logprobs_vector():

@@ -158,6 +158,14 @@ def test_whitening_is_over_the_mask_and_over_ranks():
         assert torch.allclose(found, white[:2] if n == 0 else white[2:])
 
 
+def test_explained_variance():
+    mask, returns, values, *_ = ragged()
+    values = 0.7 * returns + 0.3 * values + 1
+    expected = 1 - np.var((returns - values)[mask].numpy()) / np.var(returns[mask].numpy())
+    assert ppo.explained_variance(returns, values, mask) == pytest.approx(expected)
+    assert ppo.explained_variance(0 * returns, values, mask) == 0.0
+
+
 def test_policy_loss_by_cases():
     """Where the ratio has moved the way the advantage wants by more than the clip there is no
     gradient; everywhere else it is -A ratio."""
@@ -256,6 +264,10 @@ def data(toy_data, policy_run, tokenizer, tmp_path_factory):
     model = reward.add_scalar_head(load_model(policy_run))
     statistics = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
     save_model(folder / "reward", model, tokenizer, {"stage": "reward"} | statistics)
+    with torch.no_grad():
+        model.score.weight.mul_(-0.5)
+    statistics |= {"reward_mean": -0.2, "reward_std": 0.7}
+    save_model(folder / "other", model, tokenizer, {"stage": "reward"} | statistics)
     return folder
 
 
@@ -310,7 +322,8 @@ def canned(sampler, prompts, ids, cfg, eos, seed, device):
     tokens, mask = model.pad(ids, responses)
     ended = torch.tensor([response[-1] == eos for response in responses])
     lengths = [len(p) + len(r) for p, r in zip(ids, responses)]
-    return {'lines': prompts, 'tokens': tokens, 'mask': mask, 'lengths': lengths, 'ended': ended}
+    return {'lines': prompts, 'tokens': tokens, 'mask': mask, 'lengths': lengths,
+            'responses': responses, 'ended': ended}
 ppo.sample_batch = canned
 ppo.shutil.rmtree = lambda *args, **kwargs: None
 """
@@ -329,12 +342,18 @@ def can_the_rollout():
 def iterations_by_hand(data, tokenizer, c):
     """What ppo.py does with the canned rollout, one sequence at a time, without pads, masks or
     batches: c's number of iterations from the papers' equations and Adam's. -> parameters."""
-    policy, value = load_model(data / "policy").double(), load_model(data / "reward").double()
-    reference, reward_model = copy.deepcopy(policy), copy.deepcopy(value)
+    policy, reward_model = (
+        load_model(data / "policy").double(),
+        load_model(data / "reward").double(),
+    )
+    reference, value = copy.deepcopy(policy), load_model(data / "other").double()
     lines = read_lines(data / "prompts.jsonl")
 
-    def score_before(model, ids):  # its score, normalised, having read all of ids
-        return (model(torch.tensor([ids]))[0, -1] - 0.1) / 1.2
+    def score_after(ids):  # the reward, normalised, of all of ids
+        return (reward_model(torch.tensor([ids]))[0, -1] - 0.1) / 1.2
+
+    def value_after(ids):
+        return (value(torch.tensor([ids]))[0, -1] + 0.2) / 0.7
 
     def logprobs_of(model, prompt, response):
         logits = model(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
@@ -343,8 +362,7 @@ def iterations_by_hand(data, tokenizer, c):
             -(row.exp() * row).sum() for row in logprobs
         ]
 
-    moments = {}
-    adam_steps = 0
+    moments, adam_steps, beta = {}, 0, c.beta
     for step in range(c.steps):
         episodes = []
         chosen = ppo.prompts_of_step(len(lines), c.batch_size, step, c.seed)
@@ -359,18 +377,22 @@ def iterations_by_hand(data, tokenizer, c):
                 ref = logprobs_of(reference, prompt, response)[0]
                 sequence = prompt + response
                 episode["values"] = [
-                    score_before(value, sequence[: len(prompt) + t]) for t in range(len(response))
+                    value_after(sequence[: len(prompt) + t]) for t in range(len(response))
                 ]
-                episode["score"] = score_before(reward_model, sequence)
-            episode["rewards"] = [
-                -c.beta * (a - b) for a, b in zip(episode["old"], ref, strict=True)
-            ]
+                episode["score"] = score_after(sequence)
+            log_ratios = [r - lp for lp, r in zip(episode["old"], ref, strict=True)]
+            episode["rewards"] = [-beta * (x.exp() - 1 - x) for x in log_ratios]  # k3
+            episode["kl"] = -sum(log_ratios).item()
             episodes.append(episode)
         least = min(-1.0, *(episode["score"] for episode in episodes))
         everything = []
         for episode in episodes:
             ended = episode["response"][-1] == tokenizer.eot_token
             episode["rewards"][-1] = episode["rewards"][-1] + (episode["score"] if ended else least)
+        rewards = [reward.item() for episode in episodes for reward in episode["rewards"]]
+        mean, std = np.mean(rewards), math.sqrt(np.var(rewards) + 1e-8)
+        for episode in episodes:
+            episode["rewards"] = [(reward - mean) / std + mean for reward in episode["rewards"]]
             n, values = len(episode["response"]), [*episode["values"], 0.0]
             deltas = [episode["rewards"][t] + c.gamma * values[t + 1] - values[t] for t in range(n)]
             episode["advantages"] = [
@@ -395,7 +417,7 @@ def iterations_by_hand(data, tokenizer, c):
                         advantage = (e["advantages"][t] - mean) / std
                         low, high = 1 - c.clip, 1 + c.clip
                         least_gain = min(ratio * advantage, ratio.clamp(low, high) * advantage)
-                        v = score_before(value, prompt + response[:t])
+                        v = value_after(prompt + response[:t])
                         near = e["values"][t] + (v - e["values"][t]).clamp(
                             -c.value_clip, c.value_clip
                         )
@@ -421,9 +443,11 @@ def iterations_by_hand(data, tokenizer, c):
                                 p *= 1 - rate * c.weight_decay
                             p -= rate * m / (v.sqrt() + c.adam_eps)
         assert rewarded_changes > 0  # the clip has something to clip
-    return {f"policy.{k}": v for k, v in policy.state_dict().items()} | {
-        f"value.{k}": v for k, v in value.state_dict().items()
-    }
+        kl = np.mean([episode["kl"] for episode in episodes])
+        error = min(max(kl / c.kl_target - 1, -0.2), 0.2)
+        beta = beta * (1 + error * c.batch_size / c.kl_horizon)
+    parameters = {f"policy.{k}": v for k, v in policy.state_dict().items()}
+    return parameters | {f"value.{k}": v for k, v in value.state_dict().items()}, beta
 
 
 def test_two_iterations_against_ones_by_hand(data, tmp_path, tokenizer):
@@ -447,13 +471,21 @@ def test_two_iterations_against_ones_by_hand(data, tmp_path, tokenizer):
         value_lr=0.02,
         warmup=2,
         dtype="float64",
+        kl_estimator="k3",
+        kl_target=0.3,
+        kl_horizon=20,
+        whiten_rewards=True,
+        value_init=str(data / "other"),
     )
     changed = [(k, v) for k, v in vars(c).items() if v != getattr(ppo.Config(), k)]
-    args = [part for k, v in changed for part in (f"--{k}", v)]
+    args = [part for k, v in changed for part in ((f"--{k}",) if v is True else (f"--{k}", v))]
     with can_the_rollout() as patch:
         assert run(patch, *flags(data, tmp_path / "run", "--validation", "", *args)) == 0
     found = load_file(tmp_path / "run/checkpoint-2/tensors.safetensors")
-    for name, expected in iterations_by_hand(data, tokenizer, c).items():
+    expected_parameters, beta = iterations_by_hand(data, tokenizer, c)
+    state = json.loads((tmp_path / "run/checkpoint-2/state.json").read_text())
+    assert state["beta"] == pytest.approx(beta, rel=1e-9) and abs(beta / c.beta - 1) > 0.001
+    for name, expected in expected_parameters.items():
         difference = (found[name] - expected).norm() / expected.norm().clamp(min=1e-6)
         assert difference < 1e-9, (name, difference)
 
@@ -500,8 +532,15 @@ def uninterrupted(data, tmp_path_factory):
     return out
 
 
-def without_shares(lines):
-    return [{k: v for k, v in line.items() if not k.endswith("_share")} for line in lines]
+def same_run(out, other):
+    """Weights and logs, times aside, are the same, bit for bit."""
+
+    def steps(lines):
+        return [{k: v for k, v in line.items() if not k.endswith("_share")} for line in lines]
+
+    assert weights(out) == weights(other)
+    assert steps(metrics(out)) == steps(metrics(other))
+    assert (out / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("moment", [1, 3, 4, 5])
@@ -523,16 +562,14 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
     assert first.returncode == -signal.SIGKILL, first.stderr
     with pytest.MonkeyPatch.context() as patch:
         assert run(patch, *args) == 0
-    assert weights(tmp_path / "run") == weights(uninterrupted)
-    found, expected = (without_shares(metrics(x)) for x in (tmp_path / "run", uninterrupted))
-    assert found == expected
-    samples = [out / "samples.jsonl" for out in (tmp_path / "run", uninterrupted)]
-    assert samples[0].read_bytes() == samples[1].read_bytes()
+    same_run(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize("where, call", [("generate", 3), ("whiten", 3), ("judge", 30)])
+@pytest.mark.parametrize(
+    "where, call", [("generate", 3), ("generate", 7), ("whiten", 3), ("judge", 30)]
+)
 def test_sigterm_saves_and_resumes(data, tmp_path, monkeypatch, uninterrupted, where, call):
-    """SIGTERM in rollout, update and evaluation."""
+    """SIGTERM in rollouts (of iterations 0 and 3, after an evaluation), update and evaluation."""
     args = flags(data, tmp_path / "run", *LONG, "--resume")
     with monkeypatch.context() as patch:
         real, calls = getattr(ppo, where), []
@@ -547,7 +584,7 @@ def test_sigterm_saves_and_resumes(data, tmp_path, monkeypatch, uninterrupted, w
         assert run(patch, *args) == 128 + signal.SIGTERM
     assert not (tmp_path / "run/report.json").exists()
     assert run(monkeypatch, *args) == 0
-    assert weights(tmp_path / "run") == weights(uninterrupted)
+    same_run(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.parametrize("n, minibatch", [(1, 2), (5, 1)])
@@ -628,6 +665,9 @@ def test_several_rewards_and_other_choices(data, tmp_path, monkeypatch):
         assert run(monkeypatch, *flags(data, out, *both, *more)) == 0
         scores.append(metrics(out)[0]["score"])
     assert len(set(scores)) == 3 and min(scores) == scores[1]
+    # The third is the reward model's alone: of the words, whose weight is 0, nothing is left.
+    assert run(monkeypatch, *flags(data, tmp_path / "alone", *both[2:])) == 0
+    assert metrics(tmp_path / "alone")[0]["score"] == pytest.approx(scores[2])
 
 
 def test_what_did_not_end():
@@ -650,8 +690,9 @@ def test_what_did_not_end():
     ]
     table = ppo.beside(samples, samples[::-1], "-1")
     assert table["win_rate"]["proxy"][0] == 0.5
-    assert table["policy"]["all"]["proxy"][0] == 0.0 == table["difference"]["all"]["proxy"][0]
-    assert ppo.beside(samples, samples, "none")["policy"]["all"]["proxy"][0] == 5.0
+    assert table["policy"]["all"]["proxy"][0] == 5.0  # each one's own score
+    assert table["difference"]["all"]["proxy"][:3] == pytest.approx([0, -3.92, 3.92])  # -1 and 1
+    assert ppo.beside(samples, samples[::-1], "none")["difference"]["all"]["proxy"][1] < -15
     assert table["distinct_2"] == [0.5, 0.5]
 
 
@@ -674,7 +715,7 @@ def test_warnings():
     assert ppo.warnings_of(good, before, cfg) == []
     for change, words in [
         ({"kl": -1.0}, "below 0"),
-        ({"eos": 0.5}, "fewer responses end"),
+        ({"eos": 0.7}, "fewer responses end"),
         ({"empty": 0.02}, "2.0% of the responses are empty"),
         ({"tokens": 9.5}, "as long as --max_new_tokens"),
         ({"value_loss": 9.0}, "lower --value_lr"),
@@ -690,6 +731,44 @@ def test_stop_kl_ends_the_epochs(data, tmp_path, monkeypatch):
     assert run(monkeypatch, *flags(data, tmp_path / "few", *more, "--stop_kl", 1e-6)) == 0
     assert metrics(tmp_path / "all")[0]["updates"] == 6
     assert 1 < metrics(tmp_path / "few")[0]["updates"] < 6
+
+
+def test_ranks_stop_their_epochs_together(data, tmp_path):
+    """One rank's policy has moved, the other's has not: both stop, or neither does and none hangs."""
+    more = ["--steps", 1, "--batch_size", 8, "--minibatch_size", 8, "--update_epochs", 4]
+    more += ["--stop_kl", 1e-9, "--validation", "", "--timeout_s", 30]
+    argv = ["ppo.py", *flags(data, tmp_path / "run", *more)]
+    # The second rank has but one episode, whose ratios stay 1 as its advantages are 0 after all.
+    code = (
+        "real = torch.zeros\n"
+        "class Still(torch.Tensor): pass\n"
+        "stack = torch.stack\n"
+        "def still(parts, *rest):\n"
+        "    found = stack(parts, *rest)\n"
+        "    if os.environ['RANK'] == '1' and found.dtype == torch.float64 and len(parts) == 6:\n"
+        "        found[3] = 0\n"
+        "    return found\n"
+        f"ppo.torch.stack = still\nsys.argv = {argv!r}\nppo.main()\n"
+    )
+    done = torchrun(tmp_path, "ppo", code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics(tmp_path / "run")[0]["updates"] < 4
+
+
+def test_nan_stops_before_the_update(data, tmp_path, monkeypatch, capsys):
+    """In the first update of the third iteration: the checkpoint of the second is as it was."""
+    real, calls = ppo.value_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        return real(*args) * (math.nan if len(calls) > 8 else 1)
+
+    monkeypatch.setattr(ppo, "value_loss", broken)
+    more = ["--steps", 4, "--batch_size", 8, "--minibatch_size", 4, "--save_every", 2]
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *more, "--validation", "")) == 1
+    error = capsys.readouterr().err
+    assert "iteration 2, update 0: the gradient norms are {'policy': " in error
+    assert (tmp_path / "run/checkpoint-2/state.json").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -713,6 +792,8 @@ def test_precisions(data, tmp_path, monkeypatch, dtype):
         (["--missing_eos_score", "nan"], "--missing_eos_score nan: expected a number or none"),
         (["--combine", "min", "--reward_weights", "1"], "has no weights"),
         (["--kl_target", "1", "--kl_horizon", "9"], "--kl_horizon: expected at least"),
+        (["--kl_target", "1", "--beta", "0"], "from 0 they lead nowhere"),
+        (["--gold", "data/toy.py", "--validation", ""], "--gold: judges samples for --validation"),
         (["--value_init", "x.py"], "--value_init: expected a reward model"),
         (["--reward", ""], "--reward_weights: expected 0 numbers"),
         (["--reward_weights", "1,2"], "--reward_weights: expected 1 numbers"),
