@@ -74,9 +74,9 @@ from model import (
 )
 
 STATISTICS = ("reward_mean", "reward_std", "score_transform")
-# How far a token's probability may be from itself in two forwards, as a share of it, for sums round
-# otherwise among other rows. Measured: 4e-6 in float32 on the embedded task (1.5e-5 with logits near
-# -100), 0.013 in float16, 0.11 in bfloat16. The bugs that are looked for change it far more.
+# How far a token's probability may be from itself in two forwards, as a share of it: sums round
+# otherwise among other rows. Measured: 4e-6 in float32 on the embedded task, 1.5e-5 with logits
+# near -100; 0.013 in float16, 0.11 in bfloat16. The bugs that are looked for change it far more.
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
 # What is summed over the tokens of all updates of an iteration, and logged as means a token.
 SUMMED = ("policy_loss", "value_loss", "clip_fraction", "update_kl", "entropy")
