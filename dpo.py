@@ -14,9 +14,10 @@ samples, the judge ranks, and the policy learns from that, round by round.
 Simplified against the paper: a ranking's pairs are one batch element; AdamW, not RMSprop.
 
     python dpo.py --gold data/toy.py                   # the embedded task, runs/feedback's rankings
-    python dpo.py --online runs/reward --prompts p.jsonl --out_dir runs/online   # sample and judge
+    python dpo.py --online runs/reward --out_dir runs/online      # samples of its own, judged
     torchrun --nproc_per_node=8 dpo.py --init runs/sft --data pairs.jsonl --validation held.jsonl \
-        --beta 0.1 --lr 5e-7 --warmup 150 --batch_size 64 --micro_batch_size 4 --out_dir runs/dpo
+        --prompts held.jsonl --max_new_tokens 128 --beta 0.1 --lr 5e-7 --warmup 150 \
+        --batch_size 64 --micro_batch_size 4 --out_dir runs/hh
 """
 
 import argparse
@@ -75,9 +76,9 @@ STATISTICS = ("reward_mean", "reward_std", "score_transform")
 WIN_RATE = ("eval_win_rate", "eval_win_rate_low", "eval_win_rate_high")
 LOGGED = ("accuracy", "margin", "weight", "chosen", "rejected")  # of every pair
 LOSSES = ("dpo", "ipo", "hinge", "robust", "plackett_luce", "cpl")
-# How far the first loss may be from that of a policy which is its reference, as a share of it. In
-# mixed precision two forwards of other rows round otherwise.
-LIMITS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05}
+# How far the first log-probability of a response may be from the reference's, as a share of it: the
+# two are one, but sums round otherwise among other rows.
+LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Config:
         bool, "each online round's reference is the policy that begins it (RLHF Workflow)"
     ] = False
     missing_eos_score: Annotated[
-        str, "online, a response that did not end gets this or the round's lowest; none: its own"
+        str, "online, if a response did not end, the smaller of this and the lowest; none: its own"
     ] = "-1"
     prompts: Annotated[str, "held-out prompts to sample for; empty: none"] = (
         "data/toy/prompts_validation.jsonl"
@@ -117,8 +118,9 @@ class Config:
     )
     loss: Annotated[str, "dpo, ipo, hinge, robust, plackett_luce or cpl"] = "dpo"
     beta: Annotated[
-        float, "KL coefficient (Rafailov et al.: 0.1, summaries 0.5); ipo's tau, cpl's alpha"
-    ] = 0.1
+        float,
+        "KL coefficient (Rafailov et al.: 0.1, summaries 0.5); cpl's alpha; ipo's tau, of sums",
+    ] = 0.3
     label_smoothing: Annotated[float, "probability that a label is wrong (dpo, robust: 0.1)"] = 0.0
     gamma: Annotated[float, "discount a token, in cpl"] = 1.0
     cpl_bias: Annotated[float, "weight of the rejected segment in cpl (Hejna et al.: 0.5)"] = 0.5
@@ -640,7 +642,7 @@ def dpo_loss(
         dpo     -log sigmoid(beta h)      arXiv:2305.18290 eq. 7
         ipo     (h - 1 / (2 beta))^2      arXiv:2310.12036 eq. 17, beta being its tau
         hinge   max(0, 1 - beta h)        arXiv:2305.10425, arXiv:2309.06657
-        robust  as dpo, with a q that makes up for wrong labels, arXiv:2403.00409 eq. 12
+        robust  as dpo, with a q that makes up for wrong labels, arXiv:2403.00409
     label: P(chosen is better), a number or (B,). label_smoothing: the probability e that a label
     is wrong; q = label (1 - e) + (1 - label) e is conservative DPO; robust takes
     q = (label - e) / (1 - 2 e), of which the loss on clean labels is the mean over wrong ones.
@@ -648,7 +650,7 @@ def dpo_loss(
     # The one place where the policy is held to the reference: its gradient, for dpo and label 1, is
     # -beta sigmoid(-beta h) (grad log pi(chosen) - grad log pi(rejected)). The weight sigmoid(-beta
     # h) is near 1 for pairs that the implicit reward beta log pi/ref orders wrongly, and near 0
-    # for those that it has learnt: without it, both likelihoods would fall without bound.
+    # for those that it has learnt; without it the language degenerates (the paper's section 4).
     h = (chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)
     q = label * (1 - label_smoothing) + (1 - label) * label_smoothing
     if loss == "robust":
@@ -685,8 +687,8 @@ def plackett_luce_loss(logprobs, ref_logprobs, beta, beats=None):
 def cpl_loss(chosen_logprobs, rejected_logprobs, alpha, bias=1.0):
     """-log(e^a+ / (e^a+ + e^(bias a-))), a = alpha times the log-probability of a segment, (B,).
 
-    Contrastive preference learning, arXiv:2310.13639 eq. 5 and 6: an advantage is alpha log pi, and
-    no reference is needed. The log-probabilities are `discounted` sums. bias < 1 asks less of the
+    Contrastive preference learning, arXiv:2310.13639: an advantage is alpha log pi, and no
+    reference is needed. The log-probabilities are `discounted` sums. bias < 1 asks less of the
     rejected segment's fall.
     """
     return F.softplus(alpha * (bias * rejected_logprobs - chosen_logprobs))
@@ -697,7 +699,7 @@ def discounted(logprobs, mask, gamma):
     if gamma == 1:
         return logprobs.sum(1)
     t = (mask.cumsum(1) - 1).clamp(min=0)
-    return (gamma**t * logprobs).sum(1)
+    return (logprobs.new_tensor(gamma) ** t * logprobs).sum(1)
 
 
 def preference_loss(logprobs, ref_logprobs, keep, label, cfg):
@@ -713,7 +715,8 @@ def preference_loss(logprobs, ref_logprobs, keep, label, cfg):
         beats[:, i, j] = keep
         return plackett_luce_loss(logprobs, ref_logprobs, cfg.beta, beats)
     if cfg.loss == "cpl":
-        losses = cpl_loss(chosen, rejected, cfg.beta, cfg.cpl_bias)
+        losses = label * cpl_loss(chosen, rejected, cfg.beta, cfg.cpl_bias)
+        losses = losses + (1 - label) * cpl_loss(rejected, chosen, cfg.beta, cfg.cpl_bias)
     else:
         references = ref_logprobs[:, i], ref_logprobs[:, j]
         kind, smoothing = cfg.loss, cfg.label_smoothing
@@ -721,18 +724,29 @@ def preference_loss(logprobs, ref_logprobs, keep, label, cfg):
     return losses.masked_fill(~keep, 0.0).sum(1) / keep.sum(1)
 
 
-def pair_numbers(logprobs, ref_logprobs, keep, cfg):
-    """What is logged of a batch, as sums over its pairs: {name: number}."""
+def pair_numbers(logprobs, ref_logprobs, keep, label, cfg):
+    """What is logged of a batch, as sums over its pairs: {name: number}. See `preference_loss`."""
     i, j = torch.triu_indices(*[logprobs.shape[1]] * 2, 1, device=logprobs.device)
-    rewards = cfg.beta * (logprobs - ref_logprobs).detach()  # implicit, up to a prompt's constant
+    logprobs, label = logprobs.detach(), label[keep]
+    rewards = cfg.beta * (logprobs - ref_logprobs)  # implicit, up to a constant of the prompt
     margin = (rewards[:, i] - rewards[:, j])[keep]
+    ordered = label > 0.5  # at 0.5 neither is the better one
+    if cfg.loss == "cpl":
+        weight = torch.sigmoid(-margin)
+    else:  # |dL/dh| / beta: sigmoid(-beta h) for dpo, and for a ranking as if of its pairs
+        kind = "dpo" if cfg.loss == "plackett_luce" else cfg.loss
+        with torch.enable_grad():
+            h = (margin / cfg.beta).requires_grad_()
+            losses = dpo_loss(h, 0.0, 0.0, 0.0, cfg.beta, kind, cfg.label_smoothing, label)
+            weight = torch.autograd.grad(losses.sum(), h)[0].abs() / cfg.beta
     return {
-        "accuracy": (0.5 + 0.5 * margin.sign()).sum().item(),
+        "accuracy": (0.5 + 0.5 * margin.sign())[ordered].sum().item(),
         "margin": margin.sum().item(),
-        "weight": torch.sigmoid(-margin).sum().item(),
-        "chosen": logprobs.detach()[:, i][keep].sum().item(),
-        "rejected": logprobs.detach()[:, j][keep].sum().item(),
+        "weight": weight.sum().item(),
+        "chosen": logprobs[:, i][keep].sum().item(),
+        "rejected": logprobs[:, j][keep].sum().item(),
         "pairs": float(keep.sum()),
+        "ordered": float(ordered.sum()),
     }
 
 
@@ -886,9 +900,9 @@ def load_reward(name, tokenizer, device):
 
 
 def sample_batch(sampler, prompts, prompt_ids, cfg, eos, seed, device):
-    """One response to each prompt -> {"lines", "tokens", "mask", "lengths", "ended"}: tokens, mask
-    (B, T), lengths of prompt and response together, ended (B,) bool. From the full softmax:
-    truncated, its KL would be another distribution's."""
+    """One response to each prompt -> {"lines", "tokens", "mask", "lengths", "responses", "ended"}:
+    tokens, mask (B, T), lengths of prompt and response together, the responses' ids, ended (B,)
+    bool. From the full softmax: truncated, its KL would be another distribution's."""
     generator = torch.Generator(device).manual_seed(seed)
     responses = []
     for part in micro_batches(len(prompts), 8 * cfg.micro_batch_size):  # no more cache at once
@@ -903,18 +917,15 @@ def sample_batch(sampler, prompts, prompt_ids, cfg, eos, seed, device):
         responses += [row[inside].tolist() for row, inside in zip(tokens, mask, strict=True)]
     tokens, mask = (x.to(device) for x in pad(prompt_ids, responses))
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, responses, strict=True)]
-    ended = torch.tensor([response[-1] == eos for response in responses], device=device)
     batch = {"lines": prompts, "tokens": tokens, "mask": mask, "lengths": lengths}
-    return batch | {"ended": ended}
+    ended = [response[-1] == eos for response in responses]
+    return batch | {"responses": responses, "ended": torch.tensor(ended, device=device)}
 
 
 def texts_of(batch, tokenizer):
     """The responses as text, without the EOS that ends them."""
-    texts = []
-    for row, inside, ended in zip(batch["tokens"], batch["mask"], batch["ended"], strict=True):
-        ids = row[inside].tolist()
-        texts.append(text_of(tokenizer, ids[:-1] if ended else ids))
-    return texts
+    eos = tokenizer.eot_token
+    return [text_of(tokenizer, r[:-1] if r[-1] == eos else r) for r in batch["responses"]]
 
 
 def micro_batches(count, size):
@@ -1026,16 +1037,19 @@ def distinct(texts, n):
 
 def beside(samples, others, missing_eos_score):
     """The policy's samples beside the reference's to the same prompts: means by task, differences
-    paired by prompt, win rates (ties half), each with its interval, and how various they are."""
+    paired by prompt, win rates (ties half), each with its interval, and how various they are. In
+    differences and wins by proxy, what did not end has the smaller of missing_eos_score and the
+    lowest proxy of all."""
+    floored = samples, others
     if missing_eos_score != "none":  # one floor for both sides, so that it decides nothing
         every = [sample["parts"]["proxy"] for sample in samples + others]
         least = {"proxy": min(float(missing_eos_score), *every)}
-        samples, others = (
+        floored = (
             [s if s["parts"]["eos"] else s | {"parts": s["parts"] | least} for s in side]
             for side in (samples, others)
         )
     pairs, wins = [], {}
-    for ours, theirs in zip(samples, others, strict=True):
+    for ours, theirs in zip(*floored, strict=True):
         before = theirs["parts"]
         more = {name: x - before[name] for name, x in ours["parts"].items() if name in before}
         pairs.append(ours | {"parts": more})
@@ -1064,20 +1078,21 @@ def print_beside(name, report):
 
 def means_of(sums):
     """Sums of `pair_numbers`, with `loss` and `prompts`, -> their means."""
-    each = {name: sums[name] / max(sums["pairs"], 1) for name in LOGGED}
-    return {"loss": sums["loss"] / max(sums["prompts"], 1)} | each
+    means = {name: sums[name] / max(sums["pairs"], 1) for name in LOGGED}
+    means["accuracy"] = sums["accuracy"] / max(sums["ordered"], 1)
+    return {"loss": sums["loss"] / max(sums["prompts"], 1)} | means
 
 
-def check_start(losses, ref_logprobs, keep, label, limit, cfg, device):
-    """Ends the run, on all ranks, unless the first loss is that of a policy that is its reference:
-    ln 2 for dpo."""
-    expected = preference_loss(ref_logprobs, ref_logprobs, keep, label.to(losses.dtype), cfg)
-    far = max(gather([float((losses.detach() / expected - 1).abs().max())], device))
-    if far > limit:
+def check_start(logprobs, ref_logprobs, limit, device):
+    """Ends the run, on all ranks, unless a policy that nothing has trained is its reference: the
+    first loss is then ln 2 for dpo."""
+    far = ((logprobs.detach() - ref_logprobs) / ref_logprobs.clamp(max=-1)).abs().max()
+    far = gather([float(far)], device)
+    if not all(x <= limit for x in far):
         refuse(
-            f"self-check: the first loss is {far:.1e} of it off {expected[0]:.4f} (limit "
-            f"{limit:.0e}), which is a policy's that equals its reference. Likely causes: dropout, "
-            f"a stale cache, log-probabilities of other tokens"
+            f"self-check: the untrained policy's log-probabilities are {max(far):.1e} of them off "
+            f"the reference's (limit {limit:.0e}), which it is. Likely causes: dropout, a stale "
+            f"cache, log-probabilities of other tokens"
         )
 
 
@@ -1103,10 +1118,15 @@ def main():
         refuse(f"--label_smoothing: --loss {cfg.loss} has none")
     if cfg.gamma < 1 and cfg.loss != "cpl":
         refuse("--gamma: only --loss cpl discounts")
-    if not cfg.online and (cfg.refresh_reference or cfg.judge_noise):
-        refuse("--refresh_reference, --judge_noise: only with --online")
+    of_rounds = ("rounds", "round_prompts", "num_samples", "refresh_reference", "judge_noise")
+    of_data = ("epochs", "steps")
+    for name in of_data if cfg.online else of_rounds:
+        if getattr(cfg, name) != getattr(Config, name):
+            refuse(f"--{name}: only with{'out' if cfg.online else ''} --online")
     if cfg.online and cfg.num_samples < 2:
         refuse("--num_samples: expected 2 or more")
+    if cfg.refresh_reference and cfg.loss == "cpl":
+        refuse("--refresh_reference: --loss cpl has no reference")
     try:
         if cfg.missing_eos_score != "none" and not math.isfinite(float(cfg.missing_eos_score)):
             raise ValueError
@@ -1129,8 +1149,8 @@ def main():
             refuse(error)
         if model.score is not None:
             refuse(f"{name}: has a scalar head, no language model's")
-        set_dropout(model, 0.0)
-        return model.to(device, precision).eval(), tokenizer
+        # In eval mode for good: dropout would make the policy differ from its reference.
+        return model.eval().to(device, precision), tokenizer
 
     policy, tokenizer = load_policy(cfg.init)
     reference, theirs = load_policy(reference_name)
@@ -1166,17 +1186,21 @@ def main():
         steps_an_epoch = math.ceil(len(examples) / cfg.batch_size)
         total = cfg.steps or math.ceil(cfg.epochs * steps_an_epoch)
         inputs += files
+    if cfg.loss == "plackett_luce" and any(p[3] < 1 for e in examples for p in e["pairs"]):
+        refuse("--loss plackett_luce: a ranking has no label below 1")
     if cfg.max_new_tokens >= positions and (prompts or held_prompts):
         refuse(f"--max_new_tokens {cfg.max_new_tokens}: leaves no room in {positions} positions")
     room = positions - cfg.max_new_tokens
     prompt_ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in prompts]
     held_ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in held_prompts]
+    whole = [encode(tokenizer, p["prompt"], None, sys.maxsize)[0] for p in prompts + held_prompts]
+    shortened = sum(len(ids) > room for ids in whole)
     if cfg.validation:
         held_out, count = read_examples(cfg.validation, tokenizer, max_length, cut)
         counted.append((cfg.validation, len(held_out), count))
     inputs += [path for path in (cfg.validation, cfg.prompts, cfg.gold) if path]
-    models = [path for name in {cfg.init, reference_name} for path in weight_files(Path(name))]
-    inputs += sorted(models)
+    for name in sorted({cfg.init, reference_name}):
+        inputs += [*weight_files(Path(name)), Path(name) / "config.json"]
     checkpoint = open_run(cfg, inputs, device, rank, world)
     out_dir = Path(cfg.out_dir)
     mixed = dtype in (torch.bfloat16, torch.float16)
@@ -1188,22 +1212,39 @@ def main():
         for path, number, count in counted:
             what = ", ".join(f"{n} {name}" for name, n in count.items())
             print(f"{path}: {number} lines kept; responses: {what}")
-        if cfg.online:
-            which = (
-                "each round's first policy: KL to the start is not bounded by one beta"
-                if cfg.refresh_reference
-                else f"{reference_name} in all rounds: beta holds the policy near it"
+        if prompts or held_prompts:
+            print(
+                f"{len(prompts)} prompts to learn from, {len(held_prompts)} held out; "
+                f"{shortened} lose their start"
             )
-            print(f"{cfg.rounds} rounds of {cfg.round_prompts} prompts; reference: {which}")
+        if cfg.online:
+            which = f"{reference_name}'s in all rounds: beta holds the policy near it"
+            if cfg.loss == "cpl":
+                which = f"none in the loss; KL is to {reference_name}"
+            if cfg.refresh_reference:
+                which = (
+                    f"the policy that begins a round (held out: {reference_name}), so that KL to "
+                    f"the start is not bounded by one beta"
+                )
+            print(f"{cfg.rounds} rounds of {cfg.round_prompts} prompts; the reference is {which}")
         else:
             pairs = sum(len(example["pairs"]) for example in examples)
-            print(f"{pairs} pairs; {total} steps of {cfg.batch_size} prompts", flush=True)
+            print(f"{pairs} pairs; {total} steps of {cfg.batch_size} prompts")
+        print(
+            "what to expect: both log-probabilities fall, the chosen one's too; it is the margin "
+            "between them that is trained",
+            flush=True,
+        )
 
     def refer(some, path):
         """Gives examples of a file the reference's log-probabilities: computed once, kept under a
         key of all that they depend on. -> what to say of it."""
-        key = {"rows": [str(path), sha256(path)], "loss": [cfg.gamma, str(dtype)]}
-        key["weights"] = [sha256(file) for file in weight_files(Path(reference_name))]
+        model_files = [*weight_files(Path(reference_name)), Path(reference_name) / "config.json"]
+        key = {
+            "rows": [Path(path).suffix, sha256(path)],
+            "reference": list(map(sha256, model_files)),
+        }
+        key["numbers"] = [cfg.gamma, str(dtype), device.type]
         key["tokens"] = [tokenizer_hash(tokenizer), max_length, cfg.overlong]
         key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
         cache, rows = Path(cfg.cache) / f"{key}.safetensors", rows_of(some)
@@ -1211,10 +1252,11 @@ def main():
         if all_reduce([float(known is not None)], device)[0]:  # rank 0 decides for all
             add_reference(some, gather(known or [], device))
             return f"{path}: {len(rows)} log-probabilities of the reference, from {cache}"
+        if cfg.cache:
+            cache.parent.mkdir(parents=True, exist_ok=True)
         begun = time.time()
         logprobs = logprobs_of_rows(reference, rows, cfg, device, autocast, rank, world)
         if logprobs is None:
-            print("stopped by SIGTERM before the first step", flush=True)
             sys.exit(128 + signal.SIGTERM)
         add_reference(some, logprobs)
         if cfg.cache and rank == 0:
@@ -1230,6 +1272,8 @@ def main():
             print(said, flush=True)
     if not referred:
         add_reference(everything, itertools.repeat(0.0))
+    for example in everything:  # of many lines, as large as their tokens, and of no more use
+        del example["texts"], example["line"]
     keep_reference = cfg.online and referred and not cfg.refresh_reference
     if not keep_reference:
         reference = None  # evaluation loads it again, for as long as it takes
@@ -1246,16 +1290,16 @@ def main():
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step = saved_step = labels = 0
-    epoch = None
-    names = ("loss", "prompts", "pairs", *LOGGED)
+    epoch, evaluated = None, -1
+    names = ("loss", "prompts", "pairs", "ordered", *LOGGED)
     window = dict.fromkeys((*names, "tokens"), 0.0)  # sums since the last printed line
     if checkpoint:
         state = load_checkpoint(checkpoint, {"policy": policy}, {"adam": optimizer}, device, rank)
         step = saved_step = state["step"]
-        labels, epoch, examples_of_round = state["labels"], state["epoch"], state["round"]
+        labels, epoch, evaluated = state["labels"], state["epoch"], state["evaluated"]
         scaler.load_state_dict(state["scaler"])
         if cfg.online:
-            examples = examples_of_round
+            examples = state["round"]
         if rank == 0:
             window = dict(zip(window, state["window"], strict=True))
             print(f"resumed at step {step} from {checkpoint}", flush=True)
@@ -1272,6 +1316,9 @@ def main():
             state = {"scaler": scaler.state_dict(), "window": all_reduce(window.values(), device)}
             # What the policy sampled in this round can't be sampled again from what it is now.
             state |= {"labels": labels, "epoch": epoch, "round": examples if cfg.online else []}
+            state["evaluated"] = (
+                evaluated  # SIGTERM in a round's sampling saves after it was logged
+            )
             save_checkpoint(cfg, step, {"policy": policy}, {"adam": optimizer}, state, device, rank)
             saved_step = step
 
@@ -1283,100 +1330,114 @@ def main():
             print(f"stopped by SIGTERM at step {step}; --resume goes on from there", flush=True)
         sys.exit(128 + signal.SIGTERM)
 
+    many = 4 * cfg.micro_batch_size or 256  # no gradients are kept, so more fit
+
     def responses_of(model, to, lines, line_ids, temperature):
         """One response to each held-out prompt, from all ranks: its line with `response`, `parts`
-        (kl to the model `to` in nats, gold and its parts, eos, words), in order."""
+        (kl to the model `to` in nats, proxy by the judge, gold's, eos, words), in order."""
         sampler = copy.deepcopy(model).bfloat16() if rounded else model
         settings = dataclasses.replace(cfg, temperature=temperature)
-        order = sorted(range(len(lines)), key=lambda i: len(line_ids[i]))
-        size, found = 4 * cfg.micro_batch_size, []
-        for begin in range(0, len(lines), (size or 256) * world):
+        order, found = sorted(range(len(lines)), key=lambda i: len(line_ids[i])), []
+        for begin in range(0, len(lines), many * world):
             if stop_requested(device):
                 stop()
-            mine = order[begin : begin + (size or 256) * world][rank::world]
+            mine = order[begin : begin + many * world][rank::world]
             if not mine:
                 continue
+            some, ids = [lines[i] for i in mine], [line_ids[i] for i in mine]
             # Not the reference's draws: a win rate is one of independent samples.
             seed = 2 * (1_000_003 * (cfg.seed + 1) + begin * world + rank) + (model is policy)
-            some, ids = [lines[i] for i in mine], [line_ids[i] for i in mine]
             batch = sample_batch(sampler, some, ids, settings, tokenizer.eot_token, seed, device)
             texts, ended = texts_of(batch, tokenizer), batch["ended"].tolist()
-            gap = []
-            if temperature:  # else no estimate of KL
-                gap = response_logprobs(model, batch, size, settings, autocast)
-                gap = gap - response_logprobs(to, batch, size, settings, autocast)
+            if temperature:  # greedy samples say nothing of the KL
+                gap = response_logprobs(model, batch, many, settings, autocast)
+                gap = gap - response_logprobs(to, batch, many, settings, autocast)
                 gap = gap.sum(1).tolist()
+            if cfg.online:
+                scores = scores_of(judge_model, batch, texts, many, autocast).tolist()
             for n, i in enumerate(mine):
                 parts = {"words": float(len(texts[n].split()))} | judge(gold, lines[i], texts[n])
-                parts |= {"eos": float(ended[n])} | ({"kl": gap[n]} if gap else {})
+                parts |= {"proxy": scores[n]} if cfg.online else {}
+                parts |= {"eos": float(ended[n])} | ({"kl": gap[n]} if temperature else {})
                 found.append(lines[i] | {"index": i, "response": texts[n], "parts": parts})
         return sorted(gather(found, device), key=lambda sample: sample["index"])
 
-    def compare_with_reference(count, temperature):
+    def compare_with_reference(count, temperature, others=None):
         to = reference if reference is not None else load_policy(reference_name)[0]
         some = held_prompts[:count], held_ids[:count]
         samples = responses_of(policy, to, *some, temperature)
-        return samples, responses_of(to, to, *some, temperature)
+        return samples, others or responses_of(to, to, *some, temperature)
 
     def judged_round(number):
         """Samples of the policy as it is, judged: examples, each with its responses best first."""
         order = prompts_of_step(len(prompts), cfg.round_prompts, number, cfg.seed)
         mine = sorted(order[rank::world], key=lambda i: len(prompt_ids[i]))
-        some = [i for i in mine or order[:1] for _ in range(cfg.num_samples)]
         sampler = copy.deepcopy(policy).bfloat16() if rounded else policy
-        seed = (cfg.seed * 1_000_003 + number) * 4096 + rank
-        batch = sample_batch(
-            sampler,
-            [prompts[i] for i in some],
-            [prompt_ids[i] for i in some],
-            cfg,
-            tokenizer.eot_token,
-            seed,
-            device,
-        )
-        texts = texts_of(batch, tokenizer)
-        scores = scores_of(judge_model, batch, texts, 4 * cfg.micro_batch_size, autocast)
-        real = len(mine) * cfg.num_samples
-        scores = punish_missing_eos(scores, batch["ended"], real, cfg, device)
-        scores = scores.view(-1, cfg.num_samples).tolist()
-        noise = np.random.default_rng([cfg.seed, number, rank]).gumbel(size=np.shape(scores))
-        found = []
+        share = math.ceil(cfg.round_prompts / world)  # of the rank with most: all look for a stop
+        texts, ids, scores, ended, K = [], [], [], [], cfg.num_samples
+        for begin in range(0, share, max(many // K, 1)):
+            if stop_requested(device):
+                stop()
+            part = [i for i in mine[begin : begin + max(many // K, 1)] for _ in range(K)]
+            if not part:
+                continue
+            some, some_ids = [prompts[i] for i in part], [prompt_ids[i] for i in part]
+            seed = ((cfg.seed * 1_000_003 + number) * 4096 + rank) * 4096 + begin
+            batch = sample_batch(sampler, some, some_ids, cfg, tokenizer.eot_token, seed, device)
+            texts += texts_of(batch, tokenizer)
+            scores += scores_of(judge_model, batch, texts[-len(part) :], many, autocast).tolist()
+            ids, ended = ids + batch["responses"], ended + batch["ended"].tolist()
+        noise = np.random.default_rng([cfg.seed, number, rank]).gumbel(size=len(scores))
+        scores = torch.tensor(scores, dtype=torch.float64) + cfg.judge_noise * torch.tensor(noise)
+        ended = torch.tensor(ended, dtype=torch.bool)
+        scores = punish_missing_eos(scores, ended, len(scores), cfg, device).tolist()
+        found, empty = [], sum(not text.strip() for text in texts)
         for n, i in enumerate(mine):
-            rows = range(n * cfg.num_samples, (n + 1) * cfg.num_samples)
-            said = np.asarray(scores[n]) + cfg.judge_noise * noise[n]
-            responses = {}  # text: (score, ids); of equal responses one
-            for row, score in zip(rows, said.tolist(), strict=True):
-                ids = batch["tokens"][row][batch["mask"][row]].tolist()
+            responses = {}  # {text: row}; of equal ones the first, of empty ones none
+            for row in range(n * K, (n + 1) * K):
                 if texts[row].strip():
-                    responses.setdefault(texts[row], (score, ids))
-            ranked = sorted(responses.items(), key=lambda item: -item[1][0])
+                    responses.setdefault(texts[row], row)
+            ranked = sorted(responses.values(), key=lambda row: -scores[row])
             pairs = [
                 (a, b, 0.0, 1.0)
                 for a, b in itertools.combinations(range(len(ranked)), 2)
-                if ranked[a][1][0] > ranked[b][1][0]
+                if scores[ranked[a]] > scores[ranked[b]]
             ]
             if pairs:
-                ids = [ids for _, (_, ids) in ranked]
-                length = len(prompt_ids[i]) + max(map(len, ids))
-                found.append({"prompt": prompt_ids[i], "responses": ids, "pairs": pairs})
-                found[-1] |= {"length": length, "texts": [text for text, _ in ranked]}
-                found[-1] |= {"line": prompts[i], "scores": [score for _, (score, _) in ranked]}
+                example = {"prompt": prompt_ids[i], "responses": [ids[row] for row in ranked]}
+                example |= {"pairs": pairs, "line": prompts[i]}
+                example["length"] = len(prompt_ids[i]) + max(map(len, example["responses"]))
+                example["texts"] = [texts[row] for row in ranked]
+                found.append(example | {"scores": [scores[row] for row in ranked]})
+        counts = [sum(scores), len(scores), int(ended.sum()), empty, len(found)]
+        total_score, count, finished, empty, kept = all_reduce(counts, device)
         found = gather(found, device)
-        logprobs = [0.0] * len(rows_of(found))
+        logprobs = itertools.repeat(0.0)
         if referred:
             to = policy if cfg.refresh_reference else reference
             logprobs = logprobs_of_rows(to, rows_of(found), cfg, device, autocast, rank, world)
-        if logprobs is None:
-            stop()
+            if logprobs is None:
+                stop()
         add_reference(found, logprobs)
-        return found
+        if rank == 0:
+            print(
+                f"round {number + 1}/{cfg.rounds}  score {total_score / count:+.3f}  EOS "
+                f"{finished / count:.3f}  {empty:.0f} empty  {kept:.0f} of {cfg.round_prompts} "
+                f"prompts with a pair{'' if kept else ': nothing to learn in this round'}",
+                flush=True,
+            )
+            for example in found:
+                ranking = {"responses": example["texts"], "scores": example["scores"]}
+                line = {k: v for k, v in example["line"].items() if k != "policy"}
+                append_line(out_dir / "rounds.jsonl", {"round": number} | line | ranking)
+        needed = ("prompt", "responses", "pairs", "length", "ref")
+        return [{name: example[name] for name in needed} for example in found]
 
     def evaluate():
         """{name: mean over the held-out pairs} of what is logged of the training pairs."""
         sums = dict.fromkeys(names, 0.0)
         order = sorted(range(len(held_out)), key=lambda i: held_out[i]["length"])
         size = cfg.micro_batch_size or 64
-        policy.eval()
         for begin in range(0, len(order), size * world):
             if stop_requested(device):
                 stop()
@@ -1389,23 +1450,25 @@ def main():
                 logits = policy(tokens, at=predicts(mask))
             logprobs = discounted(token_logprobs(logits, tokens, mask), mask, cfg.gamma)[rows]
             refs = refs.to(logprobs.dtype)[rows]
-            losses = preference_loss(logprobs, refs, keep, label.to(logprobs.dtype), cfg)
-            numbers = pair_numbers(logprobs, refs, keep, cfg)
+            label = label.to(logprobs.dtype)
+            losses = preference_loss(logprobs, refs, keep, label, cfg)
+            numbers = pair_numbers(logprobs, refs, keep, label, cfg)
             numbers |= {"loss": losses.sum().item(), "prompts": len(indices)}
             sums = {name: sums[name] + numbers[name] for name in names}
         return means_of(dict(zip(names, all_reduce(sums.values(), device), strict=True)))
 
     started = last_time = time.time()
     first_step, batches, report = step, None, {}
-    limit = max(LIMITS[dtype], 1e-4 if cfg.compile else 0.0)  # compiled, sums have another order
-    few = max(cfg.num_prompts // 4, 1)
+    few, others = max(cfg.num_prompts // 4, 1), None
     while True:
         if step == total or (cfg.save_every and step % cfg.save_every == 0):
             save()
         if stop_requested(device):
             stop()
 
-        if step == total or (cfg.eval_every and step % cfg.eval_every == 0):
+        due = step == total or (cfg.eval_every and step % cfg.eval_every == 0)
+        if due and step > evaluated:
+            evaluated = step
             record = {"step": step, "seconds": round(time.time() - started, 1)}
             said = []
             if held_out:
@@ -1417,8 +1480,8 @@ def main():
                     f"rejected {report['rejected']:.1f}"
                 )
             if held_prompts and step > 0:
-                samples, others = compare_with_reference(few, cfg.temperature)
-                found = beside(samples, others, "none")
+                samples, others = compare_with_reference(few, cfg.temperature, others)
+                found = beside(samples, others, cfg.missing_eos_score if cfg.online else "none")
                 for task, table in found["policy"].items():
                     prefix = "eval" if task == "all" else f"eval_{task}"
                     record |= {f"{prefix}_{k}": v[0] for k, v in table.items() if k != "count"}
@@ -1439,22 +1502,18 @@ def main():
         # One step: gradients of the mean over the batch's prompts, over micro-batches and ranks.
         if epoch != step // steps_an_epoch or batches is None:
             if cfg.online and epoch != step // steps_an_epoch:
-                policy.eval()
                 examples = judged_round(step // steps_an_epoch)
                 labels += sum(len(example["pairs"]) for example in examples)
-                for example in examples if rank == 0 else ():
-                    ranking = {"responses": example["texts"], "scores": example["scores"]}
-                    record = {"round": step // steps_an_epoch} | example["line"] | ranking
-                    append_line(out_dir / "rounds.jsonl", record)
             epoch = step // steps_an_epoch
             lengths = [example["length"] for example in examples]
-            batches = grouped_batches(lengths, cfg.batch_size, [cfg.seed, epoch])
+            batches = [[]]
+            if examples:
+                batches = grouped_batches(lengths, cfg.batch_size, [cfg.seed, epoch])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, cfg)
         # Online, a prompt whose responses are all alike drops out, and a last batch with it.
         place = step % steps_an_epoch
         batch = batches[place] if place < len(batches) else []
-        parallel.train()
         shares = rank_share(batch, rank, world, cfg.micro_batch_size) if batch else []
         for micro, indices in enumerate(shares):
             # A rank without lines left runs too, with weight 0: the others wait for its gradients.
@@ -1466,25 +1525,25 @@ def main():
                     logits = parallel(tokens, at=predicts(mask))  # (N, V)
                 logprobs = discounted(token_logprobs(logits, tokens, mask), mask, cfg.gamma)[rows]
                 refs = refs.to(logprobs.dtype)[rows]  # (B, K)
-                losses = preference_loss(logprobs, refs, keep, label.to(logprobs.dtype), cfg)
+                label = label.to(logprobs.dtype)
+                losses = preference_loss(logprobs, refs, keep, label, cfg)
                 loss = losses.sum() * (1.0 if indices else 0.0)
                 # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
                 scaler.scale(loss * world / len(batch)).backward()
             if step == 0 and referred and not cfg.reference:
-                check_start(losses, refs, keep, label, limit, cfg, device)
+                check_start(logprobs, refs, LIMITS[dtype], device)
             if indices:
-                for name, number in pair_numbers(logprobs, refs, keep, cfg).items():
+                for name, number in pair_numbers(logprobs, refs, keep, label, cfg).items():
                     window[name] += number
                 window["tokens"] += sum(
                     len(e["prompt"]) + len(r) for e in some for r in e["responses"]
                 )
             window["loss"] += loss.item()
             window["prompts"] += len(indices)
-        if not batch:
-            step += 1
-            continue
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm).item()
+        norm = 0.0
+        if batch:
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm).item()
         # The norm is of the summed gradients, the same on all ranks: all stop, or none. float16 may
         # overflow: the scaler then skips the step and halves its scale.
         if not math.isfinite(norm) and scaler.get_scale() <= 1:
@@ -1497,9 +1556,10 @@ def main():
                     flush=True,
                 )
             sys.exit(1)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        if batch:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
 
         if step % cfg.log_every == 0 or step == total:
@@ -1532,13 +1592,13 @@ def main():
         save_model(out_dir, policy, tokenizer, {"stage": "dpo"})
     report = {"held_out": report} if held_out else {}
     report |= {"step": step, "seconds": round(time.time() - started, 1)}
-    if cfg.online:
-        report["labels"] = labels
+    first_epoch = sum(len(example["pairs"]) for example in examples)
+    report["labels"] = labels if cfg.online else first_epoch  # pairs that somebody has judged
     report["peak_memory_gib"] = round(peak_memory(device) / 2**30, 2)
     ways = (("sampled", cfg.temperature), ("greedy", 0.0))
     for name, temperature in ways if held_prompts else ():
         samples, others = compare_with_reference(cfg.num_prompts, temperature)
-        report[name] = beside(samples, others, "none")
+        report[name] = beside(samples, others, cfg.missing_eos_score if cfg.online else "none")
         if rank == 0:
             print_beside(f"{name} (temperature {temperature:g})", report[name])
     if rank == 0:
@@ -1548,16 +1608,6 @@ def main():
         print(f"{out_dir}: finished in {report['seconds']:.0f} s, {report['peak_memory_gib']} GiB")
     del parallel  # DDP is part of a reference cycle and keeps the group
     end_process(device)
-
-
-def set_dropout(model, rate):
-    """Sets all dropout rates: a checkpoint's own is its pre-training's."""
-    model.config = dataclasses.replace(model.config, dropout=rate)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = rate
-        elif hasattr(module, "dropout"):
-            module.dropout = rate
 
 
 def peak_memory(device):

@@ -123,7 +123,7 @@ class Config:
     clip: Annotated[float, "largest change of a ratio that is rewarded (sources: 0.2)"] = 0.2
     value_clip: Annotated[float, "largest change of a value that is rewarded (sources: 0.2)"] = 0.2
     entropy_coef: Annotated[float, "bonus a nat of entropy, a token (sources: 0)"] = 0.0
-    steps: Annotated[int, "iterations, each of batch_size episodes"] = 40
+    steps: Annotated[int, "iterations, each of batch_size episodes"] = 75
     batch_size: Annotated[int, "episodes an iteration, over all ranks (sources: 512)"] = 128
     minibatch_size: Annotated[
         int, "episodes an update, over all ranks, about: all updates are alike (InstructGPT: 64)"

@@ -325,8 +325,8 @@ MUTATIONS = {
         (
             "dropout left on",
             "dpo.py",
-            "        set_dropout(model, 0.0)\n",
-            "",
+            "return model.eval().to(device, precision), tokenizer",
+            "return model.train().to(device, precision), tokenizer",
         ),
         (
             "ipo's target without the half",
@@ -337,8 +337,8 @@ MUTATIONS = {
         (
             "the last response wins the ranking",
             "dpo.py",
-            "ranked = sorted(responses.items(), key=lambda item: -item[1][0])",
-            "ranked = sorted(responses.items(), key=lambda item: item[1][0])",
+            "ranked = sorted(responses.values(), key=lambda row: -scores[row])",
+            "ranked = sorted(responses.values(), key=lambda row: scores[row])",
         ),
         (
             "a resumed round is sampled anew",
@@ -351,6 +351,25 @@ MUTATIONS = {
             "dpo.py",
             "to = policy if cfg.refresh_reference else reference",
             "to = policy",
+        ),
+        (
+            "noise after the rule for what did not end",
+            "dpo.py",
+            "scores = punish_missing_eos(scores, ended, len(scores), cfg, device).tolist()",
+            "scores = (punish_missing_eos(scores, ended, len(scores), cfg, device)"
+            " + 1e-9 * torch.tensor(noise)).tolist()",
+        ),
+        (
+            "ranks that draw the same",
+            "dpo.py",
+            "seed = ((cfg.seed * 1_000_003 + number) * 4096 + rank) * 4096 + begin",
+            "seed = ((cfg.seed * 1_000_003 + number) * 4096) * 4096 + begin",
+        ),
+        (
+            "a cache of other weights is used",
+            "dpo.py",
+            '"reference": list(map(sha256, model_files))',
+            '"reference": len(model_files)',
         ),
         (
             "a cache of other truncation is used",

@@ -15,6 +15,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, metrics, read_lines, weights, write_jsonl
 
 from model import load_model, save_model
@@ -34,6 +35,13 @@ COMMANDS = {
     "ppo": "--prompts {data}/prompts.jsonl --validation {data}/held.jsonl --init {data}/policy "
     "--reward {data}/reward --max_new_tokens 8 --num_prompts 32 --steps 40 --batch_size 32 "
     "--minibatch_size 8 --kl_target 0.5 --save_every 4 --eval_every 10",
+    "dpo": "--data {data}/rankings.jsonl --validation {data}/held_rankings.jsonl "
+    "--cache {data}/cache --prompts {data}/held.jsonl --init {data}/policy --num_prompts 32 "
+    "--epochs 6 --batch_size 8 --save_every 10 --eval_every 40 --max_new_tokens 8",
+    "dpo --online": "--online {data}/reward --train_prompts {data}/prompts.jsonl --rounds 12 "
+    "--round_prompts 40 --batch_size 8 --save_every 7 --eval_every 20 --init {data}/policy "
+    "--validation {data}/held_rankings.jsonl --cache {data}/cache --prompts {data}/held.jsonl "
+    "--num_prompts 32 --max_new_tokens 8",
 }
 
 
@@ -59,9 +67,9 @@ def data(toy_data, policy_run, tokenizer, tmp_path_factory):
     return folder
 
 
-def start(script, data, out):
-    flags = COMMANDS[script].format(data=data).split()
-    command = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--device", "cpu"]
+def start(script, data, out, more=""):
+    flags = (COMMANDS[script].format(data=data) + more).split()
+    command = [sys.executable, str(ROOT / f"{script.split()[0]}.py"), *flags, "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, "--out_dir", str(out), "--resume"],
@@ -107,3 +115,16 @@ def test_kill_at_random_moments(script, data, tmp_path, capsys):
             f"the run, {survived} ended bit-identical, {REPEATS - survived} did not"
         )
     assert survived == REPEATS
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_compiled_weights_are_the_same(script, data, tmp_path):
+    """--compile: sums have another order, and that is all."""
+    few = "--steps 2" if "online" not in script else "--rounds 1"
+    runs = []
+    for name in ("compiled", "plain"):
+        more = f" {few} --eval_every 0 --save_every 0" + " --compile" * (name == "compiled")
+        process = start(script, data, tmp_path / name, more)
+        assert process.wait(900) == 0, process.stderr.read()
+        runs.append(load_model(tmp_path / name).state_dict())
+    assert all(torch.allclose(x, runs[1][name], atol=1e-4) for name, x in runs[0].items())

@@ -302,7 +302,8 @@ def test_dpo_loss_equals_trls(loss, smoothing):
     assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-12)
     assert (logits.grad - copied.grad).abs().max() < 1e-14
     pairs = torch.stack([ours[:B], ours[B:]], 1), torch.stack([refs[:B], refs[B:]], 1)
-    found = dpo.pair_numbers(*pairs, torch.ones(B, 1, dtype=torch.bool), dpo.Config(beta=0.3))
+    every = torch.ones(B, 1, dtype=torch.bool)
+    found = dpo.pair_numbers(*pairs, every, every.double(), dpo.Config(beta=0.3))
     logged = trainer._metrics["train"]
     for name, theirs in [("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")]:
         assert found[name] / B == pytest.approx(logged[theirs][0])
