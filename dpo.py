@@ -1083,7 +1083,7 @@ def means_of(sums):
     return {"loss": sums["loss"] / max(sums["prompts"], 1)} | means
 
 
-def check_start(logprobs, ref_logprobs, limit, device):
+def check_reference(logprobs, ref_logprobs, limit, device):
     """Ends the run, on all ranks, unless a policy that nothing has trained is its reference: the
     first loss is then ln 2 for dpo."""
     far = ((logprobs.detach() - ref_logprobs) / ref_logprobs.clamp(max=-1)).abs().max()
@@ -1531,7 +1531,7 @@ def main():
                 # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
                 scaler.scale(loss * world / len(batch)).backward()
             if step == 0 and referred and not cfg.reference:
-                check_start(logprobs, refs, LIMITS[dtype], device)
+                check_reference(logprobs, refs, LIMITS[dtype], device)
             if indices:
                 for name, number in pair_numbers(logprobs, refs, keep, label, cfg).items():
                     window[name] += number

@@ -100,7 +100,7 @@ class Config:
     ] = ""
     gold: Annotated[str, "Python file whose score(prompt, response, **fields) is the truth"] = ""
     out_dir: Annotated[str, "run directory"] = "runs/ppo"
-    beta: Annotated[float, "KL coefficient (Stiennon et al.: 0.05; InstructGPT: 0.02)"] = 0.1
+    beta: Annotated[float, "KL coefficient (Stiennon et al.: 0.05; InstructGPT: 0.02)"] = 0.2
     kl_target: Annotated[float, "nats a sequence that beta is steered to; 0: beta is fixed"] = 0.0
     kl_horizon: Annotated[int, "episodes in which beta can change by a fifth (Ziegler et al.)"] = (
         10000
@@ -123,7 +123,7 @@ class Config:
     clip: Annotated[float, "largest change of a ratio that is rewarded (sources: 0.2)"] = 0.2
     value_clip: Annotated[float, "largest change of a value that is rewarded (sources: 0.2)"] = 0.2
     entropy_coef: Annotated[float, "bonus a nat of entropy, a token (sources: 0)"] = 0.0
-    steps: Annotated[int, "iterations, each of batch_size episodes"] = 75
+    steps: Annotated[int, "iterations, each of batch_size episodes"] = 50
     batch_size: Annotated[int, "episodes an iteration, over all ranks (sources: 512)"] = 128
     minibatch_size: Annotated[
         int, "episodes an update, over all ranks, about: all updates are alike (InstructGPT: 64)"
