@@ -5,7 +5,7 @@
 #   make test-faults     kills every script at random moments (QUICK=1: two each)
 #   make test-peers      installs transformers and TRL beside torch, runs the tests that compare
 #   make bench           measures against peers
-#   make reward-scaling, make reward-margins, make best-of-n     experiments, three seeds each
+#   make reward-scaling, reward-margins, best-of-n, online-dpo     experiments, three seeds each
 # QUICK=1 makes the experiments with one seed.
 # LAUNCH="torchrun --nproc_per_node=8" runs the stages on several GPUs; INIT=gpt2/ DATA=mine/ on a
 # model and data of your own, into runs/own/mine (see below, and SFT_FLAGS, REWARD_FLAGS, PPO_FLAGS, DPO_FLAGS,
@@ -30,7 +30,7 @@ comma := ,
 space := $() $()
 list = $(subst $(space),$(comma),$(strip $(1)))
 
-.PHONY: all report check test test-mutations test-faults test-peers bench lint clean reward-scaling reward-margins best-of-n
+.PHONY: all report check test test-mutations test-faults test-peers bench lint clean reward-scaling reward-margins best-of-n online-dpo
 .DELETE_ON_ERROR:
 
 report: $(RUNS)/evaluation/report.json
@@ -186,6 +186,25 @@ endef
 $(foreach seed,$(SEEDS),$(eval $(call best_of_n,$(seed))))
 
 best-of-n: $(SEEDS:%=$(E)/best-of-n-%/report.json)
+
+# DPO online beside offline at an equal number of judged pairs: two responses to each of 5,120
+# prompts, one annotator whose noise (gold points) makes agreement 0.75.
+NOISE := 1.91
+JUDGED := --validation "" --prompts data/toy/prompts_test.jsonl --eval_every 0 --cache ""
+define online
+$(E)/pairs-$(1)/report.json: $(E)/sft-medium-$(1)/report.json annotate.py
+	$$(call go,$(ANNOTATE) --policy $(E)/sft-medium-$(1) --seed $(1) --num_responses 2 \
+	  --num_prompts 5120 --annotators 1 --noise_spread 0 --bias 0 --overlap 0,annotate.py,$$(@D))
+$(E)/offline-$(1)/report.json: $(E)/pairs-$(1)/report.json dpo.py
+	$$(call go,$(RUN) dpo.py $(GOLD) $(JUDGED) --init $(E)/sft-medium-$(1) --seed $(1) \
+	  --data $(E)/pairs-$(1)/rankings.jsonl,dpo.py,$$(@D))
+$(E)/online-$(1)/report.json: $(E)/sft-medium-$(1)/report.json dpo.py
+	$$(call go,$(RUN) dpo.py $(GOLD) $(JUDGED) --init $(E)/sft-medium-$(1) --seed $(1) \
+	  --online data/toy.py --judge_noise $(NOISE),dpo.py,$$(@D))
+endef
+$(foreach seed,$(SEEDS),$(eval $(call online,$(seed))))
+
+online-dpo: $(SEEDS:%=$(E)/offline-%/report.json) $(SEEDS:%=$(E)/online-%/report.json)
 
 # --- tests ---
 

@@ -1,0 +1,1203 @@
+"""AI feedback: Constitutional AI (Bai et al., arXiv:2212.08073) and RLAIF (Lee et al.,
+arXiv:2309.00267).
+
+A language model, the judge, stands where people stood. It is asked which of two responses is
+better, in both orders, and the next token's probabilities are the answer:
+
+    p(first is better) = (softmax(l_1, l_2)_1 + softmax(l'_1, l'_2)_2) / 2
+
+l being the log-probabilities of the answers "1" and "2", l' those with the responses swapped, for a
+judge prefers positions too. The soft labels train a reward model (reward.py) or a policy (dpo.py).
+
+    python rlaif.py label --samples samples.jsonl --judge runs/judge      # preferences
+    python rlaif.py agree --data comparisons.jsonl --judge runs/judge     # how good a judge is
+    python rlaif.py label --samples samples.jsonl --judge http://localhost:8000/v1 --judge_model M \
+        --template data/prompts/harmless.txt --constitution data/constitution.json
+
+Sub-commands: label, agree. Each has its own --help.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import gzip
+import hashlib
+import http.client
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import typing
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from model import (
+    at_least_float32,
+    check_tokenizer,
+    generate,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pad,
+    read_json,
+    text_of,
+    weight_files,
+    whole_file,
+    write_json,
+)
+
+EXEMPLAR = ("prompt", "response_1", "response_2", "rationale")
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelConfig:
+    samples: Annotated[str, "prompts with responses (annotate.py's samples.jsonl), or rankings"] = (
+        "runs/feedback/samples.jsonl"
+    )
+    judge: Annotated[str, "a GPT run directory, or the URL of a server, with its /v1"] = (
+        "runs/judge"
+    )
+    judge_model: Annotated[str, "the server's name of the model"] = ""
+    template: Annotated[str, "how to ask"] = "data/prompts/toy.txt"
+    variant: Annotated[
+        str, "base or detailed, with +cot (reasons first), +2shot, +8samples, +t0.7"
+    ] = "detailed+cot"
+    constitution: Annotated[str, "JSON list of principles, one drawn a pair; empty: none"] = ""
+    clamp: Annotated[
+        str, "probabilities no nearer to 0 and 1, low,high (CAI with rationales: 0.4,0.6)"
+    ] = ""
+    pairs: Annotated[int, "pairs a prompt, drawn at random; 0: all"] = 1
+    mix: Annotated[str, "comparisons that are written first: people's, of helpfulness"] = ""
+    num_prompts: Annotated[int, "how many prompts, from the file's start; 0: all"] = 0
+    out_dir: Annotated[str, "run directory"] = "runs/labels"
+    max_rationale_tokens: Annotated[int, "longest rationale (Lee et al.: 512)"] = 64
+    top_logprobs: Annotated[int, "likely tokens that a server is asked for (OpenAI: 5)"] = 5
+    in_flight: Annotated[int, "requests to a server at once"] = 8
+    reply_s: Annotated[float, "a server's time to reply, seconds"] = 60.0
+    retries: Annotated[int, "how often a request is repeated"] = 5
+    backoff_s: Annotated[float, "seconds before the first repetition, doubled each time"] = 1.0
+    seed: Annotated[int, "of pairs, principles and rationales"] = 0
+    device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
+    dtype: Annotated[str, "float32, bfloat16, float16, float64; empty: float32"] = ""
+    timeout_s: Annotated[int, "not used: one process"] = 600
+    resume: Annotated[bool, "go on with out_dir's labelling, or start if none"] = False
+    overwrite: Annotated[bool, "delete the run in out_dir first"] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class AgreeConfig:
+    data: Annotated[str, "comparisons or rankings by people, whose order judges are held to"] = (
+        "runs/feedback_validation/rankings.jsonl"
+    )
+    gold: Annotated[str, "Python file whose score is the truth, in the place of the order"] = ""
+    judges: Annotated[str, "run directories and URLs, by commas"] = "runs/judge"
+    judge_model: Annotated[str, "the server's name of the model"] = ""
+    template: Annotated[str, "how to ask"] = "data/prompts/toy.txt"
+    variants: Annotated[str, "see label's --variant; by commas"] = (
+        "base,detailed,base+1shot,detailed+1shot,base+cot,detailed+cot"
+    )
+    num_prompts: Annotated[int, "how many lines, a pair of each; 0: all"] = 1000
+    out_dir: Annotated[str, "run directory"] = "runs/agreement"
+    max_rationale_tokens: Annotated[int, "longest rationale (Lee et al.: 512)"] = 64
+    top_logprobs: Annotated[int, "likely tokens that a server is asked for (OpenAI: 5)"] = 5
+    in_flight: Annotated[int, "requests to a server at once"] = 8
+    reply_s: Annotated[float, "a server's time to reply, seconds"] = 60.0
+    retries: Annotated[int, "how often a request is repeated"] = 5
+    backoff_s: Annotated[float, "seconds before the first repetition, doubled each time"] = 1.0
+    seed: Annotated[int, "of pairs and rationales"] = 0
+    device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
+    dtype: Annotated[str, "float32, bfloat16, float16, float64; empty: float32"] = ""
+    timeout_s: Annotated[int, "not used: one process"] = 600
+    resume: Annotated[bool, "go on with out_dir's answers, or start if none"] = False
+    overwrite: Annotated[bool, "delete the run in out_dir first"] = False
+
+
+# --- plumbing: the same text in every script (tests/test_copies.py) ---
+
+stop_signals = []  # the SIGTERMs that came to this rank
+
+
+def refuse(message):
+    """Ends the script for bad input: one line, exit status 2."""
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def parse_config(config_class, doc, command=""):
+    """`config_class` from the command line; its annotations are the flags' help.
+
+    `command`: the sub-command that stands before the flags; "": the script's main job.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    name = f"{Path(sys.argv[0]).name} {command}".strip()
+    parser = argparse.ArgumentParser(name, None, doc, formatter_class=form, allow_abbrev=False)
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    for field in dataclasses.fields(config_class):
+        kind, text = hints[field.name].__origin__, hints[field.name].__metadata__[0]
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        text = f"{text} (default: {field.default!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=field.default, help=text, **how)
+    cfg = config_class(**vars(parser.parse_args(sys.argv[2:] if command else None)))
+    for name, value in vars(cfg).items():
+        if type(value) in (int, float) and not 0 <= value < math.inf:
+            parser.error(f"--{name}: expected a number of at least 0, got {value}")
+    dtype = getattr(cfg, "dtype", "")
+    if dtype not in ("", "float32", "bfloat16", "float16", "float64"):
+        parser.error(f"--dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+    return cfg
+
+
+def start_process(cfg):
+    """-> device, dtype, rank, world. torchrun sets the world; without it, a world of one."""
+    signal.signal(signal.SIGTERM, lambda *_: stop_signals.append(1))
+    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        refuse(f"--device {name}: expected cpu or cuda")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            refuse(f"--device {name}: there is no such CUDA device here")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    dtype = getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        limit = datetime.timedelta(seconds=cfg.timeout_s)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    return device, dtype, rank, world
+
+
+def all_reduce(values, device):
+    """A list of numbers -> their sums over the ranks."""
+    if not dist.is_initialized():
+        return list(values)
+    sums = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather(records, device):
+    """The lists of JSON values of all ranks, one after another, on every rank."""
+    if not dist.is_initialized():
+        return list(records)
+    data = torch.tensor(list(json.dumps(records).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    padded = [data.new_zeros(int(max(sizes))) for _ in sizes]
+    dist.all_gather(padded, torch.cat([data, data.new_zeros(len(padded[0]) - len(data))]))
+    texts = [bytes(x[:n].tolist()) for x, n in zip(padded, sizes, strict=True)]
+    return [record for text in texts for record in json.loads(text)]
+
+
+def end_process(device):
+    """The last thing that a script does. Without torchrun, nothing."""
+    if dist.is_initialized():
+        all_reduce([0.0], device)  # no rank leaves while another still writes
+        # What is left to the interpreter's end would now and then abort the process there, by
+        # gloo's threads, after all was done: garbage may still hold the group.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def stop_requested(device):
+    """Whether SIGTERM came to any rank. All ranks ask at the same places, so all stop there."""
+    return all_reduce([float(len(stop_signals))], device)[0] > 0
+
+
+def learning_rate(step, total, cfg):
+    """The rate of step 0..total-1: linear warm-up, then a cosine from lr to lr * final_lr."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(total - cfg.warmup, 1)
+    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settings_of(cfg, inputs, world):
+    """What must be the same when a run goes on: flags, number of ranks, sha256 of the inputs."""
+    free = ("resume", "overwrite", "timeout_s")
+    settings = {name: value for name, value in vars(cfg).items() if name not in free}
+    for path in inputs if cfg.overwrite else ():
+        if Path(cfg.out_dir).resolve() in Path(path).resolve().parents:
+            refuse(f"{path}: is in --out_dir, which --overwrite would delete")
+    return settings | {"world": world} | {f"sha256 of {path}": sha256(path) for path in inputs}
+
+
+def may_resume(cfg, settings):
+    """Whether out_dir holds a run to go on with, all of whose settings are these.
+
+    A run goes on only with the settings, the inputs (files) and the world size that it began with:
+    another order of the data would train on some examples twice and on others never.
+    """
+    out_dir = Path(cfg.out_dir)
+    known = (out_dir / "args.json").is_file()
+    # What a run that was killed in its first moments left is not in use.
+    in_use = out_dir.exists() and any(path.suffix != ".tmp" for path in out_dir.iterdir())
+    if in_use and not (known and (cfg.resume or cfg.overwrite)):
+        refuse(f"{out_dir}: in use; --resume goes on with its run, --overwrite deletes it")
+    if not (known and cfg.resume):
+        return False
+    old = read_json(out_dir / "args.json").get("settings", {})
+    changed = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
+    if changed:
+        changes = [f"{name}: {old.get(name)!r} -> {settings.get(name)!r}" for name in changed]
+        refuse(f"{out_dir}: can't resume with other settings: {'; '.join(changes)}")
+    if (out_dir / "report.json").exists():
+        print(f"{out_dir}: this run is finished", flush=True)
+        sys.exit(0)
+    return True
+
+
+def new_run(out_dir, settings):
+    """Makes out_dir anew, with args.json and the source that runs."""
+    if out_dir.exists():  # renamed first: deleted half, it would look like somebody's folder
+        old = out_dir.with_name(f".{out_dir.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out_dir, old)
+        shutil.rmtree(old)
+    out_dir.mkdir(parents=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    record = {"settings": settings, "command": sys.argv, "versions": versions}
+    write_json(out_dir / "args.json", record)
+    shutil.copyfile(__file__, out_dir / "script.py")
+
+
+def open_run(cfg, inputs, device, rank, world):
+    """Makes out_dir, or finds what to resume there: the last checkpoint's path, or None."""
+    out_dir, settings = Path(cfg.out_dir), settings_of(cfg, inputs, world)
+    steps = []
+    if may_resume(cfg, settings):
+        found = [path.name.removeprefix("checkpoint-") for path in out_dir.glob("checkpoint-*")]
+        steps = [int(step) for step in found if step.isdigit()]
+    all_reduce([0.0], device)  # every rank has looked; only now may rank 0 change what is there
+    if rank == 0 and not steps:
+        new_run(out_dir, settings)
+    return out_dir / f"checkpoint-{max(steps)}" if steps else None
+
+
+def append_line(path, record):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def save_checkpoint(cfg, step, modules, optimizers, state, device, rank):
+    """Writes checkpoint-<step>/ under another name, renames it, deletes older ones. All ranks call.
+
+    modules, optimizers: {name: object}, equal on all ranks; state: JSON values (counters, scaler).
+    The default generators of every rank, which dropout draws from, are saved too.
+    """
+    generators = [torch.get_rng_state()]
+    if device.type == "cuda":
+        generators.append(torch.cuda.get_rng_state(device))
+    generators = gather([[bytes(g.tolist()).hex() for g in generators]], device)
+    if rank > 0:
+        return
+    tensors = {}
+    for name, module in modules.items():
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"{name}.{index}.{key}": value for key, value in moments.items()}
+    final = Path(cfg.out_dir) / f"checkpoint-{step}"
+    temporary = final.with_name(".checkpoint.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        with whole_file(temporary / "tensors.safetensors") as path:
+            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path)
+        logs = {log.name: log.stat().st_size for log in final.parent.glob("*.jsonl")}
+        state = state | {"step": step, "generators": generators, "logs": logs}
+        write_json(temporary / "state.json", state)
+        names = ("tensors.safetensors", "state.json")
+        write_json(temporary / "sha256.json", {name: sha256(temporary / name) for name in names})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for path in final.parent.glob("checkpoint-*"):
+        if path != final:
+            shutil.rmtree(path)
+
+
+def load_checkpoint(path, modules, optimizers, device, rank):
+    """Restores exactly what save_checkpoint wrote, and returns its `state`."""
+    try:
+        for name in ("tensors.safetensors", "state.json"):
+            if sha256(path / name) != read_json(path / "sha256.json").get(name):
+                raise ValueError(f"{path / name}: damaged: its sha256 is not the recorded one")
+    except (OSError, ValueError) as error:
+        refuse(f"{error}; this checkpoint can't be resumed")
+    tensors, state = load_file(path / "tensors.safetensors"), read_json(path / "state.json")
+    generators = [torch.tensor(list(bytes.fromhex(g))).byte() for g in state["generators"][rank]]
+    torch.set_rng_state(generators[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(generators[1], device)
+    for name, module in modules.items():
+        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+    for name, optimizer in optimizers.items():
+        moments = {}
+        for key in [key for key in tensors if key.startswith(name + ".")]:
+            _, index, moment = key.split(".")
+            moments.setdefault(int(index), {})[moment] = tensors[key]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    for log in path.parent.glob("*.jsonl") if rank == 0 else ():
+        # What was logged after the checkpoint will be logged again.
+        os.truncate(log, min(state["logs"].get(log.name, 0), log.stat().st_size))
+    return state
+
+
+def read_jsonl(path, texts):
+    """Yields (where, record) for each line of a JSON Lines file, plain or .gz.
+
+    `texts`: {field: whether it may be empty}, the fields that must be there and be strings. The
+    first bad line ends the script: `file:line: field: what is wrong`, exit status 2.
+    """
+    where, number, seen = f"{path}:1", 0, 0
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                if not line.strip():
+                    continue
+                seen += 1
+                record = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
+                if not isinstance(record, dict):
+                    refuse(f"{where}: line: expected an object, got {type(record).__name__}")
+                for name, may_be_empty in texts.items():
+                    if name not in record:
+                        refuse(f"{where}: {name}: is missing")
+                    if not isinstance(record[name], str):
+                        found = json.dumps(record[name])[:40]
+                        refuse(f"{where}: {name}: expected a string, got {found}")
+                    if not may_be_empty and not record[name].strip():
+                        refuse(f"{where}: {name}: is empty")
+                    record[name].encode("utf-8")  # a lone surrogate is valid JSON, but no text
+                yield where, record
+    except UnicodeError as error:
+        refuse(f"{where}: line: not UTF-8: {error.reason}")
+    except (ValueError, RecursionError) as error:
+        refuse(f"{where}: line: not JSON: {error}")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        refuse(f"{path}:{number + 1}: line: not a whole gzip file: {error}")
+    except OSError as error:
+        refuse(f"{path}:0: file: can't be read: {error.strerror or error}")
+    if not seen:
+        refuse(f"{path}:0: file: is empty")
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+# --- end of plumbing ---
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def read_responses(where, record):
+    """The line's `responses`, once they and what is parallel to them have been checked."""
+    responses = record.get("responses")
+    if not isinstance(responses, list) or len(responses) < 2:
+        refuse(f"{where}: responses: expected a list of 2 or more")
+    for i, response in enumerate(responses):
+        if not isinstance(response, str) or not response.strip():
+            refuse(f"{where}: responses: number {i + 1} is not a string with text in it")
+    for name in ("scores", "policy"):
+        if isinstance(record.get(name), list) and len(record[name]) != len(responses):
+            refuse(f"{where}: {name}: expected {len(responses)} values, one a response")
+    return responses
+
+
+def read_preferences(path):
+    """Yields (where, record, responses, pairs) for each line of comparisons or rankings.
+
+    responses: best first. pairs: [(i, j, margin, label)], i before j: response i is better than
+    response j with probability `label`, by `margin`. A ranking's margins are the differences of its
+    `scores`, where it has them; equal scores are a tie, and no pair.
+    """
+    for where, record in read_jsonl(path, {"prompt": False}):
+        check_task(where, record)
+        if "responses" in record:
+            responses = read_responses(where, record)
+            known = "scores" in record
+            scores = record["scores"] if known else list(range(len(responses), 0, -1))
+            good = isinstance(scores, list) and all(map(is_number, scores))
+            if not good or not all(a >= b for a, b in itertools.pairwise(scores)):
+                refuse(f"{where}: scores: expected numbers that fall, as the best comes first")
+            pairs = []
+            for i, j in itertools.combinations(range(len(responses)), 2):
+                if scores[i] > scores[j]:
+                    pairs.append((i, j, float(scores[i] - scores[j]) if known else 0.0, 1.0))
+            yield where, record, responses, pairs
+            continue
+        for name in ("chosen", "rejected"):
+            if not isinstance(record.get(name), str) or not record[name].strip():
+                refuse(f"{where}: {name}: expected a string with text in it")
+        margin, label = record.get("margin", 0.0), record.get("label", 1.0)
+        if not is_number(margin) or margin < 0:
+            refuse(f"{where}: margin: expected a number of at least 0, got {str(margin)[:40]}")
+        if not is_number(label) or not 0.5 <= label <= 1:
+            refuse(f"{where}: label: expected a probability from 0.5 to 1, got {str(label)[:40]}")
+        responses = [record["chosen"], record["rejected"]]
+        yield where, record, responses, [(0, 1, float(margin), float(label))]
+
+
+def check_task(where, record):
+    if not isinstance(record.get("task", ""), str):
+        refuse(f"{where}: task: expected a string, got {json.dumps(record['task'])[:40]}")
+
+
+def is_number(value):
+    """Whether it is a number that arithmetic stays finite with."""
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def split_names(text):
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def load_gold(path):
+    """A user's Python file as a module: score(prompt, response, **fields), perhaps explain(...)."""
+    spec = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
+    if not Path(path).is_file() or spec is None:
+        refuse(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and the like look themselves up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        refuse(f"{path}: can't be run: {type(error).__name__}: {error}")
+    if not callable(getattr(module, "score", None)):
+        refuse(f"{path}: score: no such function; expected score(prompt, response, **fields)")
+    return module
+
+
+def gold_score(gold, line, response):
+    """The user's score of a response to a prompt's line: a number, or the script ends."""
+    fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
+    try:
+        score = float(gold.score(line["prompt"], response, **fields))
+    except Exception as error:
+        refuse(f"{gold.__file__}: score: {type(error).__name__}: {error}")
+    if not math.isfinite(score):
+        refuse(f"{gold.__file__}: score: {score} for {response[:40]!r} to {line['prompt'][:40]!r}")
+    return score
+
+
+def rate_interval(hits, counts):
+    """[rate, low, high]: sum(hits) / sum(counts) with its 95% interval.
+
+    hits, counts (n,): of groups (prompts), within which pairs are not independent. It is Wilson's
+    interval for as many independent pairs as would vary like the groups; for as many pairs as there
+    are groups, when nothing varies. One group has no interval.
+    """
+    hits, counts = np.asarray(hits, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    groups, total = int((counts > 0).sum()), float(counts.sum())
+    if groups == 0:
+        return [None, None, None]
+    rate = float(hits.sum()) / total
+    if groups == 1:
+        return [rate, None, None]
+    variance = ((hits - rate * counts) ** 2).sum() * groups / (groups - 1) / total**2
+    n = rate * (1 - rate) / variance if variance > 0 else groups
+    z = 1.96
+    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    return [rate, float(centre - half), float(centre + half)]
+
+
+def grouped_rate(rows):
+    """[(group, hit)] -> {"rate": [rate, low, high], "pairs": how many}."""
+    groups = {}
+    for group, hit in rows:
+        hits, count = groups.get(group, (0.0, 0))
+        groups[group] = (hits + hit, count + 1)
+    values = list(groups.values())
+    return {
+        "rate": rate_interval([h for h, _ in values], [c for _, c in values]),
+        "pairs": len(rows),
+    }
+
+
+def write_jsonl(path, records):
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+# --- prompts to judges ----------------------------------------------------------------------------
+
+
+def read_template(path):
+    """The sections of a template, {name: text}: what stands between two `--- name` lines.
+
+    The line break before the next section is not part of a text, so that `ending` can stop exactly
+    where the answer's token starts. `answers` and `ratings` are JSON lists of single tokens;
+    `exemplars` are JSON Lines with prompt, response_1, response_2, rationale and preferred.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        refuse(f"{path}:0: file: can't be read: {getattr(error, 'strerror', None) or error}")
+    found, name = {}, ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith("--- "):
+            name = line[4:].strip()
+            if name in found:
+                refuse(f"{path}:{number}: {name}: a second section of that name")
+            found[name] = []
+        elif not name:
+            refuse(f"{path}:{number}: line: stands before the first `--- section`")
+        else:
+            found[name].append(line)
+    sections = {name: "\n".join(lines) for name, lines in found.items()}
+    for name in ("answers", "ratings"):
+        try:
+            sections[name] = json.loads(sections.get(name, "[]"))
+        except ValueError as error:
+            refuse(f"{path}:0: {name}: not JSON: {error}")
+        if not all(isinstance(answer, str) and answer for answer in sections[name]):
+            refuse(f"{path}:0: {name}: expected a list of strings")
+    exemplars = []
+    for line in filter(None, sections.get("exemplars", "").splitlines()):
+        try:
+            exemplar = json.loads(line)
+            good = exemplar["preferred"] in (1, 2)
+            good &= all(isinstance(exemplar[name], str) for name in EXEMPLAR)
+        except (ValueError, KeyError, TypeError):
+            good = False
+        if not good:
+            refuse(f"{path}:0: exemplars: expected {', '.join(EXEMPLAR)}, preferred (1 or 2)")
+        exemplars.append(exemplar)
+    return sections | {"exemplars": exemplars, "path": str(path)}
+
+
+def section(template, name):
+    if name not in template:
+        refuse(f"{template['path']}:0: {name}: no such section")
+    return template[name]
+
+
+def filled(text, fields):
+    """{name} -> the field's text, stripped; braces in the fields themselves mean nothing."""
+    pattern = "|".join(re.escape("{" + name + "}") for name in fields)
+    return re.sub(pattern, lambda match: fields[match[0][1:-1]].strip(), text)
+
+
+def question(template, variant, fields, rationale=None):
+    """The prompt that asks which of two responses is better: preamble, exemplars, sample, ending.
+
+    fields: prompt, response_1, response_2, perhaps principle. With a variant that reasons first,
+    `rationale` None asks for the rationale, and a text goes before the ending.
+    """
+    parts = [section(template, f"preamble {variant.preamble}")]
+    if len(template["exemplars"]) < variant.exemplars:
+        refuse(f"{template['path']}: has {len(template['exemplars'])} exemplars")
+    shown = [(e, e["rationale"], e["preferred"]) for e in template["exemplars"]]
+    for one, reason, answer in [*shown[: variant.exemplars], (fields, rationale, None)]:
+        text = filled(section(template, "sample"), one)
+        if "principle" in one:
+            text += "\n" + filled(section(template, "principle"), one)
+        if variant.rationale:
+            text += "\n" + section(template, "ending rationale")
+            if reason is None:
+                parts.append(text)
+                break
+            text += " " + reason.strip()
+        text += "\n" + section(template, "ending")
+        parts.append(text + (template["answers"][answer - 1] if answer else ""))
+    return template.get("joint", "\n\n").join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How a judge is asked: `base` or `detailed`, exemplars, a rationale before the answer, and how
+    many of those are sampled (self-consistency, Wang et al. 2022)."""
+
+    preamble: str = "base"
+    exemplars: int = 0
+    rationale: bool = False
+    samples: int = 1
+    temperature: float = 0.0
+
+    def __str__(self):
+        name = f"{self.preamble} {self.exemplars}-shot" + " CoT" * self.rationale
+        return name + f" x{self.samples} T={self.temperature:g}" * (self.samples > 1)
+
+
+def read_variant(text):
+    """detailed+cot+2shot+8samples+t0.7 -> Variant."""
+    settings = {}
+    for part in text.split("+"):
+        number = re.fullmatch(r"(\d+)(shot|samples)|t(\d*\.?\d+)", part)
+        if part in ("base", "detailed"):
+            settings["preamble"] = part
+        elif part == "cot":
+            settings["rationale"] = True
+        elif number and number[2]:
+            settings["exemplars" if number[2] == "shot" else "samples"] = int(number[1])
+        elif number:
+            settings["temperature"] = float(number[3])
+        else:
+            refuse(f"variant {text}: {part}: expected base, detailed, cot, 2shot, 4samples, t0.7")
+    variant = Variant(**settings)
+    if variant.exemplars > 8 or not 1 <= variant.samples <= 64:
+        refuse(f"variant {text}: expected at most 8 exemplars, 1 to 64 samples")
+    if variant.samples > 1 and not (variant.rationale and variant.temperature > 0):
+        refuse(f"variant {text}: several samples are of rationales (cot) at a temperature (t0.7)")
+    return variant
+
+
+# --- judges ---------------------------------------------------------------------------------------
+
+
+class Judge:
+    """Answers requests, and remembers them in a file, so that a labelling that was stopped asks
+    nothing twice.
+
+    A request is {"prompt", "answers"}, answered by the answers' log-probabilities as next tokens,
+    or {"prompt", "max_tokens", "temperature", "seed"}, answered by a text. `ask` yields (index,
+    answer) of requests as they come.
+    """
+
+    def __init__(self, name, memory):
+        self.name, self.memory, self.known, self.asked = name, Path(memory), {}, 0
+        if self.memory.exists():
+            for line in self.memory.read_bytes().splitlines():
+                try:
+                    record = json.loads(line)
+                    self.known[record["key"]] = record["answer"]
+                except (ValueError, KeyError, TypeError):
+                    continue  # torn by a kill while it was written: asked again
+
+    def answers(self, requests):
+        """The answers of requests, in order. None if told to stop; what was answered is kept."""
+        keys = [
+            hashlib.sha256(json.dumps([self.name, request]).encode()).hexdigest()
+            for request in requests
+        ]
+        both = zip(keys, requests, strict=True)
+        missing = {key: request for key, request in both if key not in self.known}
+        names, last_time = list(missing), time.time()
+        with open(self.memory, "a", encoding="utf-8") as file:
+            if self.memory.stat().st_size and self.memory.read_bytes()[-1:] != b"\n":
+                file.write("\n")  # after a torn line
+            for done, (index, answer) in enumerate(self.ask(list(missing.values()))):
+                self.known[names[index]] = answer
+                file.write(json.dumps({"key": names[index], "answer": answer}) + "\n")
+                file.flush()
+                self.asked += 1
+                if stop_signals:
+                    return None
+                if time.time() - last_time > 30:
+                    last_time = time.time()
+                    print(f"{self.name}: {done + 1}/{len(names)} answers", flush=True)
+        return [self.known[key] for key in keys]
+
+
+class LocalJudge(Judge):
+    """A GPT run directory in this process."""
+
+    def __init__(self, directory, memory, device, dtype):
+        try:
+            self.model, self.tokenizer = load_model(directory), load_tokenizer(directory)
+            check_tokenizer(self.tokenizer, directory, load_config(directory))
+        except (OSError, ValueError) as error:
+            refuse(error)
+        if self.model.score is not None:
+            refuse(f"--judge {directory}: has a scalar head, no language model's")
+        self.model.to(device, dtype).eval().requires_grad_(False)
+        self.device = device
+        digests = [sha256(path) for path in weight_files(Path(directory))]
+        super().__init__(f"{directory} {' '.join(digests)} {dtype}", memory)
+
+    def ask(self, requests):
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i]["prompt"]))
+        kinds = {}
+        for i in order:
+            same = {name: x for name, x in requests[i].items() if name not in ("prompt", "seed")}
+            kinds.setdefault(json.dumps(same), []).append(i)
+        for indices in kinds.values():
+            for begin in range(0, len(indices), 64):
+                some = indices[begin : begin + 64]
+                reply = self.next_tokens if "answers" in requests[some[0]] else self.complete
+                yield from zip(some, reply([requests[i] for i in some]), strict=True)
+
+    def encoded(self, request, room):
+        ids = self.tokenizer.encode_ordinary(request["prompt"])
+        if len(ids) > room:
+            refuse(f"{self.name.split()[0]}: a question of {len(ids)} tokens; room is for {room}")
+        return ids
+
+    def next_tokens(self, requests):
+        answers = [self.tokenizer.encode_ordinary(text) for text in requests[0]["answers"]]
+        for ids, text in zip(answers, requests[0]["answers"], strict=True):
+            if len(ids) != 1:
+                refuse(f"{self.name.split()[0]}: the answer {text!r} is {len(ids)} tokens, not one")
+        rows = [self.encoded(request, self.model.config.n_positions) for request in requests]
+        tokens = pad(rows, [[]] * len(rows))[0].to(self.device)
+        last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
+        at = torch.arange(tokens.shape[1], device=self.device) == last[:, None]
+        with torch.no_grad():
+            logprobs = at_least_float32(self.model(tokens, at=at)).log_softmax(-1)
+        return logprobs[:, [ids[0] for ids in answers]].tolist()
+
+    def complete(self, requests):
+        """Greedy texts at once; sampled ones each with its own seed, whatever stands beside it."""
+        first, eos = requests[0], self.tokenizer.eot_token
+        room = self.model.config.n_positions - first["max_tokens"]
+        rows = [self.encoded(request, room) for request in requests]
+        everyone = list(range(len(rows)))
+        groups = [[i] for i in everyone] if first["temperature"] else [everyone]
+        texts = []
+        for group in groups:
+            generator = torch.Generator(self.device).manual_seed(requests[group[0]]["seed"])
+            tokens, mask = generate(
+                self.model,
+                [rows[i] for i in group],
+                first["max_tokens"],
+                temperature=first["temperature"],
+                eos=eos,
+                generator=generator,
+            )
+            for row, inside in zip(tokens, mask, strict=True):
+                ids = row[inside].tolist()
+                texts.append(text_of(self.tokenizer, ids[:-1] if ids[-1] == eos else ids))
+        return texts
+
+
+class ServerJudge(Judge):
+    """A server of the completions API that vLLM, llama.cpp, Ollama and others speak, at a URL that
+    the user names. Its key is read from the environment: PLAINRLHF_API_KEY."""
+
+    def __init__(self, url, memory, cfg):
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+            refuse(f"--judge {url}: expected a run directory, http:// or https://")
+        self.url, self.cfg = url.rstrip("/") + "/completions", cfg
+        self.absent = 0  # answers that were not among the server's most likely tokens
+        super().__init__(f"{url} {cfg.judge_model}", memory)
+
+    def ask(self, requests):
+        with ThreadPoolExecutor(self.cfg.in_flight) as pool:
+            waiting = {pool.submit(self.one, request): i for i, request in enumerate(requests)}
+            try:
+                for future in as_completed(waiting):
+                    yield waiting[future], future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def one(self, request):
+        body = {"model": self.cfg.judge_model, "prompt": request["prompt"]}
+        if "answers" in request:
+            body |= {"max_tokens": 1, "temperature": 0, "logprobs": self.cfg.top_logprobs}
+            return self.post(body, lambda reply: self.of_answers(reply, request["answers"]))
+        body |= {name: request[name] for name in ("max_tokens", "temperature", "seed")}
+        return self.post(body, lambda reply: str(reply["choices"][0]["text"]))
+
+    def of_answers(self, reply, answers):
+        """Log-probabilities of the answers from a reply's most likely tokens. Where the token is not
+        among them, one that differs by the spaces around it; where none is, the least of those that
+        are, which the answer's own can't exceed."""
+        found = reply["choices"][0]["logprobs"]
+        if "top_logprobs" in found:  # {token: log-probability} of each position
+            top = list(found["top_logprobs"][0].items())
+        else:  # llama.cpp's newer form
+            top = [(x["token"], x["logprob"]) for x in found["content"][0]["top_logprobs"]]
+        if not top or not all(math.isfinite(logprob) for _, logprob in top):
+            raise ValueError("no log-probabilities")
+        floor, result = min(logprob for _, logprob in top), []
+        for answer in answers:
+            same = [logprob for token, logprob in top if token == answer]
+            same += [logprob for token, logprob in top if token.strip() == answer.strip()]
+            self.absent += not same
+            result.append(same[0] if same else floor)
+        return result
+
+    def post(self, body, read):
+        """Sends, and reads the reply; again after what may pass: 429, 5xx, a cut connection, no
+        reply in time, a reply that is not as it should be."""
+        headers = {"Content-Type": "application/json"}
+        key = os.environ.get("PLAINRLHF_API_KEY", "")
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        data, why = json.dumps(body).encode(), ""
+        for attempt in range(self.cfg.retries + 1):
+            wait = self.cfg.backoff_s * 2**attempt
+            try:
+                request = urllib.request.Request(self.url, data, headers)
+                with urllib.request.urlopen(request, timeout=self.cfg.reply_s) as reply:
+                    return read(json.loads(reply.read(10**7)))
+            except urllib.error.HTTPError as error:
+                why = f"{error.code} {error.reason}"
+                if error.code != 429 and error.code < 500:
+                    raise JudgeError(f"{self.url}: {why}: {error.read(300)!r}") from None
+                after = error.headers.get("Retry-After", "")
+                wait = max(wait, float(after)) if after.isdigit() else wait
+            except (OSError, http.client.HTTPException) as error:
+                why = f"{type(error).__name__}: {error}"
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                why = f"a reply of another form ({type(error).__name__}: {error})"
+            if stop_signals:
+                break
+            if attempt < self.cfg.retries:
+                time.sleep(min(wait, 60.0))
+        raise JudgeError(f"{self.url}: {why}, {attempt + 1} times")
+
+
+class JudgeError(Exception):
+    """A server that does not answer: what it did answer is kept, and the same command goes on."""
+
+
+# --- preferences ----------------------------------------------------------------------------------
+
+
+def preference(first_logprobs, second_logprobs):
+    """P(the first response is better) from the answers' log-probabilities in both orders.
+
+    first_logprobs: of (1, 2), the first response being shown as 1; second_logprobs: the first being
+    shown as 2. A softmax over the two answers, turned round in the second order, and averaged:
+    Lee et al., arXiv:2309.00267 section 3.1. -> p, and the probability of answer 1 in each order.
+    """
+    shares = [1 / (1 + math.exp(two - one)) for one, two in (first_logprobs, second_logprobs)]
+    return (shares[0] + 1 - shares[1]) / 2, shares
+
+
+def position_bias(shares):
+    """[(P(answer 1), P(answer 1) with the responses swapped)] -> {"same", "first"}: the share of
+    pairs whose answer is the same position in both orders, and of these the share whose answer is
+    the first. arXiv:2309.00267 appendix B."""
+    same = [(a > 0.5) for a, b in shares if (a > 0.5) == (b > 0.5)]
+    first = sum(same) / len(same) if same else None
+    return {"same": len(same) / len(shares), "first": first}
+
+
+def expected_rating(logprobs):
+    """sum_i i P(i) over the answers 1..n, and that on [-1, 1]. arXiv:2309.00267 section 3.2.2."""
+    weights = np.exp(np.asarray(logprobs) - np.max(logprobs))
+    n = len(weights)
+    rating = float((np.arange(1, n + 1) * weights).sum() / weights.sum())
+    return rating, 2 * (rating - 1) / (n - 1) - 1
+
+
+def judge_pairs(judge, template, variant, pairs, max_tokens, seed):
+    """[(p, (share, share))] of pairs: {"prompt", "first", "second"}, perhaps "principle".
+
+    Every pair is asked in both orders; with rationales, of each order `variant.samples` are
+    sampled, and the answers after them averaged. None if told to stop.
+    """
+    fields = []
+    for pair in pairs:
+        shared = {name: pair[name] for name in ("prompt", "principle") if name in pair}
+        for one, two in (("first", "second"), ("second", "first")):
+            fields.append(shared | {"response_1": pair[one], "response_2": pair[two]})
+    answers = section(template, "answers")
+    if len(answers) != 2:
+        refuse(f"{template['path']}:0: answers: expected two")
+    if not variant.rationale:
+        requests = [
+            {"prompt": question(template, variant, one), "answers": answers} for one in fields
+        ]
+        found = judge.answers(requests)
+        each = None if found is None else [[logprobs] for logprobs in found]
+    else:
+        requests = [
+            {
+                "prompt": question(template, variant, one),
+                "max_tokens": max_tokens,
+                "temperature": variant.temperature,
+                "seed": seed + n,
+            }
+            for one in fields
+            for n in range(variant.samples)
+        ]
+        texts = judge.answers(requests)
+        if texts is None:
+            return None
+        requests = [
+            {"prompt": question(template, variant, fields[i // variant.samples], text)}
+            | {"answers": answers}
+            for i, text in enumerate(texts)
+        ]
+        found = judge.answers(requests)
+        each = found and [
+            found[i : i + variant.samples] for i in range(0, len(found), variant.samples)
+        ]
+    if each is None:
+        return None
+    result = []
+    for n in range(len(pairs)):
+        both = [preference(a, b) for a, b in zip(each[2 * n], each[2 * n + 1], strict=True)]
+        p = float(np.mean([p for p, _ in both]))
+        result.append((p, tuple(np.mean([shares for _, shares in both], axis=0).tolist())))
+    return result
+
+
+# --- label, agree ---------------------------------------------------------------------------------
+
+
+def open_judge(name, memory, cfg, device, dtype):
+    if "://" in name:
+        return ServerJudge(name, memory, cfg)
+    return LocalJudge(name, memory, device, dtype)
+
+
+def begin(cfg, inputs):
+    """One process, its out_dir made or found again -> device, dtype."""
+    if min(cfg.in_flight, cfg.max_rationale_tokens, cfg.top_logprobs) < 1 or not cfg.reply_s > 0:
+        refuse(
+            "--in_flight, --max_rationale_tokens, --top_logprobs, --reply_s: expected more than 0"
+        )
+    device, _, _, world = start_process(cfg)
+    if world > 1:
+        refuse("rlaif.py label and agree run in one process; split the file for several")
+    settings = settings_of(cfg, inputs, world)
+    if not may_resume(cfg, settings):
+        new_run(Path(cfg.out_dir), settings)
+    return device, getattr(torch, cfg.dtype or "float32")
+
+
+def judge_files(name):
+    """What a resumed run must find unchanged of a judge."""
+    if "://" in name:
+        return []
+    try:
+        return [*weight_files(Path(name)), Path(name) / "config.json"]
+    except (OSError, ValueError) as error:
+        refuse(error)
+
+
+def read_samples(path, count):
+    """[(line without its responses, responses)] of samples or rankings."""
+    found = []
+    for where, record in read_jsonl(path, {"prompt": True}):
+        check_task(where, record)
+        responses = read_responses(where, record)
+        others = ("responses", "scores", "policy", "annotator")
+        line = {name: value for name, value in record.items() if name not in others}
+        found.append((line, responses))
+        if count and len(found) == count:
+            break
+    return found
+
+
+def read_constitution(path):
+    try:
+        principles = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        refuse(f"{path}:0: file: {error}")
+    good = isinstance(principles, list) and principles
+    if not good or not all(isinstance(p, str) and p.strip() for p in principles):
+        refuse(f"{path}:0: file: expected a list of principles, each a text")
+    return principles
+
+
+def draw_pairs(lines, count, principles, seed):
+    """[(line number, pair)]: `count` random pairs of different responses a prompt (0: all), each
+    with a principle drawn at random when there are any."""
+    drawn = []
+    for number, (line, responses) in enumerate(lines):
+        rng = random.Random(f"{seed} {number}")
+        different = list(dict.fromkeys(responses))
+        pairs = list(itertools.combinations(different, 2))
+        rng.shuffle(pairs)
+        for one, two in pairs[: count or len(pairs)]:
+            first, second = (one, two) if rng.random() < 0.5 else (two, one)
+            pair = {"prompt": line["prompt"], "first": first, "second": second}
+            if principles:
+                pair["principle"] = principles[int(rng.random() * len(principles))]
+            drawn.append((number, pair))
+    return drawn
+
+
+def read_clamp(text):
+    bounds = split_names(text)
+    try:
+        low, high = (float(bound) for bound in bounds) if bounds else (0.0, 1.0)
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= 0.5 <= high <= 1:
+        refuse(f"--clamp {text}: expected two numbers, at most and at least 0.5, by a comma")
+    return low, high
+
+
+def interrupted(cfg, judge):
+    print(f"stopped; {len(judge.known)} answers are kept, --resume goes on from there", flush=True)
+    sys.exit(128 + signal.SIGTERM)
+
+
+def label_main(cfg):
+    """Comparisons with soft labels, out_dir/comparisons.jsonl."""
+    variant, (low, high) = read_variant(cfg.variant), read_clamp(cfg.clamp)
+    template = read_template(cfg.template)
+    principles = read_constitution(cfg.constitution) if cfg.constitution else []
+    lines = read_samples(cfg.samples, cfg.num_prompts)
+    mixed = []
+    if cfg.mix:
+        mixed = [record for _, record, _, _ in read_preferences(cfg.mix)]
+    inputs = [cfg.samples, cfg.template, *judge_files(cfg.judge)]
+    inputs += [path for path in (cfg.constitution, cfg.mix) if path]
+    device, dtype = begin(cfg, inputs)
+    out_dir = Path(cfg.out_dir)
+    judge = open_judge(cfg.judge, out_dir / "answers.jsonl", cfg, device, dtype)
+    drawn = draw_pairs(lines, cfg.pairs, principles, cfg.seed)
+    if not drawn:
+        refuse(f"{cfg.samples}:0: file: no prompt has two different responses")
+    pairs, began = [pair for _, pair in drawn], time.time()
+    print(
+        f"{len(pairs)} pairs of {len(lines)} prompts, asked in both orders: {variant}", flush=True
+    )
+    found = judge_pairs(judge, template, variant, pairs, cfg.max_rationale_tokens, cfg.seed)
+    if found is None:
+        interrupted(cfg, judge)
+    records = list(mixed)
+    for (number, pair), (p, _) in zip(drawn, found, strict=True):
+        p = min(max(p, low), high)
+        better, worse = ("first", "second") if p >= 0.5 else ("second", "first")
+        record = lines[number][0] | {"chosen": pair[better], "rejected": pair[worse]}
+        record |= {"label": max(p, 1 - p), "annotator": cfg.judge}
+        if "principle" in pair:
+            record["principle"] = pair["principle"]
+        records.append(record)
+    write_jsonl(out_dir / "comparisons.jsonl", records)
+    bias = position_bias([shares for _, shares in found])
+    report = {"pairs": len(pairs), "position_bias": bias, "asked": judge.asked}
+    report["mean_label"] = float(np.mean([max(p, 1 - p) for p, _ in found]))
+    report |= {"mixed": len(mixed), "seconds": round(time.time() - began, 1)}
+    report["absent_answers"] = getattr(judge, "absent", 0)
+    write_json(out_dir / "report.json", report)
+    print_bias(bias)
+    path, seconds = out_dir / "comparisons.jsonl", report["seconds"]
+    print(
+        f"{path}: {len(records)} comparisons, {len(mixed)} of them mixed in; mean label "
+        f"{report['mean_label']:.3f}; {judge.asked} answers in {seconds:.0f} s"
+    )
+    if report["absent_answers"]:
+        print(
+            f"{report['absent_answers']} answers not among the likely tokens got the least of these"
+        )
+
+
+def print_bias(bias):
+    first = "" if bias["first"] is None else f", the first position in {bias['first']:.1%} of these"
+    print(f"position bias: the same position in both orders in {bias['same']:.1%} of pairs{first}")
+
+
+def agree_main(cfg):
+    """How often judges prefer what people, or gold, prefer; by judge, variant and task."""
+    variants = [read_variant(text) for text in split_names(cfg.variants)]
+    judges, template = split_names(cfg.judges), read_template(cfg.template)
+    if not variants or not judges:
+        refuse("--variants, --judges: expected at least one")
+    gold = load_gold(cfg.gold) if cfg.gold else None
+    rng, rows = random.Random(cfg.seed), []
+    for _, record, responses, pairs in read_preferences(cfg.data):
+        if gold:
+            scores = [gold_score(gold, record, response) for response in responses]
+            pairs = [
+                (i, j) if scores[i] > scores[j] else (j, i)
+                for i, j in itertools.combinations(range(len(responses)), 2)
+                if scores[i] != scores[j]
+            ]
+        pairs = [pair for pair in pairs if len(pair) == 2 or pair[3] > 0.5]
+        if pairs:
+            pair = pairs[int(rng.random() * len(pairs))]
+            texts = {"better": responses[pair[0]], "worse": responses[pair[1]]}
+            rows.append({"prompt": record["prompt"], "task": record.get("task", "all")} | texts)
+        if cfg.num_prompts and len(rows) == cfg.num_prompts:
+            break
+    if not rows:
+        refuse(f"{cfg.data}:0: file: no pair is ordered")
+    inputs = [cfg.data, cfg.template, *(path for name in judges for path in judge_files(name))]
+    device, dtype = begin(cfg, inputs + ([cfg.gold] if cfg.gold else []))
+    out_dir = Path(cfg.out_dir)
+    table, chosen = {}, {}
+    tasks = ["all", *dict.fromkeys(row["task"] for row in rows if row["task"] != "all")]
+    for name in judges:
+        judge = open_judge(name, out_dir / "answers.jsonl", cfg, device, dtype)
+        for variant in variants:
+            pairs = [
+                {"prompt": r["prompt"], "first": r["better"], "second": r["worse"]} for r in rows
+            ]
+            found = judge_pairs(judge, template, variant, pairs, cfg.max_rationale_tokens, cfg.seed)
+            if found is None:
+                interrupted(cfg, judge)
+            hits = [0.5 + 0.5 * float(np.sign(p - 0.5)) for p, _ in found]
+            # Of one order alone, the better response being answer 1 or 2 at random.
+            coin = random.Random(f"{cfg.seed} orders")
+            single = [
+                float(shares[0] > 0.5) if coin.random() < 0.5 else float(shares[1] < 0.5)
+                for _, shares in found
+            ]
+            cell = {
+                task: grouped_rate(
+                    [(n, hit) for n, hit in enumerate(hits) if task in ("all", rows[n]["task"])]
+                )
+                for task in tasks
+            }
+            cell |= {"one_order": grouped_rate(list(enumerate(single)))}
+            cell |= {"position_bias": position_bias([shares for _, shares in found])}
+            table.setdefault(name, {})[str(variant)] = cell
+            chosen[name, str(variant)] = [p > 0.5 for p, _ in found]
+            rate, low, high = cell["all"]["rate"]
+            interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+            single = cell["one_order"]["rate"][0]
+            said = "".join(f", {task} {cell[task]['rate'][0]:.3f}" for task in tasks[1:])
+            print(
+                f"{name}  {variant}: {rate:.3f}{interval}, one order {single:.3f}{said}", flush=True
+            )
+            print_bias(cell["position_bias"])
+    report = {"pairs": len(rows), "judges": table}
+    between = {}
+    for a, b in itertools.combinations(chosen, 2):
+        same = [
+            (n, float(x == y)) for n, (x, y) in enumerate(zip(chosen[a], chosen[b], strict=True))
+        ]
+        between[f"{' '.join(a)} / {' '.join(b)}"] = grouped_rate(same)["rate"]
+    write_json(out_dir / "report.json", report | {"between": between})
+
+
+def main():
+    commands = {"label": (LabelConfig, label_main), "agree": (AgreeConfig, agree_main)}
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        sys.exit(0)
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        refuse(f"rlaif.py: expected a sub-command: {', '.join(commands)}")
+    config, job = commands[sys.argv[1]]
+    try:
+        job(parse_config(config, __doc__, sys.argv[1]))
+    except JudgeError as error:
+        print(f"{error}; what was answered is kept, --resume goes on", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:  # a full disk, a folder that can't be written
+        sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -1,0 +1,434 @@
+"""rlaif.py: questions, preferences and their biases; judges in process and on a faulty server."""
+
+import http.server
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, read_lines, run_script, write_jsonl
+
+import rlaif
+from model import load_model, load_tokenizer
+
+TEMPLATES = sorted((ROOT / "data/prompts").glob("*.txt"))
+VARIANT = rlaif.Variant()
+
+
+def run(monkeypatch, *args):
+    return run_script(rlaif, monkeypatch, *args)
+
+
+# --- preferences ----------------------------------------------------------------------------------
+
+
+def test_preference_vector():
+    """methods.md card G: two orders, debiased."""
+    p, shares = rlaif.preference([-0.4, -1.6], [-0.9, -0.7])
+    assert shares == pytest.approx([0.768525, 0.450166], abs=1e-6)
+    assert p == pytest.approx(0.659179, abs=1e-6)
+
+
+def test_rating_vector():
+    logprobs = [-6, -5.5, -5, -4, -3, -2, -1.2, -1.5, -3, -5]
+    assert rlaif.expected_rating(logprobs) == pytest.approx((6.988470, 0.330771), abs=1e-6)
+
+
+def test_position_bias():
+    shares = [(0.9, 0.8), (0.6, 0.7), (0.2, 0.4), (0.9, 0.1)]
+    assert rlaif.position_bias(shares) == {"same": 0.75, "first": pytest.approx(2 / 3)}
+    assert rlaif.position_bias([(0.9, 0.1)]) == {"same": 0.0, "first": None}
+
+
+class Biased:
+    """A judge that knows which response is better by 1 nat, and likes answer 1 by `bias` nats."""
+
+    def __init__(self, bias):
+        self.bias = bias
+
+    def answers(self, requests):
+        found = []
+        for request in requests:
+            text = request["prompt"]
+            better = 1 if text.index("GOOD") < text.index("BAD") else -1
+            found.append([(better + self.bias) / 2, -(better + self.bias) / 2])
+        return found
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.5, 3.0, -3.0])
+def test_a_planted_bias_is_measured_and_averaged_out(bias):
+    template = rlaif.read_template(ROOT / "data/prompts/summaries.txt")
+    pairs = [{"prompt": "x", "first": "GOOD", "second": "BAD"}] * 4
+    pairs += [{"prompt": "x", "first": "BAD", "second": "GOOD"}] * 4
+    found = rlaif.judge_pairs(Biased(bias), template, VARIANT, pairs, 8, 0)
+    sides = [1 / (1 + math.exp(-(1 + bias))), 1 / (1 + math.exp(-(-1 + bias)))]
+    for (p, shares), pair in zip(found, pairs, strict=True):
+        assert sorted(shares) == pytest.approx(sorted(sides))
+        assert (p > 0.5) == (pair["first"] == "GOOD")
+    measured = rlaif.position_bias([shares for _, shares in found])
+    assert measured["same"] == (abs(bias) > 1)
+    assert measured["first"] == (None if abs(bias) < 1 else float(bias > 0))
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+def test_a_question_has_its_four_parts():
+    template = rlaif.read_template(ROOT / "data/prompts/summaries.txt")
+    fields = {"prompt": " A {response_1} post. ", "response_1": " One.", "response_2": "Two."}
+    text = rlaif.question(template, VARIANT, fields)
+    assert text.startswith(template["preamble base"] + "\n\nText - A {response_1} post.\n")
+    assert text.endswith("Summary 1 - One.\nSummary 2 - Two.\nPreferred Summary=")
+    shown = rlaif.question(template, rlaif.Variant("detailed", 2), fields)
+    assert shown.count("Preferred Summary=") == 3 and "Preferred Summary=2\n\nText - A" in shown
+    assert shown.startswith(template["preamble detailed"])
+    reasoned = rlaif.Variant("base", 1, True)
+    first = rlaif.question(template, reasoned, fields)
+    assert first.endswith("Rationale:") and first.count("Rationale:") == 2
+    second = rlaif.question(template, reasoned, fields, " Because. ")
+    assert second == first + " Because.\nPreferred Summary="
+
+
+def test_templates_are_whole():
+    assert {path.stem for path in TEMPLATES} >= {"toy", "summaries", "helpful", "harmless"}
+    for path in TEMPLATES:
+        template = rlaif.read_template(path)
+        for name in ("preamble base", "preamble detailed", "sample", "ending", "ending rationale"):
+            assert template[name].strip(), (path, name)
+        assert len(template["answers"]) == 2 and len(template["ratings"]) == 10
+        assert "{response}" in template["rate"]
+    principles = rlaif.read_constitution(ROOT / "data/constitution.json")
+    assert len(set(principles)) == 16
+
+
+def test_variants():
+    assert rlaif.read_variant("detailed+cot+2shot+8samples+t0.7") == rlaif.Variant(
+        "detailed", 2, True, 8, 0.7
+    )
+    assert str(rlaif.read_variant("base+cot")) == "base 0-shot CoT"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("long", "expected base, detailed"),
+        ("base+9shot", "at most 8 exemplars"),
+        ("base+4samples", "several samples are of rationales"),
+    ],
+)
+def test_bad_variants(capsys, text, message):
+    with pytest.raises(SystemExit) as ended:
+        rlaif.read_variant(text)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("words\n--- sample\n", ":1: line: stands before"),
+        ("--- sample\nx\n--- sample\ny\n", ":3: sample: a second section"),
+        ("--- answers\n[1, 2]\n", "answers: expected a list of strings"),
+        ("--- answers\n[\n", "answers: not JSON"),
+        ('--- exemplars\n{"prompt": "x"}\n', "exemplars: expected prompt"),
+    ],
+)
+def test_bad_templates(tmp_path, capsys, text, message):
+    (tmp_path / "t.txt").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        rlaif.read_template(tmp_path / "t.txt")
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+# --- judges in process ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(toy_data, policy_run, tmp_path_factory):
+    """A folder with 9 prompts of 3 responses, 9 rankings, a judge (untrained, 96 positions are few:
+    the template is short) and a template."""
+    folder = tmp_path_factory.mktemp("data")
+    rankings = read_lines(toy_data / "rankings_validation.jsonl")[:9]
+    for line in rankings:
+        line["responses"], line["scores"] = line["responses"][:3], line["scores"][:3]
+    write_jsonl(folder / "rankings.jsonl", [r for r in rankings if r["scores"][0] > r["scores"][2]])
+    for line in rankings:
+        del line["scores"]
+    write_jsonl(folder / "samples.jsonl", rankings)
+    write_jsonl(folder / "people.jsonl", read_lines(toy_data / "comparisons.jsonl")[:3])
+    (folder / "template.txt").write_text(
+        "--- preamble base\nA:\n--- preamble detailed\nBetter:\n--- sample\n{prompt} {response_1} "
+        "{response_2}\n--- principle\n{principle}\n--- ending rationale\nWhy:\n--- ending\nIs\n"
+        '--- answers\n[" 1", " 2"]\n'
+    )
+    (folder / "principles.json").write_text('["Kind.", "True."]')
+    os.symlink(policy_run, folder / "judge")
+    return folder
+
+
+def label_flags(data, out, *more):
+    files = ["label", "--samples", data / "samples.jsonl", "--judge", data / "judge"]
+    files += ["--template", data / "template.txt", "--variant", "base", "--device", "cpu"]
+    return list(map(str, [*files, "--out_dir", out, *more]))
+
+
+def test_labels_are_the_models_probabilities(data, tmp_path, monkeypatch, capsys):
+    """Of every pair, by one forward each; written as comparisons, which other stages read."""
+    assert run(monkeypatch, *label_flags(data, tmp_path / "run", "--pairs", 0)) == 0
+    assert "position bias: the same position in both orders in" in capsys.readouterr().out
+    lines = read_lines(tmp_path / "run/comparisons.jsonl")
+    assert len(lines) == 27 and len(
+        list(rlaif.read_preferences(tmp_path / "run/comparisons.jsonl"))
+    )
+    model, tokenizer = load_model(data / "judge"), load_tokenizer(data / "judge")
+    one, two = (tokenizer.encode_ordinary(text)[0] for text in (" 1", " 2"))
+    for line in lines[:5]:
+        shares = []
+        for order in (("chosen", "rejected"), ("rejected", "chosen")):
+            texts = [line[name].strip() for name in order]
+            prompt = f"A:\n\n{line['prompt'].strip()} {texts[0]} {texts[1]}\nIs"
+            with torch.no_grad():
+                logits = model(torch.tensor([tokenizer.encode_ordinary(prompt)]))[0, -1]
+            shares.append(torch.sigmoid(logits[one] - logits[two]).item())
+        assert line["label"] == pytest.approx((shares[0] + 1 - shares[1]) / 2, abs=1e-6)
+        assert line["label"] >= 0.5 and line["annotator"] == str(data / "judge")
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["pairs"] == 27 and report["asked"] == 54
+
+
+def test_reasons_principles_and_clamps(data, tmp_path, monkeypatch):
+    """A rationale first, sampled twice, its answers averaged; a principle a pair; probabilities
+    clamped; people's comparisons mixed in."""
+    more = ["--variant", "detailed+cot+2samples+t0.7", "--constitution", data / "principles.json"]
+    more += ["--clamp", "0.45,0.52", "--mix", data / "people.jsonl", "--max_rationale_tokens", 4]
+    assert run(monkeypatch, *label_flags(data, tmp_path / "run", *more)) == 0
+    lines = read_lines(tmp_path / "run/comparisons.jsonl")
+    assert [line["prompt"] for line in lines[:3]] == [
+        line["prompt"] for line in read_lines(data / "people.jsonl")
+    ]
+    labels = [line["label"] for line in lines[3:]]
+    assert all(0.5 <= label <= 0.55 for label in labels)
+    assert {line["principle"] for line in lines[3:]} == {"Kind.", "True."}
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["asked"] == 9 * 2 * 2 * 2 and report["mixed"] == 3
+
+
+def test_agreement_with_people_and_gold(data, tmp_path, monkeypatch, capsys):
+    args = ["agree", "--data", data / "rankings.jsonl", "--judges", data / "judge", "--template"]
+    args += [data / "template.txt", "--variants", "base,detailed", "--device", "cpu"]
+    assert run(monkeypatch, *args, "--out_dir", tmp_path / "people") == 0
+    said = capsys.readouterr().out
+    assert "base 0-shot: " in said and "one order" in said
+    report = json.loads((tmp_path / "people/report.json").read_text())
+    (table,) = report["judges"].values()
+    assert set(table) == {"base 0-shot", "detailed 0-shot"} and len(report["between"]) == 1
+    assert run(monkeypatch, *args, "--out_dir", tmp_path / "gold", "--gold", "data/toy.py") == 0
+    other = json.loads((tmp_path / "gold/report.json").read_text())
+    (with_gold,) = other["judges"].values()
+    # The rankings are gold's own: the same pairs, the same agreement.
+    assert with_gold == table
+
+
+@pytest.mark.parametrize("moment", [1, 30])
+def test_kill_asks_nothing_twice(data, tmp_path, monkeypatch, moment):
+    """kill -9 while an answer is written, then --resume: the same labels, each question once."""
+    args = label_flags(data, tmp_path / "run", "--pairs", 0, "--resume")
+    code = (
+        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rlaif\n"
+        f"real, calls = rlaif.LocalJudge.ask, []\n"
+        f"def ask(self, requests):\n"
+        f"    for found in real(self, requests):\n"
+        f"        calls.append(1)\n"
+        f"        if len(calls) == {moment}:\n"
+        f"            open(self.memory, 'a').write('{{\"key\": \"torn')\n"
+        f"            os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"        yield found\n"
+        f"rlaif.LocalJudge.ask = ask\nsys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
+    )
+    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    assert run(monkeypatch, *args) == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["asked"] == 54 - (moment - 1)
+    assert run(monkeypatch, *label_flags(data, tmp_path / "whole", "--pairs", 0)) == 0
+    both = [(tmp_path / name / "comparisons.jsonl").read_bytes() for name in ("run", "whole")]
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--judge", "nowhere"], "nowhere"),
+        (["--judge", "ftp://x"], "expected a run directory, http:// or https://"),
+        (["--clamp", "0.6,0.4"], "--clamp 0.6,0.4: expected two numbers"),
+        (["--samples", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--template", "nowhere.txt"], "nowhere.txt:0: file"),
+        (["--constitution", "nowhere.json"], "nowhere.json:0: file"),
+        (["--variant", "base+2shot"], "has 0 exemplars"),
+    ],
+)
+def test_bad_settings(data, tmp_path, monkeypatch, capsys, more, message):
+    assert run(monkeypatch, *label_flags(data, tmp_path / "run"), *more) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_sub_commands(monkeypatch, capsys):
+    assert run(monkeypatch) == 2 and "expected a sub-command" in capsys.readouterr().err
+    for command, config in (("label", rlaif.LabelConfig), ("agree", rlaif.AgreeConfig)):
+        assert run(monkeypatch, command, "--help") == 0
+        text = capsys.readouterr().out
+        assert all(f"--{name}" in text for name in vars(config()))
+
+
+# --- judges on a server ---------------------------------------------------------------------------
+
+
+class Completions(http.server.BaseHTTPRequestHandler):
+    """The completions API over a model of ours; `faults` are spent one a request."""
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.seen.append((self.path, body, self.headers.get("Authorization")))
+        fault = server.faults.pop() if server.faults else ""
+        if fault.isdigit():
+            self.send_response(int(fault))
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            self.wfile.write(b'{"error": {"message": "not now"}}')
+            return
+        if fault == "slow":
+            time.sleep(3)
+        if fault == "cut":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        ids = server.tokenizer.encode_ordinary(body["prompt"])
+        with torch.no_grad():
+            logprobs = server.model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        top = logprobs.topk(body.get("logprobs") or 1)
+        pairs = [
+            (server.tokenizer.decode([i]), p)
+            for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+        choice = {"index": 0, "text": pairs[0][0], "finish_reason": "length"}
+        if server.form == "content":
+            choice["logprobs"] = {
+                "content": [{"top_logprobs": [{"token": t, "logprob": p} for t, p in pairs]}]
+            }
+        else:
+            choice["logprobs"] = {"top_logprobs": [dict(pairs)]}
+        if fault == "missing":
+            choice["logprobs"] = None
+        reply = json.dumps({"object": "text_completion", "choices": [choice]}).encode()
+        if fault == "malformed":
+            reply = reply[: len(reply) // 2]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(data):
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    made.model, made.tokenizer = load_model(data / "judge"), load_tokenizer(data / "judge")
+    made.seen, made.faults, made.form = [], [], "top"
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+def served(server, *more):
+    address = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    flags = ["--judge", address, "--judge_model", "ours", "--backoff_s", 0.01, "--reply_s", 1]
+    return [*flags, "--top_logprobs", 1024, *more]
+
+
+def labels(out):
+    return [line["label"] for line in read_lines(out / "comparisons.jsonl")]
+
+
+@pytest.mark.parametrize("form", ["top", "content"])
+def test_a_server_gives_the_labels_of_the_same_judge_in_process(
+    data, tmp_path, monkeypatch, server, form
+):
+    server.form = form
+    monkeypatch.setenv("PLAINRLHF_API_KEY", "secret")
+    assert run(monkeypatch, *label_flags(data, tmp_path / "served"), *map(str, served(server))) == 0
+    assert run(monkeypatch, *label_flags(data, tmp_path / "here")) == 0
+    assert labels(tmp_path / "served") == pytest.approx(labels(tmp_path / "here"), abs=1e-5)
+    path, body, key = server.seen[0]
+    assert path == "/v1/completions" and key == "Bearer secret"
+    assert body["model"] == "ours" and body["max_tokens"] == 1
+    for file in (tmp_path / "served").rglob("*"):
+        assert not file.is_file() or b"secret" not in file.read_bytes()
+
+
+def test_faults_of_a_server_pass(data, tmp_path, monkeypatch, server):
+    """500, 429, a slow reply, a cut connection, half a reply, no log-probabilities: each is asked
+    again, and the labels are the same."""
+    faults = ["500", "429", "503", "slow", "cut", "malformed", "missing"]
+    server.faults = list(faults)
+    args = label_flags(data, tmp_path / "served"), map(str, served(server, "--in_flight", 3))
+    assert run(monkeypatch, *args[0], *args[1]) == 0
+    assert run(monkeypatch, *label_flags(data, tmp_path / "here")) == 0
+    assert labels(tmp_path / "served") == pytest.approx(labels(tmp_path / "here"), abs=1e-5)
+    assert len(server.seen) == 18 + len(faults)
+
+
+def test_a_server_that_goes_away_loses_nothing(data, tmp_path, monkeypatch, server, capsys):
+    """After some answers it only fails: the labelling ends and says so; when the server is back the
+    same command goes on, and asks what is missing."""
+    server.faults = ["500"] * 200
+    args = [*label_flags(data, tmp_path / "run", "--resume"), *map(str, served(server))]
+    args += ["--retries", "1", "--in_flight", "1"]
+    real, calls = rlaif.ServerJudge.one, []
+
+    def later(self, request):
+        calls.append(1)
+        if len(calls) == 6:
+            server.faults = ["500"] * 200
+        return real(self, request)
+
+    server.faults = []
+    with monkeypatch.context() as patch:
+        patch.setattr(rlaif.ServerJudge, "one", later)
+        assert run(patch, *args) == 1
+    error = capsys.readouterr().err
+    assert "500" in error and "2 times; what was answered is kept, --resume goes on" in error
+    server.faults, before = [], len(server.seen)
+    assert run(monkeypatch, *args) == 0
+    assert len(server.seen) - before == 18 - 5
+    assert run(monkeypatch, *label_flags(data, tmp_path / "here")) == 0
+    assert labels(tmp_path / "run") == pytest.approx(labels(tmp_path / "here"), abs=1e-5)
+
+
+def test_a_refusal_of_the_server_is_said_once(data, tmp_path, monkeypatch, server, capsys):
+    server.faults = ["401"] * 50
+    args = [*label_flags(data, tmp_path / "run"), *map(str, served(server, "--in_flight", 1))]
+    assert run(monkeypatch, *args) == 1
+    assert "401" in capsys.readouterr().err and len(server.seen) <= 3
+
+
+def test_absent_answers_get_the_least(data, tmp_path, monkeypatch, server, capsys):
+    judge = rlaif.ServerJudge("http://x/v1", tmp_path / "a.jsonl", rlaif.LabelConfig())
+    top = {"top_logprobs": [{"1": -3.0, " 1": -0.5, " the": -4.0}]}
+    reply = {"choices": [{"logprobs": top}]}
+    assert judge.of_answers(reply, [" 1", " 2"]) == [-0.5, -4.0] and judge.absent == 1
+    assert judge.of_answers(reply, ["1 ", "the"]) == [-3.0, -4.0] and judge.absent == 1
+    args = [*label_flags(data, tmp_path / "run"), *map(str, served(server))]
+    assert run(monkeypatch, *args, "--top_logprobs", "3") == 0
+    assert "got the least of these" in capsys.readouterr().out
+    assert np.mean(labels(tmp_path / "run")) >= 0.5
