@@ -817,9 +817,9 @@ class ServerJudge(Judge):
         return self.post(body, lambda reply: str(reply["choices"][0]["text"]))
 
     def of_answers(self, reply, answers):
-        """Log-probabilities of the answers from a reply's most likely tokens. Where the token is not
-        among them, one that differs by the spaces around it; where none is, the least of those that
-        are, which the answer's own can't exceed."""
+        """Log-probabilities of the answers, from a reply's most likely tokens. Where the token is
+        not among them, one that differs by the spaces around it; where none is, the least of those
+        that are, which the answer's own can't exceed."""
         found = reply["choices"][0]["logprobs"]
         if "top_logprobs" in found:  # {token: log-probability} of each position
             top = list(found["top_logprobs"][0].items())
