@@ -908,7 +908,7 @@ def warnings_of(record, before, cfg):
         found.append("fewer responses end than at first: is the score high for not ending?")
     if record["eos"] < 0.5:
         found.append("most responses do not end: they all score the same, and nothing is learnt")
-    if record["empty"] > 0:
+    if record["empty"] > 0.02:
         found.append(f"{record['empty']:.1%} of the responses are empty: is silence what pays?")
     if record["tokens"] > 0.9 * cfg.max_new_tokens:
         found.append("responses are about as long as --max_new_tokens: length may be what pays")

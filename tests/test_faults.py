@@ -117,6 +117,7 @@ def test_kill_at_random_moments(script, data, tmp_path, capsys):
     assert survived == REPEATS
 
 
+@pytest.mark.skipif("QUICK" in os.environ and os.environ["QUICK"] != "", reason="minutes")
 @pytest.mark.parametrize("script", COMMANDS)
 def test_compiled_weights_are_the_same(script, data, tmp_path):
     """--compile: sums have another order, and that is all."""

@@ -716,7 +716,7 @@ def test_warnings():
     for change, words in [
         ({"kl": -1.0}, "below 0"),
         ({"eos": 0.7}, "fewer responses end"),
-        ({"empty": 0.02}, "2.0% of the responses are empty"),
+        ({"empty": 0.03}, "3.0% of the responses are empty"),
         ({"tokens": 9.5}, "as long as --max_new_tokens"),
         ({"value_loss": 9.0}, "lower --value_lr"),
     ]:
