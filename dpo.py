@@ -1468,7 +1468,6 @@ def main():
 
         due = step == total or (cfg.eval_every and step % cfg.eval_every == 0)
         if due and step > evaluated:
-            evaluated = step
             record = {"step": step, "seconds": round(time.time() - started, 1)}
             said = []
             if held_out:
@@ -1496,6 +1495,7 @@ def main():
                 for sample in one_a_task(samples) if held_prompts and step > 0 else ():
                     append_line(out_dir / "samples.jsonl", {"step": step} | sample)
                     print(f"  {sample['prompt'][-160:]!r}\n    -> {sample['response']!r}")
+            evaluated = step
         if step == total:
             break
 

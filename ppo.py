@@ -1118,7 +1118,6 @@ def main():
             stop()
         due = step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0)
         if few and due and step > evaluated:
-            evaluated = step
             samples = responses_of(policy, few, few_ids, cfg.temperature)
             if rank == 0:
                 found = beside(samples, base, cfg.missing_eos_score)
@@ -1148,6 +1147,7 @@ def main():
                     print(
                         f"    score {parts['proxy']:+.2f}  KL {parts['kl']:.2f}  total {total:+.2f}"
                     )
+            evaluated = step
         if step == cfg.steps:
             break
 
@@ -1223,28 +1223,24 @@ def main():
                     real, rows = float(bool(rows)), rows or [0]
                     columns = max(batch["lengths"][i] for i in rows)
                     old = {name: x[rows, :columns] for name, x in rollout.items()}  # (b, columns)
-                    inside = old["mask"]
+                    read, inside = old["tokens"], old["mask"]
                     with ExitStack() as waiting:
                         last = micro == len(micros) - 1
                         for model in parallel.values() if world > 1 and not last else ():
                             waiting.enter_context(model.no_sync())
                         with autocast:
-                            logits = parallel["policy"](
-                                old["tokens"], at=predicts(inside)
-                            )  # (N, V)
-                            output = parallel["value"](old["tokens"])  # (b, columns)
-                        new_logprobs = token_logprobs(
-                            logits, old["tokens"], inside, cfg.temperature
-                        )
+                            logits = parallel["policy"](read, at=predicts(inside))  # (N, V)
+                            output = parallel["value"](read)  # (b, columns)
+                        new_logprobs = token_logprobs(logits, read, inside, cfg.temperature)
                         new_values = response_values(output, inside, statistics)
-                        policy_sum = (
-                            policy_loss(new_logprobs, old["logprobs"], old["advantages"], cfg.clip)
-                            * inside
-                        ).sum()
-                        value_sum = (
-                            value_loss(new_values, old["values"], old["returns"], cfg.value_clip)
-                            * inside
-                        ).sum()
+                        losses = policy_loss(
+                            new_logprobs, old["logprobs"], old["advantages"], cfg.clip
+                        )
+                        policy_sum = (losses * inside).sum()
+                        losses = value_loss(
+                            new_values, old["values"], old["returns"], cfg.value_clip
+                        )
+                        value_sum = (losses * inside).sum()
                         with torch.set_grad_enabled(cfg.entropy_coef > 0):
                             tempered = logits if cfg.temperature == 1 else logits / cfg.temperature
                             bonus = entropy(tempered).sum()

@@ -87,8 +87,8 @@ MUTATIONS = {
         (
             "the update's temperature is 1",
             "ppo.py",
-            'logits, old["tokens"], inside, cfg.temperature\n',
-            'logits, old["tokens"], inside\n',
+            "new_logprobs = token_logprobs(logits, read, inside, cfg.temperature)",
+            "new_logprobs = token_logprobs(logits, read, inside)",
         ),
         (
             "sampling's temperature is 1",
@@ -99,8 +99,8 @@ MUTATIONS = {
         (
             "old log-probabilities follow the updates",
             "ppo.py",
-            'policy_loss(new_logprobs, old["logprobs"], old["advantages"], cfg.clip)',
-            'policy_loss(new_logprobs, new_logprobs.detach(), old["advantages"], cfg.clip)',
+            'new_logprobs, old["logprobs"], old["advantages"], cfg.clip',
+            'new_logprobs, new_logprobs.detach(), old["advantages"], cfg.clip',
         ),
         (
             "a pad's value is bootstrapped from",

@@ -473,6 +473,7 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, online, moment):
     "online, where, call",
     [
         (False, "rank_share", 3),
+        (False, "judge", 2),
         (False, "judge", 12),
         (True, "generate", 4),
         (True, "rank_share", 2),

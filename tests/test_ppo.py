@@ -566,10 +566,10 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
 
 
 @pytest.mark.parametrize(
-    "where, call", [("generate", 3), ("generate", 7), ("whiten", 3), ("judge", 30)]
+    "where, call", [("generate", 7), ("whiten", 3), ("judge", 5), ("judge", 30)]
 )
 def test_sigterm_saves_and_resumes(data, tmp_path, monkeypatch, uninterrupted, where, call):
-    """SIGTERM in rollouts (of iterations 0 and 3, after an evaluation), update and evaluation."""
+    """SIGTERM in a rollout (after an evaluation), an update, an evaluation and the last one."""
     args = flags(data, tmp_path / "run", *LONG, "--resume")
     with monkeypatch.context() as patch:
         real, calls = getattr(ppo, where), []
