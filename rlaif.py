@@ -9,12 +9,13 @@ better, in both orders, and the next token's probabilities are the answer:
 l being the log-probabilities of the answers "1" and "2", l' those with the responses swapped, for a
 judge prefers positions too. The soft labels train a reward model (reward.py) or a policy (dpo.py).
 
+    python rlaif.py revise --prompts prompts.jsonl --judge runs/judge     # CAI, supervised stage
     python rlaif.py label --samples samples.jsonl --judge runs/judge      # preferences
     python rlaif.py agree --data comparisons.jsonl --judge runs/judge     # how good a judge is
     python rlaif.py label --samples samples.jsonl --judge http://localhost:8000/v1 --judge_model M \
         --template data/prompts/harmless.txt --constitution data/constitution.json
 
-Sub-commands: label, agree. Each has its own --help.
+Sub-commands: revise, label, agree. Each has its own --help.
 """
 
 import argparse
@@ -64,6 +65,7 @@ from model import (
     write_json,
 )
 
+BLOCK = 64  # requests that a judge in this process answers at once
 EXEMPLAR = ("prompt", "response_1", "response_2", "rationale")
 
 
@@ -99,6 +101,43 @@ class LabelConfig:
     dtype: Annotated[str, "float32, bfloat16, float16, float64; empty: float32"] = ""
     timeout_s: Annotated[int, "not used: one process"] = 600
     resume: Annotated[bool, "go on with out_dir's labelling, or start if none"] = False
+    overwrite: Annotated[bool, "delete the run in out_dir first"] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ReviseConfig:
+    prompts: Annotated[str, "prompts to respond to, harmful ones among them"] = (
+        "data/toy/prompts_train.jsonl"
+    )
+    policy: Annotated[str, "helpful-only policy that responds first: a run directory"] = "runs/sft"
+    judge: Annotated[str, "who criticises and revises: a run directory, or a server's URL"] = (
+        "runs/judge"
+    )
+    judge_model: Annotated[str, "the server's name of the model"] = ""
+    template: Annotated[str, "how to ask, with sections critique and revision"] = (
+        "data/prompts/toy.txt"
+    )
+    constitution: Annotated[str, "JSON list of principles, one drawn a revision"] = (
+        "data/constitution.json"
+    )
+    revisions: Annotated[int, "of each response, one after another (CAI: 4)"] = 1
+    temperature: Annotated[float, "of responses, critiques and revisions (CAI: 1)"] = 1.0
+    max_new_tokens: Annotated[int, "longest response, critique or revision, tokens"] = 48
+    mix: Annotated[str, "helpful demonstrations to add; empty: none"] = ""
+    mix_weight: Annotated[float, "how often these are passed over (0.5: half of them)"] = 1.0
+    num_prompts: Annotated[int, "how many prompts, from the file's start; 0: all"] = 0
+    gold: Annotated[str, "Python file whose score and parts are shown by revision"] = ""
+    out_dir: Annotated[str, "run directory"] = "runs/revisions"
+    in_flight: Annotated[int, "requests to a server at once"] = 8
+    top_logprobs: Annotated[int, "not used here"] = 5
+    reply_s: Annotated[float, "a server's time to reply, seconds"] = 60.0
+    retries: Annotated[int, "how often a request is repeated"] = 5
+    backoff_s: Annotated[float, "seconds before the first repetition, doubled each time"] = 1.0
+    seed: Annotated[int, "of principles and samples"] = 0
+    device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
+    dtype: Annotated[str, "float32, bfloat16, float16, float64; empty: float32"] = ""
+    timeout_s: Annotated[int, "not used: one process"] = 600
+    resume: Annotated[bool, "go on with out_dir's revisions, or start if none"] = False
     overwrite: Annotated[bool, "delete the run in out_dir first"] = False
 
 
@@ -507,6 +546,34 @@ def gold_score(gold, line, response):
     return score
 
 
+def gold_parts(gold, line, response):
+    """What gold's `explain` says of a response, {name: number}; {} when it has none."""
+    if not hasattr(gold, "explain"):
+        return {}
+    fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
+    try:
+        parts = gold.explain(line["prompt"], response, **fields)
+        parts = {name: float(value) for name, value in parts.items() if name != "score"}
+    except Exception as error:
+        refuse(f"{gold.__file__}: explain: {type(error).__name__}: {error}")
+    if not all(map(math.isfinite, parts.values())):
+        refuse(f"{gold.__file__}: explain: {parts} for {response[:40]!r}: not finite")
+    return parts
+
+
+def mean_interval(values):
+    """[mean, low, high]: the mean and its 95% interval, by the normal approximation.
+
+    A single value has no interval: low and high are None.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return [mean, None, None]
+    half = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return [mean, mean - half, mean + half]
+
+
 def rate_interval(hits, counts):
     """[rate, low, high]: sum(hits) / sum(counts) with its 95% interval.
 
@@ -700,6 +767,8 @@ class Judge:
         ]
         both = zip(keys, requests, strict=True)
         missing = {key: request for key, request in both if key not in self.known}
+        if missing:
+            missing = self.completed(missing, dict(zip(keys, requests, strict=True)))
         names, last_time = list(missing), time.time()
         with open(self.memory, "a", encoding="utf-8") as file:
             if self.memory.stat().st_size and self.memory.read_bytes()[-1:] != b"\n":
@@ -715,6 +784,10 @@ class Judge:
                     last_time = time.time()
                     print(f"{self.name}: {done + 1}/{len(names)} answers", flush=True)
         return [self.known[key] for key in keys]
+
+    def completed(self, missing, requests):
+        """What has to be asked for the missing ones' sake, {key: request}."""
+        return missing
 
 
 class LocalJudge(Judge):
@@ -733,17 +806,27 @@ class LocalJudge(Judge):
         digests = [sha256(path) for path in weight_files(Path(directory))]
         super().__init__(f"{directory} {' '.join(digests)} {dtype}", memory)
 
+    def completed(self, missing, requests):
+        """Sampled texts come in blocks, each by one generator: a block is asked again as a whole,
+        and so comes out as it would have."""
+        keys = list(requests)
+        blocks = [keys[i : i + BLOCK] for i in range(0, len(keys), BLOCK)]
+        sampled = [key for key in keys if requests[key].get("temperature")]
+        if not sampled:
+            return missing
+        return {key: requests[key] for keys in blocks if missing.keys() & set(keys) for key in keys}
+
     def ask(self, requests):
+        if requests and requests[0].get("temperature"):
+            for begin in range(0, len(requests), BLOCK):
+                texts = self.complete(requests[begin : begin + BLOCK])
+                yield from enumerate(texts, begin)
+            return
         order = sorted(range(len(requests)), key=lambda i: len(requests[i]["prompt"]))
-        kinds = {}
-        for i in order:
-            same = {name: x for name, x in requests[i].items() if name not in ("prompt", "seed")}
-            kinds.setdefault(json.dumps(same), []).append(i)
-        for indices in kinds.values():
-            for begin in range(0, len(indices), 64):
-                some = indices[begin : begin + 64]
-                reply = self.next_tokens if "answers" in requests[some[0]] else self.complete
-                yield from zip(some, reply([requests[i] for i in some]), strict=True)
+        for begin in range(0, len(order), BLOCK):
+            some = order[begin : begin + BLOCK]
+            reply = self.next_tokens if "answers" in requests[some[0]] else self.complete
+            yield from zip(some, reply([requests[i] for i in some]), strict=True)
 
     def encoded(self, request, room):
         ids = self.tokenizer.encode_ordinary(request["prompt"])
@@ -765,27 +848,18 @@ class LocalJudge(Judge):
         return logprobs[:, [ids[0] for ids in answers]].tolist()
 
     def complete(self, requests):
-        """Greedy texts at once; sampled ones each with its own seed, whatever stands beside it."""
         first, eos = requests[0], self.tokenizer.eot_token
         room = self.model.config.n_positions - first["max_tokens"]
-        rows = [self.encoded(request, room) for request in requests]
-        everyone = list(range(len(rows)))
-        groups = [[i] for i in everyone] if first["temperature"] else [everyone]
-        texts = []
-        for group in groups:
-            generator = torch.Generator(self.device).manual_seed(requests[group[0]]["seed"])
-            tokens, mask = generate(
-                self.model,
-                [rows[i] for i in group],
-                first["max_tokens"],
-                temperature=first["temperature"],
-                eos=eos,
-                generator=generator,
-            )
-            for row, inside in zip(tokens, mask, strict=True):
-                ids = row[inside].tolist()
-                texts.append(text_of(self.tokenizer, ids[:-1] if ids[-1] == eos else ids))
-        return texts
+        tokens, mask = generate(
+            self.model,
+            [self.encoded(request, room) for request in requests],
+            first["max_tokens"],
+            temperature=first["temperature"],
+            eos=eos,
+            generator=torch.Generator(self.device).manual_seed(first["seed"]),
+        )
+        rows = [row[inside].tolist() for row, inside in zip(tokens, mask, strict=True)]
+        return [text_of(self.tokenizer, r[:-1] if r[-1] == eos else r) for r in rows]
 
 
 class ServerJudge(Judge):
@@ -965,10 +1039,9 @@ def open_judge(name, memory, cfg, device, dtype):
 
 def begin(cfg, inputs):
     """One process, its out_dir made or found again -> device, dtype."""
-    if min(cfg.in_flight, cfg.max_rationale_tokens, cfg.top_logprobs) < 1 or not cfg.reply_s > 0:
-        refuse(
-            "--in_flight, --max_rationale_tokens, --top_logprobs, --reply_s: expected more than 0"
-        )
+    for name in ("in_flight", "max_rationale_tokens", "max_new_tokens", "top_logprobs", "reply_s"):
+        if not getattr(cfg, name, 1) > 0:
+            refuse(f"--{name}: expected more than 0")
     device, _, _, world = start_process(cfg)
     if world > 1:
         refuse("rlaif.py label and agree run in one process; split the file for several")
@@ -1178,8 +1251,120 @@ def agree_main(cfg):
     write_json(out_dir / "report.json", report | {"between": between})
 
 
+# --- revise: Constitutional AI's supervised stage -------------------------------------------------
+
+
+def passes(records, weight, seed):
+    """The records, `weight` times: whole passes, and of the last, partial one a random choice."""
+    whole, part = divmod(round(weight * len(records)), len(records))
+    chosen = sorted(random.Random(f"{seed} passes").sample(range(len(records)), part))
+    return records * whole + [records[i] for i in chosen]
+
+
+def revise_main(cfg):
+    """Responses, then critiques and revisions of them, each by a principle drawn at random:
+    out_dir/revisions.jsonl has all with their numbers, 0 being the response; demonstrations.jsonl
+    what sft.py learns from, every revision and the helpful demonstrations."""
+    if cfg.revisions < 1:
+        refuse("--revisions: expected 1 or more")
+    template, principles = read_template(cfg.template), read_constitution(cfg.constitution)
+    lines = [record for _, record in read_jsonl(cfg.prompts, {"prompt": True})]
+    lines = lines[: cfg.num_prompts or len(lines)]
+    helpful = []
+    if cfg.mix:
+        helpful = [r for _, r in read_jsonl(cfg.mix, {"prompt": True, "response": False})]
+    gold = load_gold(cfg.gold) if cfg.gold else None
+    inputs = [cfg.prompts, cfg.template, cfg.constitution]
+    inputs += [path for path in (cfg.mix, cfg.gold) if path]
+    inputs += [*judge_files(cfg.policy), *judge_files(cfg.judge)]
+    device, dtype = begin(cfg, inputs)
+    out_dir, began = Path(cfg.out_dir), time.time()
+    policy = LocalJudge(cfg.policy, out_dir / "responses.jsonl", device, dtype)
+    judge = open_judge(cfg.judge, out_dir / "answers.jsonl", cfg, device, dtype)
+
+    def said(model, texts, number):
+        """What a model goes on with after texts."""
+        how = {"max_tokens": cfg.max_new_tokens, "temperature": cfg.temperature}
+        requests = [
+            {"prompt": text} | how | {"seed": (cfg.seed * 1009 + number) * 1_000_003 + n}
+            for n, text in enumerate(texts)
+        ]
+        found = model.answers(requests)
+        if found is None:
+            interrupted(cfg, model)
+        return found
+
+    responses = said(policy, [line["prompt"] for line in lines], 0)
+    kept = [n for n, response in enumerate(responses) if response.strip()]
+    empty = len(lines) - len(kept)
+    lines, responses = [lines[n] for n in kept], [responses[n] for n in kept]
+    records = [
+        [line | {"response": r, "revision": 0} for line, r in zip(lines, responses, strict=True)]
+    ]
+    for number in range(1, cfg.revisions + 1):
+        drawn = random.Random(f"{cfg.seed} principles {number}")
+        asked = []
+        for line, response in zip(lines, responses, strict=True):
+            principle = principles[int(drawn.random() * len(principles))]
+            fields = {"prompt": line["prompt"], "response": response, "principle": principle}
+            asked.append((filled(section(template, "critique"), fields), principle))
+        critiques = said(judge, [text for text, _ in asked], 2 * number - 1)
+        revisions = said(
+            judge,
+            [
+                text + filled(section(template, "revision"), {"critique": critique})
+                for (text, _), critique in zip(asked, critiques, strict=True)
+            ],
+            2 * number,
+        )
+        records.append([])
+        for n, revision in enumerate(revisions):
+            if not revision.strip():  # the response before it stays, and is revised again
+                empty += 1
+                continue
+            # As the response began: what stands between it and its prompt belongs to it.
+            space = responses[n][: len(responses[n]) - len(responses[n].lstrip())]
+            responses[n] = space + revision.strip()
+            record = lines[n] | {"response": responses[n], "revision": number}
+            records[-1].append(
+                record | {"principle": asked[n][1], "critique": critiques[n].strip()}
+            )
+    write_jsonl(out_dir / "revisions.jsonl", [r for some in records for r in some])
+    learnt = [record for some in records[1:] for record in some]
+    added = passes(helpful, cfg.mix_weight, cfg.seed) if helpful else []
+    write_jsonl(out_dir / "demonstrations.jsonl", learnt + added)
+    report = {"prompts": len(lines), "empty": empty, "helpful": len(added), "by_revision": {}}
+    for number, some in enumerate(records):
+        parts = {}
+        for record in some if gold else ():
+            line = {
+                k: v for k, v in record.items() if k not in ("revision", "principle", "critique")
+            }
+            for name, value in (
+                {"gold": gold_score(gold, line, record["response"])}
+                | gold_parts(gold, line, record["response"])
+            ).items():
+                parts.setdefault(name, []).append(value)
+        report["by_revision"][number] = {n: mean_interval(values) for n, values in parts.items()}
+        shown = {n: v[0] for n, v in report["by_revision"][number].items()}
+        shown = ", ".join(
+            f"{n} {shown[n]:.3f}" for n in ("gold", "harmless", "helpful") if n in shown
+        )
+        print(f"revision {number}: {len(some)} responses{', ' if shown else ''}{shown}", flush=True)
+    report["seconds"] = round(time.time() - began, 1)
+    write_json(out_dir / "report.json", report)
+    print(
+        f"{out_dir / 'demonstrations.jsonl'}: {len(learnt)} revisions and {len(added)} helpful "
+        f"demonstrations; {empty} empty ones left out"
+    )
+
+
 def main():
-    commands = {"label": (LabelConfig, label_main), "agree": (AgreeConfig, agree_main)}
+    commands = {
+        "revise": (ReviseConfig, revise_main),
+        "label": (LabelConfig, label_main),
+        "agree": (AgreeConfig, agree_main),
+    }
     if sys.argv[1:2] in (["-h"], ["--help"]):
         print(__doc__)
         sys.exit(0)

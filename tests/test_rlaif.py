@@ -163,10 +163,12 @@ def data(toy_data, policy_run, tmp_path_factory):
         del line["scores"]
     write_jsonl(folder / "samples.jsonl", rankings)
     write_jsonl(folder / "people.jsonl", read_lines(toy_data / "comparisons.jsonl")[:3])
+    write_jsonl(folder / "helpful.jsonl", read_lines(toy_data / "demonstrations.jsonl")[:4])
     (folder / "template.txt").write_text(
         "--- preamble base\nA:\n--- preamble detailed\nBetter:\n--- sample\n{prompt} {response_1} "
         "{response_2}\n--- principle\n{principle}\n--- ending rationale\nWhy:\n--- ending\nIs\n"
         '--- answers\n[" 1", " 2"]\n'
+        "--- critique\n{prompt} {response} {principle} Wrong:\n--- revision\n {critique} Better:\n"
     )
     (folder / "principles.json").write_text('["Kind.", "True."]')
     os.symlink(policy_run, folder / "judge")
@@ -217,7 +219,58 @@ def test_reasons_principles_and_clamps(data, tmp_path, monkeypatch):
     assert all(0.5 <= label <= 0.55 for label in labels)
     assert {line["principle"] for line in lines[3:]} == {"Kind.", "True."}
     report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report["asked"] == 9 * 2 * 2 * 2 and report["mixed"] == 3
+    assert 60 < report["asked"] <= 9 * 2 * 2 * 2 and report["mixed"] == 3  # equal reasons are one
+
+
+def revise_flags(data, out, *more):
+    files = ["revise", "--prompts", data / "people.jsonl", "--policy", data / "judge"]
+    files += ["--judge", data / "judge", "--template", data / "template.txt", "--max_new_tokens", 6]
+    files += ["--constitution", data / "principles.json", "--device", "cpu", "--out_dir", out]
+    return list(map(str, [*files, *more]))
+
+
+def test_revisions(data, tmp_path, monkeypatch, capsys):
+    """Two revisions of each response, each by a principle, of what stood before; every revision is
+    a demonstration, with half of the helpful ones; gold by revision."""
+    more = ["--revisions", 2, "--mix", data / "helpful.jsonl", "--mix_weight", 2.5]
+    more += ["--gold", ROOT / "data/toy.py"]
+    assert run(monkeypatch, *revise_flags(data, tmp_path / "run", *more)) == 0
+    assert "revision 2: " in capsys.readouterr().out
+    records = read_lines(tmp_path / "run/revisions.jsonl")
+    by_number = [[r for r in records if r["revision"] == k] for k in range(3)]
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    prompts, count = report["prompts"], sum(map(len, by_number))
+    assert count + report["empty"] == 3 * prompts + (3 - prompts) and len(by_number[2]) > 0
+    assert len(by_number[0]) == prompts
+    assert {r["principle"] for r in by_number[1] + by_number[2]} <= {"Kind.", "True."}
+    assert set(report["by_revision"]) == {"0", "1", "2"} and "gold" in report["by_revision"]["0"]
+    learnt = read_lines(tmp_path / "run/demonstrations.jsonl")
+    helpful = [line for line in learnt if "revision" not in line]
+    assert [line for line in learnt if "revision" in line] == by_number[1] + by_number[2]
+    assert len(helpful) == 10 == report["helpful"]
+    assert len(read_lines(tmp_path / "run/answers.jsonl")) == prompts * 4
+
+
+@pytest.mark.parametrize("moment", [2, 5])
+def test_a_revision_that_was_killed_goes_on(data, tmp_path, monkeypatch, moment):
+    args = revise_flags(data, tmp_path / "run", "--revisions", 2, "--resume")
+    code = (
+        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rlaif\n"
+        f"real, calls = rlaif.LocalJudge.ask, []\n"
+        f"def ask(self, requests):\n"
+        f"    for found in real(self, requests):\n"
+        f"        calls.append(1)\n"
+        f"        if len(calls) == {moment}:\n"
+        f"            os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"        yield found\n"
+        f"rlaif.LocalJudge.ask = ask\nsys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
+    )
+    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    assert run(monkeypatch, *args) == 0
+    assert run(monkeypatch, *revise_flags(data, tmp_path / "whole", "--revisions", 2)) == 0
+    for name in ("revisions.jsonl", "demonstrations.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_agreement_with_people_and_gold(data, tmp_path, monkeypatch, capsys):
@@ -282,7 +335,11 @@ def test_bad_settings(data, tmp_path, monkeypatch, capsys, more, message):
 
 def test_sub_commands(monkeypatch, capsys):
     assert run(monkeypatch) == 2 and "expected a sub-command" in capsys.readouterr().err
-    for command, config in (("label", rlaif.LabelConfig), ("agree", rlaif.AgreeConfig)):
+    for command, config in (
+        ("label", rlaif.LabelConfig),
+        ("agree", rlaif.AgreeConfig),
+        ("revise", rlaif.ReviseConfig),
+    ):
         assert run(monkeypatch, command, "--help") == 0
         text = capsys.readouterr().out
         assert all(f"--{name}" in text for name in vars(config()))
