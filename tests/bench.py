@@ -224,6 +224,7 @@ def their_ppo(folder, ids, c, micro_batch_size, accumulation):
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         vf_coef=1.0,
+        kl_coef=ppo.Config.beta,
     )
     stamps = Stamps()
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
@@ -244,7 +245,7 @@ def their_ppo(folder, ids, c, micro_batch_size, accumulation):
 
 
 def ppo_gate(folder, ids, c):
-    """One iteration with one update on the same written responses: KL, losses and both networks'
+    """One iteration with one update on the same written responses: scores, losses and the policy's
     new weights must agree, or nothing is timed."""
     c = c | {"batch_size": len(ids), "minibatch_size": len(ids), "update_epochs": 1, "steps": 1}
     length = c["max_new_tokens"]
@@ -307,7 +308,6 @@ def bench_ppo(name, config, tokenizer, prompt_length, c, pairs):
             if part == "gate":
                 ppo_gate(folder / part, ids, c)
         folder = folder / "timing"
-        c = c | {"steps": 4}
         accumulation = c["batch_size"] // c["minibatch_size"]
         times = ([], [])
         for i in range(pairs):
@@ -465,10 +465,11 @@ def main():
         sys.exit(f"{vocabulary}: not there; python data/toy.py writes it")
     if args.only in ("", "ppo"):
         c = {"batch_size": 128, "minibatch_size": 32, "update_epochs": 2, "max_new_tokens": 32}
+        c["steps"] = 4  # of which the first is not timed
         name = "PPO iteration, toy, 128 x (16 to 32 + 32), 2 epochs of 4 minibatches"
         bench_ppo(name, toy_shape, tiktoken_file(vocabulary), 32, c, args.pairs)
         if args.full:
-            c |= {"batch_size": 8, "minibatch_size": 4}
+            c |= {"batch_size": 8, "minibatch_size": 4, "steps": 3}
             name = "PPO iteration, 124M, 8 x (16 to 32 + 32), 2 epochs of 2 minibatches"
             bench_ppo(name, GPTConfig(), load_tokenizer("gpt2"), 32, c, 3)
     if args.only in ("", "dpo"):

@@ -1,6 +1,7 @@
 """Copies don't drift, files can be copied out, and README's index of equations is true."""
 
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 from mutations import MUTATIONS, mutated
 
 SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if path.name != "model.py"]
@@ -107,7 +108,7 @@ def test_readme_points_from_equations_to_their_lines():
         assert code in line, f"README says {name}:{number} is {code!r}; it is {line.strip()!r}"
 
 
-def test_readme_names_real_files_and_flags():
+def test_readme_names_real_files_and_flags(monkeypatch, capsys):
     text = (ROOT / "README.md").read_text()
     help_of = {}
     for line in re.findall(r"(?:python|torchrun)[^\n`]*?(\w+\.py)((?:[^\n`\\]|\\\n)*)", text):
@@ -115,8 +116,9 @@ def test_readme_names_real_files_and_flags():
         if not (ROOT / script).exists():
             continue
         if script not in help_of:
-            command = [sys.executable, ROOT / script, "--help"]
-            help_of[script] = subprocess.run(command, capture_output=True, text=True).stdout
+            module = importlib.import_module(script.removesuffix(".py"))
+            assert run_script(module, monkeypatch, "--help") == 0
+            help_of[script] = capsys.readouterr().out
         for flag in re.findall(r"(--\w+)", flags):
             assert flag in help_of[script], f"README gives {script} {flag}"
 
