@@ -1316,9 +1316,7 @@ def main():
             state = {"scaler": scaler.state_dict(), "window": all_reduce(window.values(), device)}
             # What the policy sampled in this round can't be sampled again from what it is now.
             state |= {"labels": labels, "epoch": epoch, "round": examples if cfg.online else []}
-            state["evaluated"] = (
-                evaluated  # SIGTERM in a round's sampling saves after it was logged
-            )
+            state["evaluated"] = evaluated  # a stop in a round's sampling comes after it was logged
             save_checkpoint(cfg, step, {"policy": policy}, {"adam": optimizer}, state, device, rank)
             saved_step = step
 

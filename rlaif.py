@@ -11,7 +11,7 @@ judge prefers positions too. The soft labels train a reward model (reward.py) or
 
     python rlaif.py revise --prompts prompts.jsonl --judge runs/judge     # CAI, supervised stage
     python rlaif.py label --samples samples.jsonl --judge runs/judge      # preferences
-    python rlaif.py agree --data comparisons.jsonl --judge runs/judge     # how good a judge is
+    python rlaif.py agree --data comparisons.jsonl --judges runs/judge    # how good a judge is
     python rlaif.py label --samples samples.jsonl --judge http://localhost:8000/v1 --judge_model M \
         --template data/prompts/harmless.txt --constitution data/constitution.json
 
@@ -99,7 +99,6 @@ class LabelConfig:
     seed: Annotated[int, "of pairs, principles and rationales"] = 0
     device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
     dtype: Annotated[str, "float32, bfloat16, float16, float64; empty: float32"] = ""
-    timeout_s: Annotated[int, "not used: one process"] = 600
     resume: Annotated[bool, "go on with out_dir's labelling, or start if none"] = False
     overwrite: Annotated[bool, "delete the run in out_dir first"] = False
 
@@ -129,14 +128,12 @@ class ReviseConfig:
     gold: Annotated[str, "Python file whose score and parts are shown by revision"] = ""
     out_dir: Annotated[str, "run directory"] = "runs/revisions"
     in_flight: Annotated[int, "requests to a server at once"] = 8
-    top_logprobs: Annotated[int, "not used here"] = 5
     reply_s: Annotated[float, "a server's time to reply, seconds"] = 60.0
     retries: Annotated[int, "how often a request is repeated"] = 5
     backoff_s: Annotated[float, "seconds before the first repetition, doubled each time"] = 1.0
     seed: Annotated[int, "of principles and samples"] = 0
     device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
     dtype: Annotated[str, "float32, bfloat16, float16, float64; empty: float32"] = ""
-    timeout_s: Annotated[int, "not used: one process"] = 600
     resume: Annotated[bool, "go on with out_dir's revisions, or start if none"] = False
     overwrite: Annotated[bool, "delete the run in out_dir first"] = False
 
@@ -164,7 +161,6 @@ class AgreeConfig:
     seed: Annotated[int, "of pairs and rationales"] = 0
     device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
     dtype: Annotated[str, "float32, bfloat16, float16, float64; empty: float32"] = ""
-    timeout_s: Annotated[int, "not used: one process"] = 600
     resume: Annotated[bool, "go on with out_dir's answers, or start if none"] = False
     overwrite: Annotated[bool, "delete the run in out_dir first"] = False
 
@@ -559,6 +555,13 @@ def gold_parts(gold, line, response):
     if not all(map(math.isfinite, parts.values())):
         refuse(f"{gold.__file__}: explain: {parts} for {response[:40]!r}: not finite")
     return parts
+
+
+def judge(gold, line, response):
+    """{"gold": score, and the parts that explain it} of a response to a prompt's line."""
+    if gold is None:
+        return {}
+    return {"gold": gold_score(gold, line, response)} | gold_parts(gold, line, response)
 
 
 def mean_interval(values):
@@ -1042,9 +1045,9 @@ def begin(cfg, inputs):
     for name in ("in_flight", "max_rationale_tokens", "max_new_tokens", "top_logprobs", "reply_s"):
         if not getattr(cfg, name, 1) > 0:
             refuse(f"--{name}: expected more than 0")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        refuse("rlaif.py: runs in one process; split the file for several")
     device, _, _, world = start_process(cfg)
-    if world > 1:
-        refuse("rlaif.py label and agree run in one process; split the file for several")
     settings = settings_of(cfg, inputs, world)
     if not may_resume(cfg, settings):
         new_run(Path(cfg.out_dir), settings)
@@ -1268,6 +1271,8 @@ def revise_main(cfg):
     if cfg.revisions < 1:
         refuse("--revisions: expected 1 or more")
     template, principles = read_template(cfg.template), read_constitution(cfg.constitution)
+    for name in ("critique", "revision"):
+        section(template, name)  # refused now rather than after the responses
     lines = [record for _, record in read_jsonl(cfg.prompts, {"prompt": True})]
     lines = lines[: cfg.num_prompts or len(lines)]
     helpful = []
@@ -1280,7 +1285,7 @@ def revise_main(cfg):
     device, dtype = begin(cfg, inputs)
     out_dir, began = Path(cfg.out_dir), time.time()
     policy = LocalJudge(cfg.policy, out_dir / "responses.jsonl", device, dtype)
-    judge = open_judge(cfg.judge, out_dir / "answers.jsonl", cfg, device, dtype)
+    critic = open_judge(cfg.judge, out_dir / "answers.jsonl", cfg, device, dtype)
 
     def said(model, texts, number):
         """What a model goes on with after texts."""
@@ -1308,9 +1313,9 @@ def revise_main(cfg):
             principle = principles[int(drawn.random() * len(principles))]
             fields = {"prompt": line["prompt"], "response": response, "principle": principle}
             asked.append((filled(section(template, "critique"), fields), principle))
-        critiques = said(judge, [text for text, _ in asked], 2 * number - 1)
+        critiques = said(critic, [text for text, _ in asked], 2 * number - 1)
         revisions = said(
-            judge,
+            critic,
             [
                 text + filled(section(template, "revision"), {"critique": critique})
                 for (text, _), critique in zip(asked, critiques, strict=True)
@@ -1340,10 +1345,7 @@ def revise_main(cfg):
             line = {
                 k: v for k, v in record.items() if k not in ("revision", "principle", "critique")
             }
-            for name, value in (
-                {"gold": gold_score(gold, line, record["response"])}
-                | gold_parts(gold, line, record["response"])
-            ).items():
+            for name, value in judge(gold, line, record["response"]).items():
                 parts.setdefault(name, []).append(value)
         report["by_revision"][number] = {n: mean_interval(values) for n, values in parts.items()}
         shown = {n: v[0] for n, v in report["by_revision"][number].items()}

@@ -4,6 +4,7 @@ import http.server
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -331,6 +332,28 @@ def test_bad_settings(data, tmp_path, monkeypatch, capsys, more, message):
     assert run(monkeypatch, *label_flags(data, tmp_path / "run"), *more) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_one_process_and_whole_templates(data, tmp_path, monkeypatch, capsys):
+    """Several ranks, and a template without what a sub-command asks, are refused before work."""
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert run(patch, *label_flags(data, tmp_path / "run")) == 2
+    assert "runs in one process" in capsys.readouterr().err
+    template = ROOT / "data/prompts/helpful.txt"
+    assert run(monkeypatch, *revise_flags(data, tmp_path / "run", "--template", template)) == 2
+    assert "critique: no such section" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_commands_in_docstrings_are_flags():
+    """Every --flag that the docstring shows with a sub-command is one of its."""
+    commands = {"label": "Label", "agree": "Agree", "revise": "Revise"}
+    shown = re.findall(r"rlaif\.py (\w+)((?:[^\n\\]|\\\n)*)", rlaif.__doc__)
+    assert {name for name, _ in shown} == set(commands)
+    for name, flags in shown:
+        known = vars(getattr(rlaif, f"{commands[name]}Config")())
+        assert set(re.findall(r"--(\w+)", flags)) <= set(known), name
 
 
 def test_sub_commands(monkeypatch, capsys):
