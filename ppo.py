@@ -956,8 +956,8 @@ def main():
     # The four models. All stay in eval mode: dropout would make the ratio differ from 1.
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     try:
-        tokenizer = load_tokenizer(cfg.init)
         policy = load_model(cfg.init)
+        tokenizer = load_tokenizer(cfg.init)
         check_tokenizer(tokenizer, cfg.init, load_config(cfg.init))
     except (OSError, ValueError) as error:
         refuse(error)

@@ -797,7 +797,7 @@ def test_precisions(data, tmp_path, monkeypatch, dtype):
         (["--reward_weights", "0"], "not all 0"),
         (["--reward", "nowhere"], "nowhere: not a model directory"),
         (["--reward", "nowhere.py"], "nowhere.py: not a Python file"),
-        (["--init", "nowhere"], "nowhere"),
+        (["--init", "nowhere"], "nowhere: not a model directory"),
         (["--max_new_tokens", "96"], "leaves no room in 96 positions"),
         (["--top_p", "0.9"], "unrecognized arguments"),
     ],
