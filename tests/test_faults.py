@@ -119,13 +119,17 @@ def test_kill_at_random_moments(script, data, tmp_path, capsys):
 
 @pytest.mark.skipif("QUICK" in os.environ and os.environ["QUICK"] != "", reason="minutes")
 @pytest.mark.parametrize("script", COMMANDS)
-def test_compiled_weights_are_the_same(script, data, tmp_path):
-    """--compile: sums have another order, and that is all."""
+def test_compiled_models_are_the_same(script, data, tmp_path):
+    """--compile: sums have another order, and that is all, where nothing is dropped (compiled dropout
+    draws its own numbers). Outputs are compared, not weights: those without effect, the biases of
+    keys, have rounding errors for gradients, which Adam scales to whole steps."""
     few = "--steps 2" if "online" not in script else "--rounds 1"
+    few += " --dropout 0" * (script == "sft")
     runs = []
     for name in ("compiled", "plain"):
         more = f" {few} --eval_every 0 --save_every 0" + " --compile" * (name == "compiled")
         process = start(script, data, tmp_path / name, more)
         assert process.wait(900) == 0, process.stderr.read()
-        runs.append(load_model(tmp_path / name).state_dict())
-    assert all(torch.allclose(x, runs[1][name], atol=1e-4) for name, x in runs[0].items())
+        model = load_model(tmp_path / name)
+        runs.append(model(torch.arange(64).view(2, 32)))
+    assert torch.allclose(*runs, atol=1e-3)
