@@ -19,6 +19,7 @@ Sub-commands: revise, label, agree. Each has its own --help.
 """
 
 import argparse
+import copy
 import dataclasses
 import datetime
 import gc
@@ -32,6 +33,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -42,30 +44,46 @@ import urllib.parse
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
 
 from model import (
+    GPT,
     at_least_float32,
     check_tokenizer,
+    encode,
+    entropy,
     generate,
     load_config,
     load_model,
     load_tokenizer,
     pad,
+    predicts,
     read_json,
+    save_model,
     text_of,
+    token_logprobs,
     weight_files,
     whole_file,
     write_json,
 )
 
 BLOCK = 64  # requests that a judge in this process answers at once
+# How far a token's probability may be from itself in two forwards, as a share of it: sums round
+# otherwise among other rows. Measured: 4e-6 in float32 on the embedded task, 1.5e-5 with logits
+# near -100; 0.013 in float16, 0.11 in bfloat16. The bugs that are looked for change it far more.
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
+# What an iteration's update sums over tokens or episodes.
+DIRECT_SUMS = ("policy_loss", "value_loss", "entropy", "kl", "objective")
+WIN_RATE = ("eval_win_rate", "eval_win_rate_low", "eval_win_rate_high")
 EXEMPLAR = ("prompt", "response_1", "response_2", "rationale")
 
 
@@ -162,6 +180,58 @@ class AgreeConfig:
     device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
     dtype: Annotated[str, "float32, bfloat16, float16, float64; empty: float32"] = ""
     resume: Annotated[bool, "go on with out_dir's answers, or start if none"] = False
+    overwrite: Annotated[bool, "delete the run in out_dir first"] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectConfig:
+    prompts: Annotated[str, "prompts to respond to"] = "data/toy/prompts_train.jsonl"
+    validation: Annotated[str, "held-out prompts; empty: none"] = (
+        "data/toy/prompts_validation.jsonl"
+    )
+    init: Annotated[str, "policy to start from, and the reference: a run directory"] = "runs/sft"
+    judge: Annotated[
+        str, "who rates: a GPT run directory, or the URL of a server, with its /v1"
+    ] = "runs/judge"
+    judge_model: Annotated[str, "the server's name of the model"] = ""
+    template: Annotated[str, "how to ask, with sections rate and ratings"] = "data/prompts/toy.txt"
+    gold: Annotated[str, "Python file whose score(prompt, response, **fields) is the truth"] = ""
+    out_dir: Annotated[str, "run directory"] = "runs/direct"
+    beta: Annotated[float, "KL coefficient (Lee et al.: 0.05)"] = 0.05
+    missing_eos_score: Annotated[
+        str,
+        "if a response did not end, the smaller of this and the batch's lowest; none: its own",
+    ] = "-1"
+    steps: Annotated[int, "iterations, each of batch_size episodes and one update"] = 100
+    batch_size: Annotated[int, "episodes an iteration, over all ranks (Lee et al.: 128)"] = 64
+    micro_batch_size: Annotated[int, "episodes a forward on one rank; 0: all of its share"] = 0
+    lr: Annotated[float, "the policy's peak learning rate (Lee et al.: 1e-5)"] = 5e-4
+    value_lr: Annotated[float, "the value network's"] = 1e-3
+    warmup: Annotated[int, "iterations of linear warm-up"] = 4
+    final_lr: Annotated[float, "last rate over peak rate, by a cosine"] = 0.1
+    adam_beta2: Annotated[float, "Adam's second-moment decay (Llama 2: 0.95)"] = 0.95
+    adam_eps: Annotated[float, "Adam's epsilon (OpenAI 2019, Llama 2: 1e-5)"] = 1e-5
+    weight_decay: Annotated[float, "AdamW's, on matrices (Llama 2: 0.1)"] = 0.0
+    clip_norm: Annotated[float, "largest gradient norm, of each network"] = 1.0
+    temperature: Annotated[float, "of sampling, and of every log-probability (theirs: 0.9)"] = 1.0
+    max_new_tokens: Annotated[int, "longest response, tokens"] = 48
+    num_prompts: Annotated[int, "held-out prompts in the last evaluation; others: a quarter"] = 1000
+    top_logprobs: Annotated[int, "likely tokens that a server is asked for; ten answers: 20"] = 20
+    in_flight: Annotated[int, "requests to a server at once, of each rank"] = 8
+    reply_s: Annotated[float, "a server's time to reply, seconds"] = 60.0
+    retries: Annotated[int, "how often a request is repeated"] = 5
+    backoff_s: Annotated[float, "seconds before the first repetition, doubled each time"] = 1.0
+    seed: Annotated[int, "of order and samples"] = 0
+    device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
+    dtype: Annotated[
+        str, "float32, bfloat16, float16, float64; empty: bfloat16 on cuda, else float32"
+    ] = ""
+    compile: Annotated[bool, "torch.compile the policy and the value network"] = False
+    log_every: Annotated[int, "iterations between printed lines"] = 1
+    eval_every: Annotated[int, "iterations between evaluations; 0: only at the end"] = 20
+    save_every: Annotated[int, "iterations between checkpoints; 0: only at the end"] = 20
+    timeout_s: Annotated[int, "a collective that takes longer ends the job, seconds"] = 600
+    resume: Annotated[bool, "go on from out_dir's last checkpoint, or start if none"] = False
     overwrite: Annotated[bool, "delete the run in out_dir first"] = False
 
 
@@ -682,22 +752,24 @@ def question(template, variant, fields, rationale=None):
     fields: prompt, response_1, response_2, perhaps principle. With a variant that reasons first,
     `rationale` None asks for the rationale, and a text goes before the ending.
     """
-    parts = [section(template, f"preamble {variant.preamble}")]
+    parts, line = [section(template, f"preamble {variant.preamble}")], template.get("break", "\n")
     if len(template["exemplars"]) < variant.exemplars:
         refuse(f"{template['path']}: has {len(template['exemplars'])} exemplars")
     shown = [(e, e["rationale"], e["preferred"]) for e in template["exemplars"]]
     for one, reason, answer in [*shown[: variant.exemplars], (fields, rationale, None)]:
-        text = filled(section(template, "sample"), one)
+        lines = [filled(section(template, "sample"), one)]
         if "principle" in one:
-            text += "\n" + filled(section(template, "principle"), one)
+            lines.append(filled(section(template, "principle"), one))
         if variant.rationale:
-            text += "\n" + section(template, "ending rationale")
+            lines.append(section(template, "ending rationale"))
             if reason is None:
-                parts.append(text)
+                parts.append(line.join(lines))
                 break
-            text += " " + reason.strip()
-        text += "\n" + section(template, "ending")
-        parts.append(text + (template["answers"][answer - 1] if answer else ""))
+            lines[-1] += " " + reason.strip()
+        lines.append(
+            section(template, "ending") + (template["answers"][answer - 1] if answer else "")
+        )
+        parts.append(line.join(lines))
     return template.get("joint", "\n\n").join(parts)
 
 
@@ -754,13 +826,14 @@ class Judge:
 
     def __init__(self, name, memory):
         self.name, self.memory, self.known, self.asked = name, Path(memory), {}, 0
-        if self.memory.exists():
-            for line in self.memory.read_bytes().splitlines():
-                try:
-                    record = json.loads(line)
-                    self.known[record["key"]] = record["answer"]
-                except (ValueError, KeyError, TypeError):
-                    continue  # torn by a kill while it was written: asked again
+        lines = self.memory.read_bytes() if self.memory.exists() else b""
+        self.torn = bool(lines) and not lines.endswith(b"\n")  # the last one, by a kill
+        for line in lines.splitlines():
+            try:
+                record = json.loads(line)
+                self.known[record["key"]] = record["answer"]
+            except (ValueError, KeyError, TypeError):
+                continue  # torn: asked again
 
     def answers(self, requests):
         """The answers of requests, in order. None if told to stop; what was answered is kept."""
@@ -774,8 +847,9 @@ class Judge:
             missing = self.completed(missing, dict(zip(keys, requests, strict=True)))
         names, last_time = list(missing), time.time()
         with open(self.memory, "a", encoding="utf-8") as file:
-            if self.memory.stat().st_size and self.memory.read_bytes()[-1:] != b"\n":
-                file.write("\n")  # after a torn line
+            if self.torn:
+                file.write("\n")
+                self.torn = False
             for done, (index, answer) in enumerate(self.ask(list(missing.values()))):
                 self.known[names[index]] = answer
                 file.write(json.dumps({"key": names[index], "answer": answer}) + "\n")
@@ -1012,10 +1086,12 @@ def judge_pairs(judge, template, variant, pairs, max_tokens, seed):
         texts = judge.answers(requests)
         if texts is None:
             return None
+        # A judge that went on to the answer, or to another pair, is stopped there.
+        reasons = [text.split(section(template, "ending").strip())[0] for text in texts]
         requests = [
-            {"prompt": question(template, variant, fields[i // variant.samples], text)}
+            {"prompt": question(template, variant, fields[i // variant.samples], reason)}
             | {"answers": answers}
-            for i, text in enumerate(texts)
+            for i, reason in enumerate(reasons)
         ]
         found = judge.answers(requests)
         each = found and [
@@ -1361,11 +1437,697 @@ def revise_main(cfg):
     )
 
 
+# --- direct: RLAIF without a reward model ---------------------------------------------------------
+
+
+def penalised(scores, kl, beta):
+    """Z = (1 - beta) score - beta KL, all (B,): what a whole response is worth, KL in nats a
+    sequence. arXiv:2309.00267 appendix."""
+    return (1 - beta) * scores - beta * kl
+
+
+def reinforce(new_logprobs, values, worth, mask):
+    """REINFORCE with a learned baseline -> policy losses, value losses, (B, T), 0 outside the mask.
+
+    -log pi(a_t) (Z - V_t), the advantage being a constant, and (V_t - Z)^2 / 2: V_t says what the
+    response will be worth, before token t. worth (B,), the others (B, T). Williams 1992.
+    """
+    advantages = (worth[:, None] - values).detach()
+    return -advantages * new_logprobs * mask, 0.5 * (values - worth[:, None]) ** 2 * mask
+
+
+def state_values(output, mask):
+    """The value network's output (B, T) -> values: column t is the state before token t is chosen.
+    0 outside the mask."""
+    return F.pad(at_least_float32(output)[:, :-1], (1, 0)) * mask
+
+
+def ratings(rater, template, lines, texts, device):
+    """A judge's scores of responses: the ratings that it expects, on [-1, 1], (B,) float64. None if
+    told to stop."""
+    requests = [
+        {
+            "prompt": filled(section(template, "rate"), {"prompt": p["prompt"], "response": text}),
+            "answers": section(template, "ratings"),
+        }
+        for p, text in zip(lines, texts, strict=True)
+    ]
+    found = rater.answers(requests)
+    if found is None:
+        return None
+    scores = [expected_rating(logprobs)[1] for logprobs in found]
+    return torch.tensor(scores, dtype=torch.float64, device=device)
+
+
+# --- direct: data, rollouts and evaluation, as in ppo.py ---
+
+
+def add_scalar_head(policy):
+    """A language model's trunk under a new scalar head, drawn from the default generator."""
+    model = GPT(policy.config, scalar_head=True)
+    model.load_state_dict(policy.state_dict() | {"score.weight": model.score.weight.detach()})
+    return model
+
+
+def read_prompts(path):
+    """The lines of a prompts file, `task` being a string where there is one."""
+    prompts = []
+    for where, record in read_jsonl(path, {"prompt": True}):
+        if not isinstance(record.get("task", ""), str):
+            refuse(f"{where}: task: expected a string, got {json.dumps(record['task'])[:40]}")
+        prompts.append(record)
+    return prompts
+
+
+def prompts_of_step(count, batch_size, step, seed):
+    """Numbers of the prompts of one iteration: whole epochs of `count` prompts in random orders run
+    on from iteration to iteration."""
+    begin, end = step * batch_size, (step + 1) * batch_size
+    epochs = range(begin // count, (end - 1) // count + 1)
+    orders = [np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs]
+    skip = begin - epochs[0] * count
+    return np.concatenate(orders)[skip : skip + batch_size].tolist()
+
+
+def sample_batch(sampler, prompts, prompt_ids, cfg, eos, seed, device):
+    """One response to each prompt -> {"lines", "tokens", "mask", "lengths", "responses", "ended"}:
+    tokens, mask (B, T), lengths of prompt and response together, the responses' ids, ended (B,)
+    bool. From the full softmax: truncated, its KL would be another distribution's."""
+    generator = torch.Generator(device).manual_seed(seed)
+    responses = []
+    for part in micro_batches(len(prompts), 8 * cfg.micro_batch_size):  # no more cache at once
+        tokens, mask = generate(
+            sampler,
+            prompt_ids[part],
+            cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            eos=eos,
+            generator=generator,
+        )
+        responses += [row[inside].tolist() for row, inside in zip(tokens, mask, strict=True)]
+    tokens, mask = (x.to(device) for x in pad(prompt_ids, responses))
+    lengths = [len(p) + len(r) for p, r in zip(prompt_ids, responses, strict=True)]
+    batch = {"lines": prompts, "tokens": tokens, "mask": mask, "lengths": lengths}
+    ended = [response[-1] == eos for response in responses]
+    return batch | {"responses": responses, "ended": torch.tensor(ended, device=device)}
+
+
+def texts_of(batch, tokenizer):
+    """The responses as text, without the EOS that ends them."""
+    eos = tokenizer.eot_token
+    return [text_of(tokenizer, r[:-1] if r[-1] == eos else r) for r in batch["responses"]]
+
+
+def micro_batches(count, size):
+    return [slice(i, i + (size or count)) for i in range(0, count, size or max(count, 1))]
+
+
+def trimmed(batch, size):
+    """The batch's tokens and mask, `size` rows at a time (0: all), without columns of pads."""
+    for rows in micro_batches(len(batch["lengths"]), size):
+        columns = slice(max(batch["lengths"][rows]))
+        yield batch["tokens"][rows, columns], batch["mask"][rows, columns]
+
+
+def joined(parts, batch):
+    """Parts (rows, columns) of a batch as (B, T), 0 where they had no columns."""
+    T = batch["tokens"].shape[1]
+    return torch.cat([F.pad(part, (0, T - part.shape[1])) for part in parts])
+
+
+def punish_missing_eos(scores, ended, real, cfg, device):
+    """Scores (B,), where a response did not end the smaller of --missing_eos_score and the lowest
+    of the `real` first scores of all ranks: going on for ever can't pay, whatever their scale."""
+    if cfg.missing_eos_score == "none":
+        return scores
+    lowest = [float(scores[:real].min())] if real else []
+    least = min([float(cfg.missing_eos_score), *gather(lowest, device)])
+    return scores.masked_fill(~ended, least)
+
+
+def response_logprobs(model, batch, size, cfg, autocast):
+    """log pi of each response token, (B, T), at the temperature of sampling, `size` rows a
+    forward (0: all)."""
+    parts = []
+    for tokens, mask in trimmed(batch, size):
+        with torch.no_grad(), autocast:
+            logits = model(tokens, at=predicts(mask))
+        parts.append(token_logprobs(logits, tokens, mask, cfg.temperature))
+    return joined(parts, batch)
+
+
+def explained_variance(returns, values, mask, all_reduce=None):
+    """1 - var(returns - values) / var(returns) over the mask, and all ranks: 1 when the values
+    foresee everything, 0 when they foresee nothing. All (B, T)."""
+    inside = mask.to(returns.dtype)
+    sums = [inside.sum()]
+    for x in (returns, returns - values):
+        sums += [(x * inside).sum(), (x**2 * inside).sum()]
+    sums = torch.stack(sums) if all_reduce is None else all_reduce(torch.stack(sums))
+    count, first, second, missed, missed2 = sums.tolist()
+    spread = second / count - (first / count) ** 2
+    return 1 - (missed2 / count - (missed / count) ** 2) / spread if spread > 0 else 0.0
+
+
+def summarise(samples):
+    """{task: {part: [mean, low, high]}} of samples; "all" has the parts that all of them have."""
+    groups, table = {"all": samples}, {}
+    for task in dict.fromkeys(s["task"] for s in samples if s.get("task", "all") != "all"):
+        groups[task] = [sample for sample in samples if sample.get("task") == task]
+    for task, members in groups.items():
+        shared = set.intersection(*(set(sample["parts"]) for sample in members))
+        names = [name for name in members[0]["parts"] if name in shared]
+        table[task] = {n: mean_interval([sample["parts"][n] for sample in members]) for n in names}
+        table[task]["count"] = len(members)
+    return table
+
+
+def one_a_task(prompts):
+    """The first prompt of each task."""
+    return list({line.get("task", "all"): line for line in reversed(prompts)}.values())[::-1]
+
+
+def print_table(name, table):
+    print(f"{name}: means with 95% intervals")
+    for task, parts in table.items():
+        print(f"  {task} ({parts['count']} prompts)")
+        for part, value in parts.items():
+            if part != "count" and parts["count"] > 1:
+                print("    {:<12} {:8.3f}  [{:.3f}, {:.3f}]".format(part, *value))
+
+
+def distinct(texts, n):
+    """Different n-grams of words over all n-grams, of all texts taken together (Li et al. 2016,
+    arXiv:1510.03055); 0 when there are none."""
+    grams = [
+        tuple(words[i : i + n])
+        for words in (text.split() for text in texts)
+        for i in range(len(words) - n + 1)
+    ]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def beside(samples, others, missing_eos_score):
+    """The policy's samples beside the reference's to the same prompts: means by task, differences
+    paired by prompt, win rates (ties half), each with its interval, and how various they are. In
+    differences and wins by proxy, what did not end has the smaller of missing_eos_score and the
+    lowest proxy of all."""
+    floored = samples, others
+    if missing_eos_score != "none":  # one floor for both sides, so that it decides nothing
+        every = [sample["parts"]["proxy"] for sample in samples + others]
+        least = {"proxy": min(float(missing_eos_score), *every)}
+        floored = (
+            [s if s["parts"]["eos"] else s | {"parts": s["parts"] | least} for s in side]
+            for side in (samples, others)
+        )
+    pairs, wins = [], {}
+    for ours, theirs in zip(*floored, strict=True):
+        before = theirs["parts"]
+        more = {name: x - before[name] for name, x in ours["parts"].items() if name in before}
+        pairs.append(ours | {"parts": more})
+    for part in ("proxy", "gold"):
+        if part in samples[0]["parts"]:
+            wins[part] = mean_interval([0.5 + 0.5 * np.sign(pair["parts"][part]) for pair in pairs])
+    return {
+        "policy": summarise(samples),
+        "reference": summarise(others),
+        "difference": summarise(pairs),
+        "win_rate": wins,
+        "distinct_2": [distinct([s["response"] for s in some], 2) for some in (samples, others)],
+    }
+
+
+def print_beside(name, report):
+    """A table of the policy's samples, and what they are worth more than the reference's."""
+    print_table(name, report["policy"])
+    for part, (rate, low, high) in report["win_rate"].items():
+        interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+        print(f"  wins against the reference by {part}: {rate:.3f}{interval}; more, by prompt:")
+        for task, table in report["difference"].items():
+            if part in table and table["count"] > 1:
+                print("    {:<12} {:+8.3f}  [{:+.3f}, {:+.3f}]".format(task, *table[part]))
+
+
+def check_start(logprobs, ref_logprobs, limit, device):
+    """Ends the run, on all ranks, unless a policy that nothing has trained is the reference."""
+    far = gather([float((logprobs - ref_logprobs).abs().max())], device)
+    if not all(x <= limit for x in far):
+        refuse(
+            f"self-check: the untrained policy is {max(far):.1e} nats a token from the reference, "
+            f"which is itself. Likely causes: dropout, another precision"
+        )
+
+
+def check_ratio(ratio, limit, device):
+    """Ends the run, on all ranks, unless every ratio of the first minibatch is 1."""
+    far = gather([float((ratio - 1).abs().max())], device)
+    if not all(x <= limit for x in far):
+        refuse(
+            f"self-check: the first minibatch's ratio is {max(far):.1e} off 1 (limit {limit:.0e}): "
+            f"the update's forward is not that of the rollout's log-probabilities. Likely causes: "
+            f"dropout, another temperature, positions or masks that pads shift"
+        )
+
+
+def warnings_of(record, before, cfg):
+    """What to say, in words, of an iteration's numbers; `before`: the first iteration's."""
+    found = []
+    if record["kl"] < -0.1:
+        found.append(
+            f"KL {record['kl']:.2f} is below 0: log-probabilities are not those that sampling used "
+            f"(temperature, dropout), or there are too few episodes to tell"
+        )
+    if record["eos"] < 0.8 * before["eos"]:
+        found.append("fewer responses end than at first: is the score high for not ending?")
+    if record["eos"] < 0.5:
+        found.append("most responses do not end: they all score the same, and nothing is learnt")
+    if record["empty"] > 0.02:
+        found.append(f"{record['empty']:.1%} of the responses are empty: is silence what pays?")
+    if record["tokens"] > 0.9 * cfg.max_new_tokens:
+        found.append("responses are about as long as --max_new_tokens: length may be what pays")
+    if record["value_loss"] > 10 * max(before["value_loss"], 0.1):
+        found.append("the value loss is ten times the first: lower --value_lr")
+    return found
+
+
+# --- direct: the loop ---
+
+
+def direct_main(cfg):
+    """A policy that learns from a judge's ratings, with the folder's usual files in out_dir."""
+    if cfg.adam_beta2 >= 1 or not cfg.temperature > 0 or cfg.beta > 1:
+        refuse("--beta: expected at most 1; --adam_beta2: less; --temperature: above 0")
+    counts = (cfg.batch_size, cfg.max_new_tokens, cfg.log_every, cfg.in_flight, cfg.top_logprobs)
+    if min(counts) < 1 or not min(cfg.clip_norm, cfg.reply_s) > 0:
+        refuse(
+            "--batch_size, --max_new_tokens, --log_every, --in_flight, --top_logprobs, "
+            "--clip_norm, --reply_s: expected more than 0"
+        )
+    try:
+        if cfg.missing_eos_score != "none" and not math.isfinite(float(cfg.missing_eos_score)):
+            raise ValueError
+    except ValueError:
+        refuse(f"--missing_eos_score {cfg.missing_eos_score}: expected a number or none")
+    if cfg.gold and not cfg.validation:
+        refuse("--gold: judges samples for --validation prompts, and there are none")
+    template = read_template(cfg.template)
+    section(template, "rate")
+    if len(section(template, "ratings")) != 10:
+        refuse(f"{cfg.template}:0: ratings: expected ten answers")
+    device, dtype, rank, world = start_process(cfg)
+
+    # Three models: the policy and the value network learn, the reference doesn't. All stay in eval
+    # mode: with dropout the log-probabilities would not be those that sampling used.
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    try:
+        policy = load_model(cfg.init)
+        tokenizer = load_tokenizer(cfg.init)
+        check_tokenizer(tokenizer, cfg.init, load_config(cfg.init))
+    except (OSError, ValueError) as error:
+        refuse(error)
+    if policy.score is not None:
+        refuse(f"--init {cfg.init}: has a scalar head, no language model's")
+    reference = copy.deepcopy(policy).to(device, precision).requires_grad_(False)
+    value_model = add_scalar_head(policy)
+    torch.nn.init.zeros_(value_model.score.weight)
+    for model in (policy, value_model):
+        model.eval().to(device, precision)
+    positions = policy.config.n_positions
+    if cfg.max_new_tokens >= positions:
+        refuse(f"--max_new_tokens {cfg.max_new_tokens}: leaves no room in {positions} positions")
+
+    # Prompts, and everything that a resumed run must find unchanged.
+    prompts = read_prompts(cfg.prompts)
+    held_out = read_prompts(cfg.validation) if cfg.validation else []
+    gold = load_gold(cfg.gold) if cfg.gold else None
+    room = positions - cfg.max_new_tokens
+    ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in prompts]
+    cut = sum(len(encode(tokenizer, p["prompt"], None, sys.maxsize)[0]) > room for p in prompts)
+    held_out_ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in held_out]
+    inputs = [cfg.prompts, cfg.template, *judge_files(cfg.judge)]
+    inputs += [path for path in (cfg.validation, cfg.gold) if path]
+    inputs += [*weight_files(Path(cfg.init)), Path(cfg.init) / "config.json"]
+    checkpoint = open_run(cfg, inputs, device, rank, world)
+    out_dir = Path(cfg.out_dir)
+    if rank == 0:
+        (out_dir / "answers").mkdir(exist_ok=True)
+    all_reduce([0.0], device)  # the folder is there before any rank writes to it
+    memory = out_dir / "answers" / f"{rank}.jsonl"  # not a log: what a judge said is never cut off
+    rater = open_judge(cfg.judge, memory, cfg, device, precision)
+    if rank == 0:
+        sizes = [
+            sum(p.numel() for p in model.parameters()) / 1e6 for model in (policy, value_model)
+        ]
+        print(
+            f"policy {sizes[0]:.2f}M, value network {sizes[1]:.2f}M parameters; {device}, {dtype}, "
+            f"{world} rank(s); {len(prompts)} prompts, {cut} cut; {cfg.steps} iterations of "
+            f"{cfg.batch_size} episodes",
+            flush=True,
+        )
+
+    def adam(model, lr):
+        decayed = [p for p in model.parameters() if p.dim() == 2]
+        others = [p for p in model.parameters() if p.dim() != 2]
+        groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others}]
+        betas = (0.9, cfg.adam_beta2)
+        return torch.optim.AdamW(
+            groups, lr=lr, betas=betas, eps=cfg.adam_eps, weight_decay=0.0, fused=True
+        )
+
+    modules = {"policy": policy, "value": value_model}
+    optimizers = {
+        "adam_policy": adam(policy, cfg.lr),
+        "adam_value": adam(value_model, cfg.value_lr),
+    }
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    mixed = dtype in (torch.bfloat16, torch.float16)
+    share = math.ceil(cfg.batch_size / world)  # episodes of the rank with most
+    size = cfg.micro_batch_size or share
+    autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
+    rounded = device.type == "cuda" and mixed  # sampling is bound by reading the weights
+    step = saved_step = 0
+    first, evaluated = None, -1  # `first`: the first iteration's numbers, to warn by
+    if checkpoint:
+        state = load_checkpoint(checkpoint, modules, optimizers, device, rank)
+        step = saved_step = state["step"]
+        first, evaluated = state["first"], state["evaluated"]
+        scaler.load_state_dict(state["scaler"])
+        if rank == 0:
+            print(f"resumed at iteration {step} from {checkpoint}", flush=True)
+    # Losses go through these two: DDP averages the gradients over the ranks in its backward pass.
+    compiled = {name: torch.compile(m) if cfg.compile else m for name, m in modules.items()}
+    parallel = compiled
+    if world > 1:
+        where = [device] if device.type == "cuda" else None
+        parallel = {n: DistributedDataParallel(m, device_ids=where) for n, m in parallel.items()}
+
+    def save():
+        nonlocal saved_step
+        if step > saved_step:
+            state = {"scaler": scaler.state_dict(), "first": first, "evaluated": evaluated}
+            save_checkpoint(cfg, step, modules, optimizers, state, device, rank)
+            saved_step = step
+
+    def stop():
+        """SIGTERM: what was done is saved, and --resume goes on from here to the same weights."""
+        save()
+        all_reduce([0.0], device)  # when one rank ends, torchrun ends the others: let rank 0 finish
+        if rank == 0:
+            print(
+                f"stopped by SIGTERM at iteration {step}; --resume goes on from there", flush=True
+            )
+        sys.exit(128 + signal.SIGTERM)
+
+    def sum_over_ranks(tensor):
+        if world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def rated(lines, texts):
+        """Scores (B,) of responses; all ranks end together where one can't get them."""
+        try:
+            scores, why = ratings(rater, template, lines, texts, device), ""
+        except JudgeError as error:
+            scores, why = None, str(error)
+        told = gather([why] if scores is None else [], device)
+        if not told:
+            return scores
+        failed = [text for text in told if text]
+        if not failed:
+            stop()
+        save()
+        all_reduce([0.0], device)
+        if rank == 0:
+            print(f"{failed[0]}; stopped at iteration {step}", file=sys.stderr)
+            print(
+                "--resume goes on from there, and asks nothing twice", file=sys.stderr, flush=True
+            )
+        sys.exit(1)
+
+    def responses_of(model, lines, line_ids, temperature):
+        """One response to each held-out prompt, from all ranks: its line with `response`, `parts`
+        (proxy, kl in nats, gold and its parts, eos, words), in order."""
+        sampler = copy.deepcopy(model).bfloat16() if rounded else model
+        settings = dataclasses.replace(cfg, temperature=temperature)
+        order = sorted(range(len(lines)), key=lambda i: len(line_ids[i]))
+        rows, found = 4 * size, []  # no gradients are kept, so more fit
+        for begin in range(0, len(lines), rows * world):
+            if stop_requested(device):
+                stop()
+            mine = order[begin : begin + rows * world][rank::world]
+            some = mine or order[:1]  # all ranks ask the judge, and end together where it ends
+            seed = 2 * (1_000_003 * (cfg.seed + 1) + begin * world + rank) + (model is policy)
+            batch = sample_batch(
+                sampler,
+                [lines[i] for i in some],
+                [line_ids[i] for i in some],
+                settings,
+                tokenizer.eot_token,
+                seed,
+                device,
+            )
+            texts, ended = texts_of(batch, tokenizer), batch["ended"].tolist()
+            scores = rated(batch["lines"], texts).tolist()
+            if temperature:  # greedy samples say nothing of the KL
+                gap = response_logprobs(model, batch, size, cfg, autocast)
+                gap = gap - response_logprobs(reference, batch, size, cfg, autocast)
+                gap = gap.sum(1).tolist()
+            for n, i in enumerate(mine):
+                parts = {"words": float(len(texts[n].split()))} | judge(gold, lines[i], texts[n])
+                parts |= {"proxy": scores[n], "eos": float(ended[n])}
+                parts |= {"kl": gap[n]} if temperature else {}
+                found.append(lines[i] | {"index": i, "response": texts[n], "parts": parts})
+        return sorted(gather(found, device), key=lambda sample: sample["index"])
+
+    few = held_out[: max(cfg.num_prompts // 4, 1)] if held_out else []
+    few_ids = held_out_ids[: len(few)]
+    base = responses_of(reference, few, few_ids, cfg.temperature)
+    judged = "gold" if gold else "proxy"
+    started, first_step = time.time(), step
+    while True:
+        if step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
+            save()
+        if stop_requested(device):
+            stop()
+        due = step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0)
+        if few and due and step > evaluated:
+            samples = responses_of(policy, few, few_ids, cfg.temperature)
+            if rank == 0:
+                found = beside(samples, base, cfg.missing_eos_score)
+                record = {"step": step, "seconds": round(time.time() - started, 1)}
+                for task, table in found["policy"].items():
+                    prefix = "eval" if task == "all" else f"eval_{task}"
+                    record |= {f"{prefix}_{k}": v[0] for k, v in table.items() if k != "count"}
+                record["eval_distinct_2"] = found["distinct_2"][0]
+                wins = found["win_rate"][judged]
+                record |= dict(zip(WIN_RATE, wins, strict=True))
+                append_line(out_dir / "metrics.jsonl", record)
+                print(
+                    f"iteration {step}/{cfg.steps}  held out: wins {wins[0]:.3f} against the "
+                    f"reference by {judged}, "
+                    + ", ".join(
+                        f"{k} {record[f'eval_{k}']:.2f}"
+                        for k in ("proxy", "gold", "kl", "distinct_2")
+                        if f"eval_{k}" in record
+                    ),
+                    flush=True,
+                )
+                for sample in one_a_task(samples):
+                    append_line(out_dir / "samples.jsonl", {"step": step} | sample)
+                    parts = sample["parts"]
+                    total = penalised(parts["proxy"], parts["kl"], cfg.beta)
+                    print(f"  {sample['prompt'][-160:]!r}\n    -> {sample['response']!r}")
+                    print(
+                        f"    score {parts['proxy']:+.2f}  KL {parts['kl']:.2f}  total {total:+.2f}"
+                    )
+            evaluated = step
+        if step == cfg.steps:
+            break
+
+        # 1. Rollout: this rank's share of the prompts, a response to each.
+        begun = time.time()
+        order = prompts_of_step(len(prompts), cfg.batch_size, step, cfg.seed)
+        # By length, so that rows of one forward are alike: pads cost as much as tokens.
+        mine = sorted(order[rank::world], key=lambda i: len(ids[i]))
+        some = mine or order[:1]  # a rank without prompts goes along, with weight 0
+        sampler = copy.deepcopy(policy).bfloat16() if rounded else policy
+        seed = (cfg.seed * 1_000_003 + step) * 4096 + rank
+        batch = sample_batch(
+            sampler,
+            [prompts[i] for i in some],
+            [ids[i] for i in some],
+            cfg,
+            tokenizer.eot_token,
+            seed,
+            device,
+        )
+        del sampler
+        texts = texts_of(batch, tokenizer)
+        sampled = time.time()
+        if stop_requested(device):
+            stop()  # nothing has changed in this iteration: it will be begun again
+
+        # 2. The judge's scores of whole responses, and the reference's log-probabilities.
+        scores = rated(batch["lines"], texts)
+        scores = punish_missing_eos(scores, batch["ended"], len(mine), cfg, device)
+        ref_logprobs = response_logprobs(reference, batch, size, cfg, autocast)
+        if step == first_step:  # by the forward that has no gradients; the update's must agree
+            logprobs = response_logprobs(compiled["policy"], batch, size, cfg, autocast)
+            if step == 0:
+                check_start(logprobs, ref_logprobs, 1e-3 if cfg.compile else 1e-5, device)
+        scored = time.time()
+
+        # 3. One update: the responses are the present policy's, so that its gradient is unbiased.
+        rate = learning_rate(step, cfg.steps, dataclasses.replace(cfg, lr=1.0))  # of the peak
+        for optimizer, peak in zip(optimizers.values(), (cfg.lr, cfg.value_lr), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * peak
+        real = len(mine)
+        total = all_reduce([sum(map(len, batch["responses"][:real]))], device)[0]  # tokens
+        sums = torch.zeros(len(DIRECT_SUMS), dtype=torch.float64, device=device)
+        worths, all_values = [], []
+        micros = micro_batches(share, size)
+        for number, rows in enumerate(micros):
+            # A rank without episodes left runs too: the others wait for its gradients.
+            weight = float(rows.start < real)
+            rows = rows if weight else slice(0, 1)
+            columns = slice(max(batch["lengths"][rows]))
+            tokens, mask = batch["tokens"][rows, columns], batch["mask"][rows, columns]
+            with ExitStack() as waiting:
+                last = number == len(micros) - 1
+                for model in parallel.values() if world > 1 and not last else ():
+                    waiting.enter_context(model.no_sync())
+                with autocast:
+                    logits = parallel["policy"](tokens, at=predicts(mask))  # (N, V)
+                    output = parallel["value"](tokens)  # (b, columns)
+                new_logprobs = token_logprobs(logits, tokens, mask, cfg.temperature)
+                values = state_values(output, mask)
+                gap = new_logprobs.detach() - ref_logprobs[rows, columns]
+                worth = penalised(scores[rows], gap.sum(1).double(), cfg.beta).to(values.dtype)
+                policy_losses, value_losses = reinforce(new_logprobs, values, worth, mask)
+                # One mean over micro-batches and ranks; DDP averages: undo it.
+                loss = (policy_losses.sum() + value_losses.sum()) * (weight * world / total)
+                scaler.scale(loss).backward()
+            with torch.no_grad():
+                bonus = entropy(logits / cfg.temperature).sum()
+            if step == first_step:
+                ratio = (new_logprobs.detach() - logprobs[rows, columns]).exp()[mask]
+                check_ratio(ratio, LIMITS[dtype], device)
+            numbers = [policy_losses.sum(), value_losses.sum(), bonus, gap.sum(), worth.sum()]
+            sums += weight * torch.stack([x.detach().double() for x in numbers])
+            if weight:
+                worths.append(worth[:, None].expand_as(values) * mask)
+                all_values.append(values.detach())
+        for optimizer in optimizers.values():
+            scaler.unscale_(optimizer)
+        norms = {
+            name: torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).item()
+            for name, model in modules.items()
+        }
+        # The norms are of summed gradients, the same on all ranks: all stop, or none.
+        # float16 may overflow: the scaler then skips the step and halves its scale.
+        if not all(map(math.isfinite, norms.values())) and scaler.get_scale() <= 1:
+            if rank == 0:
+                print(
+                    f"iteration {step}: the gradient norms are {norms}; stopped before the update; "
+                    f"the last checkpoint is as it was",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            sys.exit(1)
+        for optimizer in optimizers.values():
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+
+        # 4. What happened, in numbers over all ranks.
+        counted = batch["mask"] if real else torch.zeros_like(batch["mask"])
+        worths, all_values = (
+            joined(x, batch) if real else torch.zeros_like(ref_logprobs)
+            for x in (worths, all_values)
+        )
+        explained = explained_variance(worths, all_values, counted, sum_over_ranks)
+        counts = [real, scores[:real].sum().item(), batch["ended"][:real].sum().item()]
+        counts += [sum(not text.strip() for text in texts[:real])]
+        found = all_reduce([*counts, *sums.tolist()], device)
+        episodes, score, ended, empty, *summed = found
+        summed = dict(zip(DIRECT_SUMS, summed, strict=True))
+        done = time.time()
+        step += 1
+        record = {
+            "step": step,
+            "seconds": round(done - started, 1),
+            "score": score / episodes,
+            "rating": 5.5 + 4.5 * score / episodes,
+            "kl": summed["kl"] / episodes,  # to the reference, nats a sequence
+            "objective": summed["objective"] / episodes,
+            "eos": ended / episodes,
+            "empty": empty / episodes,
+            "tokens": total / episodes,
+            "policy_loss": summed["policy_loss"] / total,
+            "value_loss": summed["value_loss"] / total,
+            "entropy": summed["entropy"] / total,
+            "explained_variance": explained,
+            "policy_norm": norms["policy"],
+            "value_norm": norms["value"],
+            "lr": rate * cfg.lr,
+            "rollout_share": (sampled - begun) / (done - begun),
+            "scoring_share": (scored - sampled) / (done - begun),
+            "update_share": (done - scored) / (done - begun),
+        }
+        if first is None:
+            first = {name: record[name] for name in ("eos", "value_loss")}
+        if step % cfg.log_every == 0 or step == cfg.steps:
+            left = (done - started) / (step - first_step) * (cfg.steps - step)
+            if rank == 0:
+                append_line(out_dir / "metrics.jsonl", record)
+                print(
+                    f"iteration {step}/{cfg.steps}  score {record['score']:+.3f} (rating "
+                    f"{record['rating']:.2f})  KL {record['kl']:.2f}  EOS {record['eos']:.3f}  "
+                    f"tokens {record['tokens']:.1f}  entropy {record['entropy']:.2f}  value loss "
+                    f"{record['value_loss']:.3f}  explained {record['explained_variance']:.2f}  "
+                    f"{left // 60:.0f}:{left % 60:02.0f} left",
+                    flush=True,
+                )
+                for warning in warnings_of(record, first, cfg):
+                    print(f"  warning: {warning}", flush=True)
+
+    # The finished policy, then what it is worth on held-out prompts, sampled and greedy.
+    if rank == 0:
+        save_model(out_dir, policy, tokenizer, {"stage": "rlaif"})
+    report = {"step": step, "seconds": round(time.time() - started, 1)}
+    report["episodes"] = step * cfg.batch_size
+    report["asked"] = all_reduce([float(rater.asked)], device)[0]
+    report["peak_memory_gib"] = round(peak_memory(device) / 2**30, 2)
+    some, some_ids = held_out[: cfg.num_prompts], held_out_ids[: cfg.num_prompts]
+    for name, temperature in (("sampled", cfg.temperature), ("greedy", 0.0)) if some else ():
+        samples = responses_of(policy, some, some_ids, temperature)
+        others = responses_of(reference, some, some_ids, temperature)
+        report[name] = beside(samples, others, cfg.missing_eos_score)
+        if rank == 0:
+            print_beside(f"{name} (temperature {temperature:g})", report[name])
+    if rank == 0:
+        write_json(out_dir / "report.json", report)
+        for path in out_dir.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        print(f"{out_dir}: finished in {report['seconds']:.0f} s, {report['peak_memory_gib']} GiB")
+    del parallel  # DDP is part of a reference cycle and keeps the group
+    end_process(device)
+
+
+def peak_memory(device):
+    """The most memory this process has held, bytes: on the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main():
     commands = {
         "revise": (ReviseConfig, revise_main),
         "label": (LabelConfig, label_main),
         "agree": (AgreeConfig, agree_main),
+        "direct": (DirectConfig, direct_main),
     }
     if sys.argv[1:2] in (["-h"], ["--help"]):
         print(__doc__)
