@@ -944,8 +944,6 @@ class ServerJudge(Judge):
     the user names. Its key is read from the environment: PLAINRLHF_API_KEY."""
 
     def __init__(self, url, memory, cfg):
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            refuse(f"--judge {url}: expected a run directory, http:// or https://")
         self.url, self.cfg = url.rstrip("/") + "/completions", cfg
         self.absent = 0  # answers that were not among the server's most likely tokens
         super().__init__(f"{url} {cfg.judge_model}", memory)
@@ -1133,6 +1131,8 @@ def begin(cfg, inputs):
 def judge_files(name):
     """What a resumed run must find unchanged of a judge."""
     if "://" in name:
+        if urllib.parse.urlsplit(name).scheme not in ("http", "https"):
+            refuse(f"--judge {name}: expected a run directory, http:// or https://")
         return []
     try:
         return [*weight_files(Path(name)), Path(name) / "config.json"]

@@ -1,6 +1,7 @@
 """Shared by the tests: a small vocabulary, small models, real public data where it is at hand."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -122,6 +123,24 @@ def policy_run(toy_data, tokenizer, tmp_path_factory):
         policy.ln_f.bias.copy_(5.5 * eos / eos.square().sum())
     save_model(directory, policy, tokenizer, {"stage": "sft"})
     return directory
+
+
+def policy_of_arms(directory, tokenizer):
+    """Saves a policy whose one-token responses " golf", " chess", " tennis" have probabilities 0.5,
+    0.3, 0.2; returns these tokens."""
+    arms = [tokenizer.encode_ordinary(f" {word}")[0] for word in ("golf", "chess", "tennis")]
+    torch.manual_seed(0)
+    sizes = {"n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    policy = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **sizes))
+    with torch.no_grad():  # the last LayerNorm's bias is all that reaches the logits
+        policy.ln_f.weight.zero_()
+        policy.ln_f.bias.copy_(30 * torch.eye(8)[0])  # large: what learns are the arms' embeddings
+        policy.wte.weight.zero_()
+        policy.wte.weight[:, 0] = -10
+        for arm, p in zip(arms, (0.5, 0.3, 0.2), strict=True):
+            policy.wte.weight[arm, 0] = math.log(p) / 30
+    save_model(directory, policy, tokenizer, {})
+    return arms
 
 
 def write_jsonl(path, records):

@@ -120,9 +120,9 @@ def test_kill_at_random_moments(script, data, tmp_path, capsys):
 @pytest.mark.skipif("QUICK" in os.environ and os.environ["QUICK"] != "", reason="minutes")
 @pytest.mark.parametrize("script", COMMANDS)
 def test_compiled_models_are_the_same(script, data, tmp_path):
-    """--compile: sums have another order, and that is all, where nothing is dropped (compiled dropout
-    draws its own numbers). Outputs are compared, not weights: those without effect, the biases of
-    keys, have rounding errors for gradients, which Adam scales to whole steps."""
+    """--compile: sums have another order, and that is all, where nothing is dropped (dropout, when
+    compiled, draws its own numbers). Outputs are compared, not weights: those without effect, the
+    biases of keys, have rounding errors for gradients, which Adam scales to whole steps."""
     few = "--steps 2" if "online" not in script else "--rounds 1"
     few += " --dropout 0" * (script == "sft")
     runs = []

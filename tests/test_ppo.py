@@ -14,12 +14,22 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, gradient, metrics, read_lines, run_script, torchrun, weights, write_jsonl
+from conftest import (
+    ROOT,
+    gradient,
+    metrics,
+    policy_of_arms,
+    read_lines,
+    run_script,
+    torchrun,
+    weights,
+    write_jsonl,
+)
 from safetensors.torch import load_file
 
 import ppo
 import reward
-from model import GPT, GPTConfig, load_model, save_model
+from model import load_model, save_model
 
 
 def run(monkeypatch, *args):
@@ -282,18 +292,7 @@ def test_the_bandit_reaches_the_exact_optimum(tmp_path, monkeypatch, tokenizer):
     """methods.md section 0: three one-token responses with reference probabilities .5, .3, .2 and
     rewards 0, 1, 2; at beta 0.5 the optimum is pi_ref exp(r / beta) / Z, and PPO, advantages not
     whitened, lands within 0.02 of it in total variation."""
-    arms = [tokenizer.encode_ordinary(f" {word}")[0] for word in ("golf", "chess", "tennis")]
-    torch.manual_seed(0)
-    sizes = {"n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}
-    policy = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **sizes))
-    with torch.no_grad():  # the last LayerNorm's bias is all that reaches the logits
-        policy.ln_f.weight.zero_()
-        policy.ln_f.bias.copy_(30 * torch.eye(8)[0])  # large: what learns are the arms' embeddings
-        policy.wte.weight.zero_()
-        policy.wte.weight[:, 0] = -10
-        for arm, p in zip(arms, (0.5, 0.3, 0.2), strict=True):
-            policy.wte.weight[arm, 0] = math.log(p) / 30
-    save_model(tmp_path / "policy", policy, tokenizer, {})
+    arms = policy_of_arms(tmp_path / "policy", tokenizer)
     (tmp_path / "arms.py").write_text(
         "def score(prompt, response, **fields):\n"
         "    return {' golf': 0, ' chess': 1, ' tennis': 2}[response]\n"

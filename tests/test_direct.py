@@ -1,0 +1,447 @@
+"""rlaif.py direct: REINFORCE on a judge's ratings, against loops and by hand; ranks and faults."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    gradient,
+    metrics,
+    policy_of_arms,
+    read_lines,
+    run_script,
+    torchrun,
+    weights,
+    write_jsonl,
+)
+from safetensors.torch import load_file
+
+import rlaif
+from model import load_model, save_model
+
+TEMPLATE = '--- rate\n{prompt} {response} Mark:\n--- ratings\n[" 1", " 2", " 3", " 4", " 5", '
+TEMPLATE += '" 6", " 7", " 8", " 9", " 10"]\n'
+
+
+def run(monkeypatch, *args):
+    return run_script(rlaif, monkeypatch, *args)
+
+
+@pytest.fixture(scope="module")
+def data(toy_data, policy_run, tokenizer, tmp_path_factory):
+    """A folder with 20 prompts, 9 held out, a policy, a judge (another untrained model) and a
+    template."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, source, count in [
+        ("prompts.jsonl", "prompts_train.jsonl", 20),
+        ("held.jsonl", "prompts_validation.jsonl", 9),
+    ]:
+        write_jsonl(folder / name, read_lines(toy_data / source)[:count])
+    policy = load_model(policy_run)
+    # Of its training; the script must turn it off.
+    policy.config = dataclasses.replace(policy.config, dropout=0.1)
+    save_model(folder / "policy", policy, tokenizer, {"stage": "sft"})
+    torch.manual_seed(5)
+    with torch.no_grad():
+        policy.h[0].attn.c_attn.weight.normal_(0, 0.5)
+    save_model(folder / "judge", policy, tokenizer, {"stage": "sft"})
+    (folder / "template.txt").write_text(TEMPLATE)
+    return folder
+
+
+def flags(data, out, *more):
+    files = ["direct", "--prompts", data / "prompts.jsonl", "--validation", data / "held.jsonl"]
+    files += ["--init", data / "policy", "--judge", data / "judge", "--max_new_tokens", 8]
+    files += ["--template", data / "template.txt", "--num_prompts", 9, "--device", "cpu"]
+    return list(map(str, [*files, "--out_dir", out, *more]))
+
+
+# --- mathematics ----------------------------------------------------------------------------------
+
+
+def test_what_a_response_is_worth():
+    """methods.md card C6: score 0.4, KL 2, beta 0.05."""
+    assert rlaif.penalised(0.4, 2.0, 0.05) == pytest.approx(0.28)
+
+
+def test_reinforce_is_its_double_loop():
+    generator = torch.Generator().manual_seed(0)
+    logprobs, values = (torch.randn(4, 6, generator=generator).double() for _ in range(2))
+    logprobs.requires_grad_()
+    values.requires_grad_()
+    worth, mask = torch.randn(4, generator=generator).double(), torch.zeros(4, 6).bool()
+    for row, (begin, end) in enumerate([(0, 6), (2, 5), (3, 4), (1, 6)]):
+        mask[row, begin:end] = True
+    policy_losses, value_losses = rlaif.reinforce(logprobs, values, worth, mask)
+    (policy_losses.sum() + value_losses.sum()).backward()
+    for b in range(4):
+        for t in range(6):
+            inside = float(mask[b, t])
+            gap = (worth[b] - values[b, t]).item()
+            assert policy_losses[b, t].item() == pytest.approx(
+                -gap * logprobs[b, t].item() * inside
+            )
+            assert value_losses[b, t].item() == pytest.approx(gap**2 / 2 * inside)
+            assert logprobs.grad[b, t].item() == pytest.approx(-gap * inside)
+            # The baseline learns from its own loss alone.
+            assert values.grad[b, t].item() == pytest.approx(-gap * inside)
+
+
+def test_the_bandit_reaches_the_exact_optimum(data, tmp_path, monkeypatch, tokenizer):
+    """methods.md section 0, by ratings of 1, 5.5 and 10: at beta 1/3 the optimum of (1 - beta)
+    score - beta KL is pi_ref exp(2 score) / Z, within 0.02 in total variation."""
+    arms = policy_of_arms(tmp_path / "policy", tokenizer)
+    worth = {" golf": -1.0, " chess": 0.0, " tennis": 1.0}
+
+    def rated(rater, template, lines, texts, device):
+        return torch.tensor([worth[text] for text in texts], dtype=torch.float64)
+
+    monkeypatch.setattr(rlaif, "ratings", rated)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Which?"}])
+    args = ["--init", tmp_path / "policy", "--validation", "", "--max_new_tokens", 1]
+    args += ["--prompts", tmp_path / "prompts.jsonl", "--missing_eos_score", "none"]
+    args += ["--beta", 1 / 3, "--steps", 80, "--batch_size", 512, "--lr", 0.003]
+    args += ["--value_lr", 0.03, "--final_lr", 0.01]
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *args)) == 0
+    with torch.no_grad():
+        logits = load_model(tmp_path / "run")(torch.tensor([tokenizer.encode_ordinary("Which?")]))
+    found = logits[0, -1].softmax(-1)[arms]
+    distance = 0.5 * (found - torch.tensor([0.036667, 0.162559, 0.800774])).abs().sum().item()
+    print(f"total variation {distance:.4f}: {found.tolist()}")
+    assert found.sum() > 0.999 and distance < 0.02
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+# A rollout that does not depend on the ranks: each prompt's response is written by its text.
+CANNED = """import model, torch
+def canned(sampler, prompts, ids, cfg, eos, seed, device):
+    responses = [(list(line['prompt'].encode()) * 2)[: 2 + len(line['prompt']) % 6]
+                 + [eos] * (len(line['prompt']) % 3 > 0) for line in prompts]
+    tokens, mask = model.pad(ids, responses)
+    ended = torch.tensor([response[-1] == eos for response in responses])
+    lengths = [len(p) + len(r) for p, r in zip(ids, responses)]
+    return {'lines': prompts, 'tokens': tokens, 'mask': mask, 'lengths': lengths,
+            'responses': responses, 'ended': ended}
+rlaif.sample_batch = canned
+rlaif.shutil.rmtree = lambda *args, **kwargs: None
+"""
+
+
+@contextmanager
+def can_the_rollout():
+    """CANNED in this process; checkpoints are kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("sample_batch",):
+            patch.setattr(rlaif, name, getattr(rlaif, name))
+        patch.setattr(rlaif.shutil, "rmtree", rlaif.shutil.rmtree)
+        exec(CANNED, {"rlaif": rlaif})
+        yield patch
+
+
+def iterations_by_hand(data, tokenizer, c):
+    """What direct does with the canned rollout, one sequence at a time, without pads, masks or
+    batches, with Adam written out. -> parameters."""
+    policy, judge = load_model(data / "policy").double(), load_model(data / "judge").double()
+    reference, value = copy.deepcopy(policy), rlaif.add_scalar_head(policy).double().eval()
+    with torch.no_grad():
+        value.score.weight.zero_()
+    lines, moments = read_lines(data / "prompts.jsonl"), {}
+    answers = [tokenizer.encode_ordinary(f" {i}")[0] for i in range(1, 11)]
+
+    def rating(prompt, response):
+        text = f"{prompt.strip()} {response.strip()} Mark:"
+        logits = judge(torch.tensor([tokenizer.encode_ordinary(text)]))[0, -1]
+        shares = logits[answers].softmax(-1)
+        expected = sum((i + 1) * share.item() for i, share in enumerate(shares))
+        return 2 * (expected - 1) / 9 - 1
+
+    for step in range(c.steps):
+        episodes = []
+        for i in rlaif.prompts_of_step(len(lines), c.batch_size, step, c.seed):
+            text = lines[i]["prompt"]
+            ids = (list(text.encode()) * 2)[: 2 + len(text) % 6]
+            ended = len(text) % 3 > 0
+            with torch.no_grad():
+                score = rating(text, tokenizer.decode(ids))
+            response = ids + [tokenizer.eot_token] * ended
+            episodes.append((tokenizer.encode_ordinary(text), response, ended, score))
+        least, loss, count = min(-1.0, *(e[3] for e in episodes)), 0.0, 0
+        for prompt, response, ended, score in episodes:
+            sequence = torch.tensor([prompt + response])
+            each = []
+            for model in (policy, reference):
+                logits = model(sequence)[0, len(prompt) - 1 : -1] / c.temperature
+                rows = zip(logits.log_softmax(-1), response, strict=True)
+                each.append([row[token] for row, token in rows])
+            kl = sum(a.item() - b.item() for a, b in zip(*each, strict=True))
+            worth = (1 - c.beta) * (score if ended else least) - c.beta * kl
+            for t, logprob in enumerate(each[0]):
+                before = value(sequence[:, : len(prompt) + t])[0, -1]
+                loss = loss - logprob * (worth - before.item()) + (worth - before) ** 2 / 2
+                count += 1
+        for model, peak in ((policy, c.lr), (value, c.value_lr)):
+            rate = peak * (step + 1) / c.warmup  # all steps are of the warm-up
+            parameters = list(model.parameters())
+            gradients = torch.autograd.grad(loss / count, parameters, retain_graph=True)
+            norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+            scale = min(1.0, c.clip_norm / (norm + 1e-6))
+            for p, g in zip(parameters, gradients, strict=True):
+                m, v = moments.get(p, (torch.zeros_like(p), torch.zeros_like(p)))
+                m = 0.9 * m + 0.1 * scale * g
+                v = c.adam_beta2 * v + (1 - c.adam_beta2) * (scale * g) ** 2
+                moments[p] = m, v
+                m, v = m / (1 - 0.9 ** (step + 1)), v / (1 - c.adam_beta2 ** (step + 1))
+                with torch.no_grad():
+                    if p.dim() == 2:
+                        p *= 1 - rate * c.weight_decay
+                    p -= rate * m / (v.sqrt() + c.adam_eps)
+    parameters = {f"policy.{k}": v for k, v in policy.state_dict().items()}
+    return parameters | {f"value.{k}": v for k, v in value.state_dict().items()}
+
+
+def test_three_iterations_against_ones_by_hand(data, tmp_path, tokenizer):
+    """From the judge's ratings to the new weights: both networks equal to 1e-9."""
+    c = rlaif.DirectConfig(
+        steps=3,
+        batch_size=7,
+        micro_batch_size=3,
+        temperature=0.8,
+        beta=0.3,
+        weight_decay=0.1,
+        clip_norm=0.2,
+        lr=0.01,
+        value_lr=0.02,
+        warmup=3,
+        dtype="float64",
+    )
+    changed = [(k, v) for k, v in vars(c).items() if v != getattr(rlaif.DirectConfig(), k)]
+    args = [part for k, v in changed for part in (f"--{k}", v)]
+    with can_the_rollout() as patch:
+        assert run(patch, *flags(data, tmp_path / "run", "--validation", "", *args)) == 0
+    found = load_file(tmp_path / "run/checkpoint-3/tensors.safetensors")
+    for name, expected in iterations_by_hand(data, tokenizer, c).items():
+        difference = (found[name] - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert difference < 1e-9, (name, difference)
+
+
+def test_ranks_and_accumulation_take_the_same_update(data, tmp_path):
+    """15 episodes of different lengths, some not ended, on 1 rank, 2 ranks and in micro-batches:
+    the gradients of policy and value network equal to 1e-12 relative in float64."""
+    args = ["--steps", 1, "--batch_size", 15, "--dtype", "float64", "--clip_norm", 1e9]
+    args += ["--validation", ""]
+    for name, ranks, more in [
+        ("one", 1, []),
+        ("accumulated", 1, ["--micro_batch_size", 4]),
+        ("both", 2, ["--micro_batch_size", 3]),
+    ]:
+        argv = flags(data, tmp_path / name, *args, *more)
+        if ranks == 1:
+            with can_the_rollout() as patch:
+                assert run(patch, *argv) == 0
+            continue
+        code = f"{CANNED}sys.argv = {['rlaif.py', *argv]!r}\nrlaif.main()\n"
+        done = torchrun(tmp_path, "rlaif", code, ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+    expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
+    assert expected.norm() > 0.01
+    for name in ("accumulated", "both"):
+        difference = gradient(tmp_path / name) - expected
+        assert difference.norm() / expected.norm() < 1e-12, name
+        for a, b in zip(metrics(tmp_path / name), logged, strict=True):
+            for key in set(a) - {"rollout_share", "scoring_share", "update_share"}:
+                assert a[key] == pytest.approx(b[key], rel=1e-9, abs=1e-12), (name, key)
+
+
+LONG = ["--steps", 5, "--batch_size", 8, "--save_every", 2, "--eval_every", 3]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, *flags(data, out, *LONG)) == 0
+    return out
+
+
+def same_run(out, other):
+    """Weights and logs, times aside, are the same, bit for bit."""
+
+    def steps(lines):
+        return [{k: v for k, v in line.items() if not k.endswith("_share")} for line in lines]
+
+    assert weights(out) == weights(other)
+    assert steps(metrics(out)) == steps(metrics(other))
+    assert (out / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("moment", [1, 4])
+def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
+    """kill -9 in an update: the end is bit-identical, and the judge is asked nothing twice."""
+    args = flags(data, tmp_path / "run", *LONG, "--resume")
+    code = (
+        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rlaif\n"
+        f"real, calls = rlaif.reinforce, []\n"
+        f"def reinforce(*args):\n"
+        f"    calls.append(1)\n"
+        f"    if len(calls) == {moment}:\n"
+        f"        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"    return real(*args)\n"
+        f"rlaif.reinforce = reinforce\nsys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
+    )
+    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, *args) == 0
+    same_run(tmp_path / "run", uninterrupted)
+    keys = [line["key"] for line in read_lines(tmp_path / "run/answers/0.jsonl")]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == {line["key"] for line in read_lines(uninterrupted / "answers/0.jsonl")}
+
+
+@pytest.mark.parametrize("where, call", [("generate", 5), ("ratings", 3), ("reinforce", 3)])
+def test_sigterm_saves_and_resumes(data, tmp_path, monkeypatch, uninterrupted, where, call):
+    args = flags(data, tmp_path / "run", *LONG, "--resume")
+    with monkeypatch.context() as patch:
+        real, calls = getattr(rlaif, where), []
+
+        def interrupted(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+
+        patch.setattr(rlaif, where, interrupted)
+        assert run(patch, *args) == 128 + signal.SIGTERM
+    assert not (tmp_path / "run/report.json").exists()
+    assert run(monkeypatch, *args) == 0
+    same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_judge_that_goes_away_loses_nothing(data, tmp_path, uninterrupted):
+    """On one of two ranks no answer comes: all ranks end, saved, with a line that says why; the
+    same command goes on to the same end."""
+    args = flags(data, tmp_path / "run", *LONG, "--resume")
+    code = (
+        "if len(sys.argv) > 1: pass\n"
+        "real, calls = rlaif.ratings, []\n"
+        "def ratings(*args):\n"
+        "    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 4 and not os.path.exists(GONE):\n"
+        "        raise rlaif.JudgeError('http://x: 503 Busy, 6 times')\n"
+        "    return real(*args)\n"
+        f"GONE = {str(tmp_path / 'gone')!r}\n"
+        f"rlaif.ratings = ratings\nsys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
+    )
+    first = torchrun(tmp_path, "rlaif", code)
+    assert first.returncode == 1 and "http://x: 503 Busy, 6 times; stopped at" in first.stderr
+    (tmp_path / "gone").touch()
+    second = torchrun(tmp_path, "rlaif", code)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "resumed at iteration" in second.stdout
+    whole = flags(data, tmp_path / "whole", *LONG)
+    code = f"sys.argv = {['rlaif.py', *whole]!r}\nrlaif.main()\n"
+    assert torchrun(tmp_path, "rlaif", code).returncode == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_fewer_episodes_than_ranks(data, tmp_path):
+    argv = ["rlaif.py", *flags(data, tmp_path / "run", "--steps", 2, "--batch_size", 1)]
+    done = torchrun(tmp_path, "rlaif", f"sys.argv = {argv!r}\nrlaif.main()\n")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["episodes"] == 2 and report["sampled"]["policy"]["all"]["count"] == 9
+
+
+def test_it_learns_what_the_judge_likes(data, tmp_path, monkeypatch, capsys):
+    """A judge that rates by length: responses get shorter; the report says by how much."""
+
+    def rated(rater, template, lines, texts, device):
+        scores = [1 - 2 * min(len(text) / 40, 1) for text in texts]
+        return torch.tensor(scores, dtype=torch.float64)
+
+    monkeypatch.setattr(rlaif, "ratings", rated)
+    args = ["--steps", 30, "--batch_size", 32, "--lr", 0.01, "--value_lr", 0.01]
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *args)) == 0
+    lines = [line for line in metrics(tmp_path / "run") if "score" in line]
+    assert np.mean([x["score"] for x in lines[-5:]]) > lines[0]["score"] + 0.2
+    assert lines[-1]["rating"] == pytest.approx(5.5 + 4.5 * lines[-1]["score"])
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["sampled"]["difference"]["all"]["proxy"][0] > 0.1
+    assert "wins against the reference by proxy" in capsys.readouterr().out
+
+
+def test_the_self_check_finds_another_forward(data, tmp_path, monkeypatch, capsys):
+    """Where the update's log-probabilities are not those of the same tokens without gradients."""
+    real = rlaif.token_logprobs
+
+    def another(*args):
+        return real(*args) * (1.01 if args[0].requires_grad else 1)
+
+    monkeypatch.setattr(rlaif, "token_logprobs", another)
+    assert run(monkeypatch, *flags(data, tmp_path / "run", "--validation", "")) == 2
+    assert "self-check: the first minibatch's ratio is" in capsys.readouterr().err
+
+
+def test_nan_stops_before_the_update(data, tmp_path, monkeypatch, capsys):
+    real, calls = rlaif.reinforce, []
+
+    def poisoned(*args):
+        policy_losses, value_losses = real(*args)
+        calls.append(1)
+        return policy_losses * (math.nan if len(calls) == 4 else 1), value_losses
+
+    monkeypatch.setattr(rlaif, "reinforce", poisoned)
+    args = ["--steps", 6, "--batch_size", 8, "--save_every", 2, "--validation", ""]
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *args)) == 1
+    assert "iteration 3: the gradient norms are" in capsys.readouterr().err
+    assert (tmp_path / "run/checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_precisions(data, tmp_path, monkeypatch, dtype):
+    args = flags(data, tmp_path / "run", "--steps", 3, "--batch_size", 8, "--dtype", dtype)
+    assert run(monkeypatch, *args) == 0
+    assert all(x.dtype == torch.float32 for x in load_model(tmp_path / "run").state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--beta", "1.5"], "--beta: expected at most 1"),
+        (["--batch_size", "0"], "--batch_size"),
+        (["--missing_eos_score", "x"], "expected a number or none"),
+        (["--judge", "nowhere"], "nowhere"),
+        (["--judge", "ftp://x"], "expected a run directory, http:// or https://"),
+        (["--init", "nowhere"], "nowhere: not a model directory"),
+        (["--template", "nowhere.txt"], "nowhere.txt:0: file"),
+        (["--max_new_tokens", "96"], "leaves no room in 96 positions"),
+        (["--gold", "data/toy.py", "--validation", ""], "there are none"),
+    ],
+)
+def test_bad_settings(data, tmp_path, monkeypatch, capsys, more, message):
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_template_without_ten_ratings(data, tmp_path, monkeypatch, capsys):
+    for text, message in [
+        (TEMPLATE.replace(', " 10"', ""), "ratings: expected ten answers"),
+        ("--- ratings\n[]\n", "rate: no such section"),
+    ]:
+        (tmp_path / "t.txt").write_text(text)
+        args = flags(data, tmp_path / "run", "--template", tmp_path / "t.txt")
+        assert run(monkeypatch, *args) == 2
+        assert message in capsys.readouterr().err
