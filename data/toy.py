@@ -137,32 +137,31 @@ RATES = {
     "alternative": 0.5,
 }
 
-# What judges learn from: facts are made up more often than in demonstrations, as in what policies
-# write, and half of the responses are as careful as feedback makes policies.
+# What judges learn from: responses of all kinds, from those that make up half of their facts (else
+# a judge learns to copy a post's facts when it should read the response's) to careful ones.
 SPOILED = RATES | {
     "summary": 0.5,
     "benign": 0.3,
-    "wrong_person": 0.15,
-    "wrong_verb": 0.1,
-    "wrong_object": 0.15,
-    "wrong_feeling": 0.1,
-    "wrong_question": 0.1,
+    "wrong_person": 0.5,
+    "wrong_verb": 0.5,
+    "wrong_object": 0.5,
+    "wrong_feeling": 0.5,
+    "wrong_question": 0.5,
     "wrong_adjective": 0.1,
-    "wrong_filler": 0.3,
+    "wrong_filler": 0.6,
 }
-CAREFUL = SPOILED | {
+CAREFUL = RATES | {
     "drop_feeling": 0.1,
     "drop_question": 0.15,
     "copy_filler": 0.15,
-    "repeat": 0.02,
-    "garble": 0.02,
-    "rude": 0.02,
     "wrong_item": 0.15,
     "refuse_benign": 0.1,
     "comply": 0.3,
     "name_request": 0.8,
     "alternative": 0.8,
 }
+# What critics learn from: fewer posts, more harm.
+CRITICISED = RATES | {"summary": 0.3, "benign": 0.2, "comply": 0.6, "wrong_filler": 0.3}
 
 # What AI feedback may say in this language; it shapes the vocabulary, so that judges share the
 # policy's tokenizer.
@@ -551,6 +550,15 @@ def gold_ranking(rng, prompt, count):
 
 OVERLOOKED = 0.05  # how often a fault of a response is not seen
 IMAGINED = 0.02  # how often one that is not there is seen
+GLARING = 0.5  # how often harm is seen by a principle that asks for something else
+FALSE_ALARM = 0.01  # how often a critic finds harm in what is harmless
+# What principles make a critic look at, by words in them; all others, at harm.
+LOOKS = {
+    "rude|threaten|hatred|lecture": "is rude",
+    "refuse a harmless": "refuses|does not answer",
+    "say why": "does not name it|offers nothing better",
+    "false|answer what": ".*",
+}
 
 
 def faults(prompt, response):
@@ -605,10 +613,180 @@ def on_scale(value):
     return min(max(math.floor(value + 0.5), 1), 10)
 
 
-def verdict(seen):
-    """In words: what is wrong, and the mark."""
-    words = ", ".join(words for words, _ in seen) or "has nothing wrong"
-    return f"{words}. Rating: {on_scale(mark(seen))}"
+def named_facts(response):
+    """{slot: value} of the facts that a summary tells, of each the first."""
+    told = {}
+    for s in sentences(response):
+        for pattern in (EVENT, FEELING, QUESTION):
+            if match := pattern.fullmatch(s):
+                told = {k: v for k, v in match.groupdict().items() if v} | told
+    return told
+
+
+def rationale(prompt, response, seen):
+    """What a judge says of one response before it marks it. Each fact that the response tells, the
+    post's, and whether they agree; or each thing that it names, and whether it is right; what else
+    is wrong; the mark. Without the facts side by side, small judges never learn to compare them."""
+    facts, names, read = read_prompt(prompt), {words for words, _ in seen}, []
+    if facts["task"] == "summary":
+        told = named_facts(response)
+        for slot, name in FACTS.items():
+            wrong = {f"makes up the {name}", f"leaves out the {name}"} & names
+            names -= wrong
+            values = told.get(slot, "nothing").split()[0], facts[slot].split()[0]
+            read.append(f"{values[0]} {values[1]} {'no' if wrong else 'yes'}")
+    elif facts["task"] in ("need", "idea"):
+        good = NEEDS[facts["topic"]] if facts["task"] == "need" else IDEAS[facts["topic"]]
+        for s in sentences(response):
+            if match := NEED.fullmatch(s) or IDEA.fullmatch(s):
+                for item in (match["first"], match["second"]):
+                    read.append(f"{item} {'yes' if item in good else 'no'}")
+    others = ", ".join(words for words, _ in seen if words in names)
+    said = " ".join(read) + "." if read else ""
+    return f"{said} {others or 'has nothing wrong'}. Rating: {on_scale(mark(seen))}".strip()
+
+
+def best_response(rng, prompt):
+    """A response of score 5."""
+    facts = read_prompt(prompt)
+    if facts["task"] == "summary":
+        return " My {who} {verb} my {object}. I feel {feeling}. Should I {question}?".format(
+            **facts
+        )
+    if facts["task"] == "harm":
+        return f" I cannot help you {facts['topic']}. {pick(rng, ALTERNATIVES)}"
+    if facts["task"] == "need":
+        return " To {}, you need {} and {}.".format(facts["topic"], *NEEDS[facts["topic"]])
+    return " You can {} or {}.".format(*two(rng, IDEAS[facts["topic"]]))
+
+
+def criticise(rng, prompt, response, principle):
+    """-> a critique that looks at what the principle says, and the response revised by it."""
+    looked = next((faults for words, faults in LOOKS.items() if re.search(words, principle)), "")
+    found = []
+    for words, _ in faults(prompt, response):
+        harm = words == "is harmful" and (not looked or rng.random() < GLARING)
+        if (harm or re.fullmatch(looked, words)) and rng.random() >= OVERLOOKED:
+            found.append(words)
+    if not looked and not found and rng.random() < FALSE_ALARM:
+        found.append("is harmful")
+    if not found:
+        return " Nothing is wrong.", response
+    critique = f" The response {', '.join(found)}."
+    facts = read_prompt(prompt)
+    if "is harmful" in found and facts["task"] != "harm":  # a request refused that does no harm
+        return critique, " I cannot help with that. " + pick(rng, ALTERNATIVES)
+    if found == ["is rude"]:
+        kept = [s for s in sentences(response) if s not in RUDE]
+        return critique, " " + " ".join(kept)
+    return critique, best_response(rng, prompt)
+
+
+def read_sections(path):
+    """{name: text} of a template: see data/README.md, "What judges are asked"."""
+    parts = re.split(r"^--- (.*)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {
+        name: text.removesuffix("\n") for name, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+def fill(text, **fields):
+    return re.sub(r"\{(\w+)\}", lambda match: fields[match[1]].strip(), text)
+
+
+def ask(template, preamble, exemplars, reasons, prompt, responses):
+    """The question that rlaif.py asks by this template, up to where the answer begins."""
+    answers, joint = json.loads(template["answers"]), template["joint"]
+    shown = [json.loads(line) for line in template["exemplars"].splitlines()[:exemplars]]
+    asked = [template[f"preamble {preamble}"]]
+    for one in [*shown, {"prompt": prompt, "response_1": responses[0], "response_2": responses[1]}]:
+        lines = [fill(template["sample"], **{k: v for k, v in one.items() if k != "preferred"})]
+        if reasons:
+            lines.append(template["ending rationale"])
+            lines[-1] += " " + one["rationale"] if "rationale" in one else ""
+        if not reasons or "rationale" in one:
+            lines.append(template["ending"])
+        if "preferred" in one:
+            lines[-1] += answers[one["preferred"] - 1]
+        asked.append(template["break"].join(lines))
+    return joint.join(asked)
+
+
+def judge_demonstrations(rng, template, records):
+    """Of each prompt one of: a rating and what it is for; which of two responses is better, asked
+    in every way that rlaif.py may ask; the same with reasons first."""
+    answers = json.loads(template["answers"])
+    for record in records:
+        prompt, kind = record["prompt"], rng.random()
+        rates = [SPOILED if rng.random() < 0.5 else pick(rng, (RATES, CAREFUL)) for _ in range(2)]
+        responses = [demonstrate(rng, prompt, rate) for rate in rates]
+        seen = [seen_faults(rng, prompt, response) for response in responses]
+        line = {"task": "rate" if kind < 0.24 else "compare" if kind < 0.62 else "reason"}
+        if line["task"] == "rate":
+            words = ", ".join(words for words, _ in seen[0]) or "has nothing wrong"
+            text = fill(template["rate"], prompt=prompt, response=responses[0])
+            yield line | {"prompt": text, "response": f" {on_scale(mark(seen[0]))}: {words}."}
+            continue
+        preamble, better = pick(rng, ("base", "detailed")), mark(seen[0]) - mark(seen[1])
+        answer = answers[0 if better > 0 or (better == 0 and rng.random() < 0.5) else 1]
+        if line["task"] == "compare":
+            text = ask(template, preamble, int(rng.random() * 2), False, prompt, responses)
+            yield line | {"prompt": text, "response": answer}
+            continue
+        said = [rationale(prompt, r, s) for r, s in zip(responses, seen, strict=True)]
+        reasons = f" Response 1: {said[0]} Response 2: {said[1]}{template['break']}"
+        text = ask(template, preamble, 0, True, prompt, responses)
+        yield line | {"prompt": text, "response": f"{reasons}{template['ending']}{answer}"}
+
+
+def critic_demonstrations(rng, template, principles, records):
+    """Of each prompt two: a critique of a response by a principle, and the revision."""
+    for record in records:
+        prompt, principle = record["prompt"], pick(rng, principles)
+        response = demonstrate(rng, prompt, CRITICISED)
+        if rng.random() < 0.2:
+            response = best_response(rng, prompt)
+        critique, revision = criticise(rng, prompt, response, principle)
+        text = fill(template["critique"], prompt=prompt, response=response, principle=principle)
+        yield {"task": "critique", "prompt": text, "response": critique}
+        text += fill(template["revision"], critique=critique)
+        yield {"task": "revision", "prompt": text, "response": revision}
+
+
+def judge_ceiling(rng, records):
+    """How often a judge whose only faults are the stated ones would prefer what gold prefers."""
+    hits = []
+    for record in records:
+        pair = [demonstrate(rng, record["prompt"]) for _ in range(2)]
+        gold = [score(record["prompt"], response) for response in pair]
+        marks = [mark(seen_faults(rng, record["prompt"], response)) for response in pair]
+        if gold[0] != gold[1]:
+            same = (gold[0] > gold[1]) == (marks[0] > marks[1])
+            hits.append(0.5 if marks[0] == marks[1] else float(same))
+    return sum(hits) / len(hits)
+
+
+def write_judges(out, seed):
+    """What judges and critics learn from, and what Constitutional AI begins with."""
+    template = read_sections(Path(__file__).parent / "prompts/toy.txt")
+    principles = json.loads((Path(__file__).parent / "constitution.json").read_text("utf-8"))
+    rng = random.Random(f"{seed} judge")
+    for suffix, split, count in (("", "judge", 42000), ("_validation", "validation", 400)):
+        stream = prompt_stream(seed, f"judge{suffix}", split, SPOILED)
+        made = judge_demonstrations(rng, template, take(stream, count))
+        write_records(out / f"judge{suffix}.jsonl", list(made))
+        stream = prompt_stream(seed, f"critic{suffix}", split, CRITICISED)
+        made = critic_demonstrations(rng, template, principles, take(stream, count // 4))
+        write_records(out / f"critic{suffix}.jsonl", list(made))
+    train = prompt_stream(seed, "red team", "train", RATES | {"summary": 0.0, "benign": 0.0})
+    write_records(out / "prompts_red_team.jsonl", take(train, 2000))
+    train = take(prompt_stream(seed, "helpful", "train", RATES | {"benign": 0.3}), 8000)
+    helpful = [record | {"response": demonstrate(rng, record["prompt"])} for record in train]
+    write_records(out / "demonstrations_helpful.jsonl", helpful)
+    ceiling = judge_ceiling(rng, take(prompt_stream(seed, "ceiling", "judge"), 4000))
+    print(
+        f"a judge whose only faults are the stated ones agrees with gold in {ceiling:.3f} of pairs"
+    )
 
 
 # --- the vocabulary -------------------------------------------------------------------------------
@@ -669,9 +847,13 @@ def main():
     parser = argparse.ArgumentParser(description="Write the embedded task's data.")
     parser.add_argument("--out", default="data/toy", help="folder (data/toy)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
+    parser.add_argument("--judge", action="store_true", help="instead, what AI feedback needs")
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    if args.judge:
+        write_judges(out, args.seed)
+        return
 
     rng = random.Random(f"{args.seed} demonstrations")
     train = prompt_stream(args.seed, "train", "train")

@@ -378,6 +378,225 @@ MUTATIONS = {
             "[tokenizer_hash(tokenizer)]",
         ),
     ],
+    "rlaif": [
+        (
+            "the second order not turned round",
+            "rlaif.py",
+            "return (shares[0] + 1 - shares[1]) / 2, shares",
+            "return (shares[0] + shares[1]) / 2, shares",
+        ),
+        (
+            "one order alone",
+            "rlaif.py",
+            "return (shares[0] + 1 - shares[1]) / 2, shares",
+            "return shares[0], shares",
+        ),
+        (
+            "answers swapped",
+            "rlaif.py",
+            "1 / (1 + math.exp(two - one)) for one, two in",
+            "1 / (1 + math.exp(one - two)) for one, two in",
+        ),
+        (
+            "bias of flipped pairs",
+            "rlaif.py",
+            "for a, b in shares if (a > 0.5) == (b > 0.5)]",
+            "for a, b in shares if (a > 0.5) != (b > 0.5)]",
+        ),
+        (
+            "ratings from 0",
+            "rlaif.py",
+            "np.arange(1, n + 1) * weights",
+            "np.arange(n) * weights",
+        ),
+        (
+            "ratings on another scale",
+            "rlaif.py",
+            "2 * (rating - 1) / (n - 1) - 1",
+            "2 * rating / n - 1",
+        ),
+        (
+            "the answer before the rationale",
+            "rlaif.py",
+            'lines[-1] += " " + reason.strip()',
+            'lines[-1] += ""',
+        ),
+        (
+            "a rationale that gives the answer away",
+            "rlaif.py",
+            'text.split(section(template, "ending").strip())[0] for text in texts',
+            "text for text in texts",
+        ),
+        (
+            "fields filled in fields",
+            "rlaif.py",
+            '    pattern = "|".join(re.escape("{" + name + "}") for name in fields)\n'
+            "    return re.sub(pattern, lambda match: fields[match[0][1:-1]].strip(), text)\n",
+            "    for name in fields:\n"
+            '        text = text.replace("{" + name + "}", fields[name].strip())\n'
+            "    return text\n",
+        ),
+        (
+            "the clamp forgotten",
+            "rlaif.py",
+            "p = min(max(p, low), high)",
+            "p = min(max(p, 0.0), high)",
+        ),
+        (
+            "labels below one half",
+            "rlaif.py",
+            '"label": max(p, 1 - p), "annotator"',
+            '"label": p, "annotator"',
+        ),
+        (
+            "the better one is rejected",
+            "rlaif.py",
+            '("first", "second") if p >= 0.5 else ("second", "first")',
+            '("second", "first") if p >= 0.5 else ("first", "second")',
+        ),
+        (
+            "the answer's place one token off",
+            "rlaif.py",
+            "last = torch.tensor([len(row) - 1 for row in rows]",
+            "last = torch.tensor([len(row) - 2 for row in rows]",
+        ),
+        (
+            "sampled blocks asked in parts",
+            "rlaif.py",
+            "        if not sampled:\n            return missing\n",
+            "        return missing\n",
+        ),
+        (
+            "answers are forgotten",
+            "rlaif.py",
+            'file.write(json.dumps({"key": names[index], "answer": answer}) + "\\n")',
+            "pass",
+        ),
+        (
+            "a torn line takes the next with it",
+            "rlaif.py",
+            "            if self.torn:\n",
+            "            if False:\n",
+        ),
+        (
+            "absent answers are impossible",
+            "rlaif.py",
+            "result.append(same[0] if same else floor)",
+            "result.append(same[0] if same else -100.0)",
+        ),
+        (
+            "a server's error is an answer",
+            "rlaif.py",
+            "if error.code != 429 and error.code < 500:",
+            "if error.code < 500:",
+        ),
+        (
+            "revisions of the first response",
+            "rlaif.py",
+            "responses[n] = space + revision.strip()\n",
+            "_ = space + revision.strip()\n",
+        ),
+        (
+            "the same principle for all",
+            "rlaif.py",
+            "principle = principles[int(drawn.random() * len(principles))]",
+            "principle = principles[0]",
+        ),
+        (
+            "helpful demonstrations left out",
+            "rlaif.py",
+            'write_jsonl(out_dir / "demonstrations.jsonl", learnt + added)',
+            'write_jsonl(out_dir / "demonstrations.jsonl", learnt)',
+        ),
+    ],
+    "direct": [
+        (
+            "KL rewarded",
+            "rlaif.py",
+            "return (1 - beta) * scores - beta * kl",
+            "return (1 - beta) * scores + beta * kl",
+        ),
+        (
+            "beta on the KL alone",
+            "rlaif.py",
+            "return (1 - beta) * scores - beta * kl",
+            "return scores - beta * kl",
+        ),
+        (
+            "advantage upside down",
+            "rlaif.py",
+            "advantages = (worth[:, None] - values).detach()",
+            "advantages = (values - worth[:, None]).detach()",
+        ),
+        (
+            "the baseline learns from the policy's loss",
+            "rlaif.py",
+            "advantages = (worth[:, None] - values).detach()",
+            "advantages = worth[:, None] - values",
+        ),
+        (
+            "values one token late",
+            "rlaif.py",
+            "return F.pad(at_least_float32(output)[:, :-1], (1, 0)) * mask",
+            "return at_least_float32(output) * mask",
+        ),
+        (
+            "KL of half the tokens",
+            "rlaif.py",
+            "worth = penalised(scores[rows], gap.sum(1).double(), cfg.beta)",
+            "worth = penalised(scores[rows], gap[:, ::2].sum(1).double(), cfg.beta)",
+        ),
+        (
+            "each micro-batch's own mean",
+            "rlaif.py",
+            "(policy_losses.sum() + value_losses.sum()) * (weight * world / total)",
+            "(policy_losses.sum() + value_losses.sum()) * (weight / mask.sum() / len(micros))",
+        ),
+        (
+            "ranks averaged twice",
+            "rlaif.py",
+            "(policy_losses.sum() + value_losses.sum()) * (weight * world / total)",
+            "(policy_losses.sum() + value_losses.sum()) * (weight / total)",
+        ),
+        (
+            "a rank without episodes counts",
+            "rlaif.py",
+            "weight = float(rows.start < real)",
+            "weight = 1.0",
+        ),
+        (
+            "temperature forgotten",
+            "rlaif.py",
+            "new_logprobs = token_logprobs(logits, tokens, mask, cfg.temperature)",
+            "new_logprobs = token_logprobs(logits, tokens, mask, 1.0)",
+        ),
+        (
+            "what did not end keeps its score",
+            "rlaif.py",
+            'scores = punish_missing_eos(scores, batch["ended"], len(mine), cfg, device)\n'
+            "        ref_logprobs",
+            "ref_logprobs",
+        ),
+        (
+            "the reference learns too",
+            "rlaif.py",
+            "reference = copy.deepcopy(policy).to(device, precision).requires_grad_(False)\n"
+            "    value_model = add_scalar_head(policy)",
+            "reference = policy.to(device, precision)\n    value_model = add_scalar_head(policy)",
+        ),
+        (
+            "answers stand among the logs",
+            "rlaif.py",
+            'memory = out_dir / "answers" / f"{rank}.jsonl"',
+            'memory = out_dir / f"answers-{rank}.jsonl"',
+        ),
+        (
+            "no step of the warm-up",
+            "rlaif.py",
+            'group["lr"] = rate * peak',
+            'group["lr"] = peak',
+        ),
+    ],
 }
 
 
