@@ -5,7 +5,8 @@
 #   make test-faults     kills every script at random moments (QUICK=1: two each)
 #   make test-peers      installs transformers and TRL beside torch, runs the tests that compare
 #   make bench           measures against peers
-#   make reward-scaling, reward-margins, best-of-n, online-dpo     experiments, three seeds each
+#   make all             the pipeline, and AI feedback: judge, Constitutional AI, RLAIF
+#   make reward-scaling, reward-margins, best-of-n, online-dpo, rlaif     experiments, three seeds each
 # QUICK=1 makes the experiments with one seed.
 # LAUNCH="torchrun --nproc_per_node=8" runs the stages on several GPUs; INIT=gpt2/ DATA=mine/ on a
 # model and data of your own, into runs/own/mine (see below, and SFT_FLAGS, REWARD_FLAGS, PPO_FLAGS, DPO_FLAGS,
@@ -30,7 +31,7 @@ comma := ,
 space := $() $()
 list = $(subst $(space),$(comma),$(strip $(1)))
 
-.PHONY: all report check test test-mutations test-faults test-peers bench lint clean reward-scaling reward-margins best-of-n online-dpo
+.PHONY: all report check test test-mutations test-faults test-peers bench lint clean reward-scaling reward-margins best-of-n online-dpo rlaif ai-report
 .DELETE_ON_ERROR:
 
 report: $(RUNS)/evaluation/report.json
@@ -43,7 +44,7 @@ check: report
 	$(PYTHON) evaluate.py check --report $(RUNS)/evaluation/report.json --judge $(if $(GOLD),gold,$(RUNS)/reward) --better \
 	  "$(RUNS)/sft@best_of=4:$(RUNS)/reward > $(RUNS)/sft,$(RUNS)/ppo > $(RUNS)/sft,$(RUNS)/ppo@temperature=0 > $(RUNS)/sft@temperature=0,$(RUNS)/dpo > $(RUNS)/sft,$(RUNS)/dpo@temperature=0 > $(RUNS)/sft@temperature=0"
 
-all: report
+all: report ai-report
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON3) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON3=python3.12')"
@@ -120,6 +121,66 @@ $(RUNS)/evaluation/report.json: $(RUNS)/ppo/report.json $(RUNS)/dpo/report.json 
 	  --prompts $(DATA)/prompts_test.jsonl --best_of_n 16 --proxy $(RUNS)/reward $(SAMPLING) \
 	  --out_dir $(@D) --report $(RUNS)/report.md --overwrite
 	touch $(@D)/.printed
+
+# --- AI feedback: what people did above, by a judge ---
+
+# The judge and the critic play an off-the-shelf language model; they learn from data of their own.
+JUDGES := data/toy/judge.jsonl
+TAUGHT = $(RUN) sft.py --n_positions 256 --prompt_loss_weight 0.3 --batch_size 16 --eval_every 0 \
+  --num_prompts 100 --max_new_tokens 112
+
+$(JUDGES): data/toy.py data/prompts/toy.txt data/constitution.json | $(VENV)/installed
+	$(PYTHON) data/toy.py --judge
+
+# $(1) folder of runs, $(2) suffix of a run's name, $(3) seed, $(4) SFT policy, $(5) its samples,
+# $(6) test prompts with responses in an order by gold
+define ai_feedback
+$(1)/judge$(2)/report.json: $(JUDGES) sft.py model.py
+	$$(call go,$$(TAUGHT) --data $(JUDGES) --validation data/toy/judge_validation.jsonl \
+	  --prompts data/toy/judge_validation.jsonl --seed $(3),sft.py,$$(@D))
+$(1)/critic$(2)/report.json: $(JUDGES) sft.py model.py
+	$$(call go,$$(TAUGHT) --data data/toy/critic.jsonl --validation data/toy/critic_validation.jsonl \
+	  --prompts data/toy/critic_validation.jsonl --seed $(3),sft.py,$$(@D))
+$(1)/agreement$(2)/report.json: $(1)/judge$(2)/report.json $(6)/report.json rlaif.py
+	$$(call go,$$(PYTHON) rlaif.py agree --judges $(1)/judge$(2) --data $(6)/rankings.jsonl \
+	  --gold data/toy.py --seed $(3),rlaif.py,$$(@D))
+$(1)/labels$(2)/report.json: $(1)/judge$(2)/report.json $(5)/report.json rlaif.py
+	$$(call go,$$(PYTHON) rlaif.py label --judge $(1)/judge$(2) --samples $(5)/samples.jsonl \
+	  --variant $(VARIANT) --seed $(3),rlaif.py,$$(@D))
+$(1)/reward-ai$(2)/report.json: $(1)/labels$(2)/report.json $(4)/report.json reward.py
+	$$(call go,$$(REWARD) --init $(4) --data $(1)/labels$(2)/comparisons.jsonl --seed $(3) \
+	  --validation $(6)/rankings.jsonl,reward.py,$$(@D))
+$(1)/ppo-ai$(2)/report.json: $(1)/reward-ai$(2)/report.json ppo.py
+	$$(call go,$$(PPO) --init $(4) --reward $(1)/reward-ai$(2) --seed $(3),ppo.py,$$(@D))
+$(1)/dpo-ai$(2)/report.json: $(1)/labels$(2)/report.json $(4)/report.json dpo.py
+	$$(call go,$$(DPO) --init $(4) --data $(1)/labels$(2)/comparisons.jsonl --seed $(3) \
+	  --validation $(6)/rankings.jsonl --cache $(1)/cache,dpo.py,$$(@D))
+$(1)/direct$(2)/report.json: $(1)/judge$(2)/report.json $(4)/report.json rlaif.py
+	$$(call go,$$(RUN) rlaif.py direct $$(GOLD) --init $(4) --judge $(1)/judge$(2) --seed $(3),rlaif.py,$$(@D))
+$(1)/revisions$(2)/report.json: $(1)/critic$(2)/report.json $(4)/report.json rlaif.py
+	$$(call go,$$(PYTHON) rlaif.py revise --policy $(4) --judge $(1)/critic$(2) --revisions 4 \
+	  --prompts data/toy/prompts_red_team.jsonl --mix data/toy/demonstrations_helpful.jsonl \
+	  --gold data/toy.py --seed $(3),rlaif.py,$$(@D))
+$(1)/cai$(2)/report.json: $(1)/revisions$(2)/report.json $(4)/report.json sft.py
+	$$(call go,$$(RUN) sft.py --init $(4) --data $(1)/revisions$(2)/demonstrations.jsonl \
+	  --validation data/toy/demonstrations_validation.jsonl $$(GOLD) --seed $(3) \
+	  --prompts data/toy/prompts_validation.jsonl --lr 5e-4 --eval_every 0,sft.py,$$(@D))
+$(1)/ai-evaluation$(2)/report.json: $(foreach p,cai ppo-ai dpo-ai direct,$(1)/$(p)$(2)/report.json) \
+  $(1)/agreement$(2)/report.json evaluate.py
+	$$(RUN) evaluate.py --policies $$(call list,$(4) $(foreach p,cai ppo-ai dpo-ai direct,\
+	  $(1)/$(p)$(2) $(1)/$(p)$(2)@temperature=0)) --gold data/toy.py --seed $(3) \
+	  --prompts data/toy/prompts_test.jsonl --out_dir $$(@D) --overwrite
+endef
+VARIANT := base
+ifeq ($(DATA),data/toy)
+$(eval $(call ai_feedback,$(RUNS),,0,$(RUNS)/sft,$(RUNS)/feedback,$(RUNS)/feedback_validation))
+$(RUNS)/feedback/report.json: $(RUNS)/feedback/rankings.jsonl
+$(RUNS)/feedback_validation/report.json: $(RUNS)/feedback_validation/rankings.jsonl
+ai-report: $(RUNS)/ai-evaluation/report.json
+	$(PYTHON) evaluate.py table --report $<
+else
+ai-report:
+endif
 
 # --- experiments with reward models: everything again in each seed ---
 
@@ -205,6 +266,20 @@ endef
 $(foreach seed,$(SEEDS),$(eval $(call online,$(seed))))
 
 online-dpo: $(SEEDS:%=$(E)/offline-%/report.json) $(SEEDS:%=$(E)/online-%/report.json)
+
+# Judges instead of people, in every seed; beside the same stages by simulated people.
+define people
+$(E)/ppo-$(1)/report.json: $(E)/reward-medium-12000-$(1)/report.json ppo.py
+	$$(call go,$(PPO) --init $(E)/sft-medium-$(1) --reward $(E)/reward-medium-12000-$(1) \
+	  --seed $(1),ppo.py,$$(@D))
+$(E)/dpo-$(1)/report.json: $(E)/feedback-$(1)/report.json dpo.py
+	$$(call go,$(DPO) --init $(E)/sft-medium-$(1) --data $(E)/rankings-$(1)-12000.jsonl --seed $(1) \
+	  --validation $(E)/feedback-test-$(1)/rankings.jsonl --cache $(E)/cache,dpo.py,$$(@D))
+endef
+$(foreach seed,$(SEEDS),$(eval $(call people,$(seed))) $(eval \
+  $(call ai_feedback,$(E),-$(seed),$(seed),$(E)/sft-medium-$(seed),$(E)/feedback-$(seed),$(E)/feedback-test-$(seed))))
+
+rlaif: $(SEEDS:%=$(E)/ai-evaluation-%/report.json)
 
 # --- tests ---
 

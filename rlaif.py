@@ -8,14 +8,20 @@ better, in both orders, and the next token's probabilities are the answer:
 
 l being the log-probabilities of the answers "1" and "2", l' those with the responses swapped, for a
 judge prefers positions too. The soft labels train a reward model (reward.py) or a policy (dpo.py).
+Or the judge rates single responses, 1 to 10, and what it expects is the reward, by REINFORCE with a
+learned baseline and no reward model in between:
 
-    python rlaif.py revise --prompts prompts.jsonl --judge runs/judge     # CAI, supervised stage
-    python rlaif.py label --samples samples.jsonl --judge runs/judge      # preferences
+    score = sum_i i p(i), on [-1, 1];  Z = (1 - beta) score - beta KL;  loss = -log pi(y|x) (Z - V)
+
+    python rlaif.py label --samples runs/feedback/samples.jsonl --judge runs/judge     # preferences
     python rlaif.py agree --data comparisons.jsonl --judges runs/judge    # how good a judge is
+    python rlaif.py revise --policy runs/sft --judge runs/critic --prompts prompts.jsonl     # CAI
+    python rlaif.py direct --init runs/sft --judge runs/judge             # RLAIF by ratings
+    torchrun --nproc_per_node=8 rlaif.py direct --init runs/sft --judge runs/judge --lr 1e-5
     python rlaif.py label --samples samples.jsonl --judge http://localhost:8000/v1 --judge_model M \
         --template data/prompts/harmless.txt --constitution data/constitution.json
 
-Sub-commands: revise, label, agree. Each has its own --help.
+Sub-commands: label, agree, revise, direct. Each has its own --help.
 """
 
 import argparse
@@ -104,6 +110,7 @@ class LabelConfig:
     clamp: Annotated[
         str, "probabilities no nearer to 0 and 1, low,high (CAI with rationales: 0.4,0.6)"
     ] = ""
+    hard: Annotated[bool, "labels of 1 for the likelier, in the place of probabilities"] = False
     pairs: Annotated[int, "pairs a prompt, drawn at random; 0: all"] = 1
     mix: Annotated[str, "comparisons that are written first: people's, of helpfulness"] = ""
     num_prompts: Annotated[int, "how many prompts, from the file's start; 0: all"] = 0
@@ -1228,7 +1235,7 @@ def label_main(cfg):
         p = min(max(p, low), high)
         better, worse = ("first", "second") if p >= 0.5 else ("second", "first")
         record = lines[number][0] | {"chosen": pair[better], "rejected": pair[worse]}
-        record |= {"label": max(p, 1 - p), "annotator": cfg.judge}
+        record |= {"label": 1.0 if cfg.hard else max(p, 1 - p), "annotator": cfg.judge}
         if "principle" in pair:
             record["principle"] = pair["principle"]
         records.append(record)
@@ -1714,7 +1721,8 @@ def warnings_of(record, before, cfg):
 
 
 def direct_main(cfg):
-    """A policy that learns from a judge's ratings, with the folder's usual files in out_dir."""
+    """A policy that learns from a judge's ratings: out_dir is a run directory like ppo.py's, with
+    what the judge said in answers/, a file a rank."""
     if cfg.adam_beta2 >= 1 or not cfg.temperature > 0 or cfg.beta > 1:
         refuse("--beta: expected at most 1; --adam_beta2: less; --temperature: above 0")
     counts = (cfg.batch_size, cfg.max_new_tokens, cfg.log_every, cfg.in_flight, cfg.top_logprobs)
@@ -2124,9 +2132,9 @@ def peak_memory(device):
 
 def main():
     commands = {
-        "revise": (ReviseConfig, revise_main),
         "label": (LabelConfig, label_main),
         "agree": (AgreeConfig, agree_main),
+        "revise": (ReviseConfig, revise_main),
         "direct": (DirectConfig, direct_main),
     }
     if sys.argv[1:2] in (["-h"], ["--help"]):

@@ -561,7 +561,7 @@ LOOKS = {
 }
 
 
-def faults(prompt, response):
+def faults_of(prompt, response):
     """What is wrong with a response, [(words, gold points that it costs)]. The points' sum is what
     its score lacks of 5."""
     facts = read_prompt(prompt)
@@ -597,7 +597,7 @@ def faults(prompt, response):
 
 def seen_faults(rng, prompt, response):
     """The faults as a judge sees them who now and then overlooks one, or imagines one."""
-    seen = [fault for fault in faults(prompt, response) if rng.random() >= OVERLOOKED]
+    seen = [fault for fault in faults_of(prompt, response) if rng.random() >= OVERLOOKED]
     if rng.random() < IMAGINED:
         seen.append(pick(rng, [("is rude", 2.0), ("has filler", 0.5), ("is wrong", 1.0)]))
     return seen
@@ -664,7 +664,7 @@ def criticise(rng, prompt, response, principle):
     """-> a critique that looks at what the principle says, and the response revised by it."""
     looked = next((faults for words, faults in LOOKS.items() if re.search(words, principle)), "")
     found = []
-    for words, _ in faults(prompt, response):
+    for words, _ in faults_of(prompt, response):
         harm = words == "is harmful" and (not looked or rng.random() < GLARING)
         if (harm or re.fullmatch(looked, words)) and rng.random() >= OVERLOOKED:
             found.append(words)
@@ -694,7 +694,7 @@ def fill(text, **fields):
     return re.sub(r"\{(\w+)\}", lambda match: fields[match[1]].strip(), text)
 
 
-def ask(template, preamble, exemplars, reasons, prompt, responses):
+def asked_by(template, preamble, exemplars, reasons, prompt, responses):
     """The question that rlaif.py asks by this template, up to where the answer begins."""
     answers, joint = json.loads(template["answers"]), template["joint"]
     shown = [json.loads(line) for line in template["exemplars"].splitlines()[:exemplars]]
@@ -730,12 +730,12 @@ def judge_demonstrations(rng, template, records):
         preamble, better = pick(rng, ("base", "detailed")), mark(seen[0]) - mark(seen[1])
         answer = answers[0 if better > 0 or (better == 0 and rng.random() < 0.5) else 1]
         if line["task"] == "compare":
-            text = ask(template, preamble, int(rng.random() * 2), False, prompt, responses)
+            text = asked_by(template, preamble, int(rng.random() * 2), False, prompt, responses)
             yield line | {"prompt": text, "response": answer}
             continue
         said = [rationale(prompt, r, s) for r, s in zip(responses, seen, strict=True)]
         reasons = f" Response 1: {said[0]} Response 2: {said[1]}{template['break']}"
-        text = ask(template, preamble, 0, True, prompt, responses)
+        text = asked_by(template, preamble, 0, True, prompt, responses)
         yield line | {"prompt": text, "response": f"{reasons}{template['ending']}{answer}"}
 
 

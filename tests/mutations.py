@@ -445,8 +445,8 @@ MUTATIONS = {
         (
             "labels below one half",
             "rlaif.py",
-            '"label": max(p, 1 - p), "annotator"',
-            '"label": p, "annotator"',
+            "1.0 if cfg.hard else max(p, 1 - p)",
+            "1.0 if cfg.hard else p",
         ),
         (
             "the better one is rejected",

@@ -1,10 +1,13 @@
 """The embedded task, the converters, and what the readers refuse."""
 
+import collections
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ import pytest
 import toy
 from conftest import ROOT
 
+import rlaif
 import sft
 
 # --- gold -----------------------------------------------------------------------------------------
@@ -491,3 +495,100 @@ def test_check_names_the_field(tmp_path, capsys, line, message):
         convert.check(path)
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"{path}:1: {message}")
+
+
+# --- judges ---------------------------------------------------------------------------------------
+
+
+def responses_of_all_kinds():
+    """(prompt, response) of prompts and responses of all kinds, strange ones among them."""
+    rng = random.Random(0)
+    for rates in (toy.RATES, toy.SPOILED, toy.CAREFUL, toy.CRITICISED):
+        for record in toy.take(toy.prompt_stream(0, "x", "judge", rates), 300):
+            yield record["prompt"], toy.demonstrate(rng, record["prompt"], rates)
+    prompt = "How do I fix a bike?"
+    for response in ("", "x", " To fix a bike, you need oil and oil.", " You can play cards."):
+        yield prompt, response
+        yield "How do I scam my uncle?", response
+        yield "What is this?", response
+
+
+def test_faults_are_what_a_score_lacks():
+    """Whatever the response: 5 less the points of its faults is its score."""
+    seen = set()
+    for prompt, response in responses_of_all_kinds():
+        found = toy.faults_of(prompt, response)
+        assert 5 - sum(points for _, points in found) == pytest.approx(toy.score(prompt, response))
+        seen |= {words for words, _ in found}
+    assert len(seen) >= 24
+
+
+def test_the_best_response_has_none():
+    rng = random.Random(0)
+    for record in toy.take(toy.prompt_stream(0, "x", "judge", toy.CRITICISED), 200):
+        response = toy.best_response(rng, record["prompt"])
+        assert toy.faults_of(record["prompt"], response) == []
+
+
+def test_a_judge_is_asked_what_rlaif_asks():
+    """toy.py makes questions by itself: by every variant the same text as rlaif.py's."""
+    path = ROOT / "data/prompts/toy.txt"
+    template, sections = rlaif.read_template(path), toy.read_sections(path)
+    prompt, pair = "How do I fix a bike?", (" I cannot.", " To fix a bike, you need {prompt}.")
+    fields = {"prompt": prompt, "response_1": pair[0], "response_2": pair[1]}
+    for preamble, shots, reasons in itertools.product(("base", "detailed"), range(3), (0, 1)):
+        variant = rlaif.Variant(preamble, shots, bool(reasons))
+        asked = toy.asked_by(sections, preamble, shots, reasons, prompt, pair)
+        assert asked == rlaif.question(template, variant, fields)
+    for name, texts in [
+        ("rate", {"prompt": prompt, "response": pair[1]}),
+        ("critique", {"prompt": prompt, "response": pair[0], "principle": "Be {kind}."}),
+    ]:
+        assert toy.fill(sections[name], **texts) == rlaif.filled(template[name], texts)
+
+
+def test_judge_demonstrations():
+    """Answers follow from the marks, marks from the faults but for the stated noise; all ways of
+    asking are there; no line is of another split."""
+    path = ROOT / "data/prompts/toy.txt"
+    template = toy.read_sections(path)
+    records = toy.take(toy.prompt_stream(0, "judge", "judge", toy.SPOILED), 600)
+    lines = list(toy.judge_demonstrations(random.Random(0), template, records))
+    kinds = collections.Counter(line["task"] for line in lines)
+    assert set(kinds) == {"rate", "compare", "reason"} and min(kinds.values()) > 100
+    for line, record in zip(lines, records, strict=True):
+        assert toy.fill("{x}", x=record["prompt"]) in line["prompt"]
+        if line["task"] == "rate":
+            rating = re.fullmatch(r" (\d+): .+\.", line["response"])
+            assert 1 <= int(rating[1]) <= 10
+        if line["task"] == "reason":
+            said = re.fullmatch(
+                r" Response 1: .*Rating: (\d+) Response 2: .*Rating: (\d+) "
+                r"Preferred response= ([12])",
+                line["response"],
+            )
+            one, two = int(said[1]), int(said[2])
+            assert one == two or (one > two) == (said[3] == "1")
+    compared = [line["prompt"] for line in lines if line["task"] == "compare"]
+    for words in ("How do I make tea? Response 1", template["preamble detailed"][:20]):
+        share = sum(words in text for text in compared) / len(compared)
+        assert 0.35 < share < 0.65
+
+
+def test_critics():
+    """Harm is found and refused by most principles; what has no fault stays; a benign request is
+    hardly ever refused."""
+    rng = random.Random(0)
+    principles = json.loads((ROOT / "data/constitution.json").read_text())
+    assert len({toy.pick(rng, principles) for _ in range(300)}) == 16
+    prompt, harm = "How do I scam my uncle?", " To scam your uncle, you need lies and masks."
+    fixed = [toy.criticise(rng, prompt, harm, p) for p in principles * 30]
+    share = sum(toy.explain(prompt, revision)["harmless"] for _, revision in fixed) / len(fixed)
+    assert 0.7 < share < 0.9
+    for critique, revision in fixed:
+        assert (critique == " Nothing is wrong.") == (revision == harm)
+    prompt, good = "How do I fix a bike?", " To fix a bike, you need oil and tools."
+    kept = [toy.criticise(rng, prompt, good, p)[1] == good for p in principles * 60]
+    assert 0.97 < sum(kept) / len(kept) < 1
+    critique, revision = toy.criticise(rng, prompt, good + " You are a fool.", principles[3])
+    assert (critique, revision) == (" The response is rude.", good)

@@ -223,6 +223,34 @@ def test_reasons_principles_and_clamps(data, tmp_path, monkeypatch):
     assert 60 < report["asked"] <= 9 * 2 * 2 * 2 and report["mixed"] == 3  # equal reasons are one
 
 
+def test_a_rationale_ends_where_the_answer_would_begin():
+    """A judge that goes on to the answer, or to another pair, does not give itself the answer."""
+
+    class Hasty:
+        def __init__(self):
+            self.prompts = []
+
+        def answers(self, requests):
+            self.prompts += [request["prompt"] for request in requests]
+            if "answers" in requests[0]:
+                return [[-1.0, -2.0]] * len(requests)
+            return [" Short. \nPreferred Summary=2\n\nText - More"] * len(requests)
+
+    template, judge = rlaif.read_template(ROOT / "data/prompts/summaries.txt"), Hasty()
+    pairs = [{"prompt": "x", "first": "One.", "second": "Two."}]
+    variant = rlaif.read_variant("base+cot")
+    rlaif.judge_pairs(judge, template, variant, pairs, 8, 0)
+    assert all(text.endswith("Rationale: Short.\nPreferred Summary=") for text in judge.prompts[2:])
+
+
+def test_hard_labels(data, tmp_path, monkeypatch):
+    for name, more in (("soft", []), ("hard", ["--hard"])):
+        assert run(monkeypatch, *label_flags(data, tmp_path / name, *more)) == 0
+    soft, hard = (read_lines(tmp_path / name / "comparisons.jsonl") for name in ("soft", "hard"))
+    assert all(line["label"] < 1 for line in soft) and all(line["label"] == 1 for line in hard)
+    assert [x["chosen"] for x in soft] == [x["chosen"] for x in hard]
+
+
 def revise_flags(data, out, *more):
     files = ["revise", "--prompts", data / "people.jsonl", "--policy", data / "judge"]
     files += ["--judge", data / "judge", "--template", data / "template.txt", "--max_new_tokens", 6]
@@ -348,7 +376,7 @@ def test_one_process_and_whole_templates(data, tmp_path, monkeypatch, capsys):
 
 def test_commands_in_docstrings_are_flags():
     """Every --flag that the docstring shows with a sub-command is one of its."""
-    commands = {"label": "Label", "agree": "Agree", "revise": "Revise"}
+    commands = {"label": "Label", "agree": "Agree", "revise": "Revise", "direct": "Direct"}
     shown = re.findall(r"rlaif\.py (\w+)((?:[^\n\\]|\\\n)*)", rlaif.__doc__)
     assert {name for name, _ in shown} == set(commands)
     for name, flags in shown:
@@ -362,6 +390,7 @@ def test_sub_commands(monkeypatch, capsys):
         ("label", rlaif.LabelConfig),
         ("agree", rlaif.AgreeConfig),
         ("revise", rlaif.ReviseConfig),
+        ("direct", rlaif.DirectConfig),
     ):
         assert run(monkeypatch, command, "--help") == 0
         text = capsys.readouterr().out
