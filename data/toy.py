@@ -642,8 +642,10 @@ def rationale(prompt, response, seen):
                 for item in (match["first"], match["second"]):
                     read.append(f"{item} {'yes' if item in good else 'no'}")
     others = ", ".join(words for words, _ in seen if words in names)
-    said = " ".join(read) + "." if read else ""
-    return f"{said} {others or 'has nothing wrong'}. Rating: {on_scale(mark(seen))}".strip()
+    said = [" ".join(read) + "."] if read else []
+    if others or not seen:
+        said.append(f"{others or 'has nothing wrong'}.")
+    return " ".join([*said, f"Rating: {on_scale(mark(seen))}"])
 
 
 def best_response(rng, prompt):
