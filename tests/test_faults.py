@@ -7,6 +7,7 @@ Not part of `make test`, whose tests inject each fault once, at chosen places. F
 the moments; what was tried and survived is printed.
 """
 
+import json
 import os
 import random
 import signal
@@ -42,6 +43,9 @@ COMMANDS = {
     "--round_prompts 40 --batch_size 8 --save_every 7 --eval_every 20 --init {data}/policy "
     "--validation {data}/held_rankings.jsonl --cache {data}/cache --prompts {data}/held.jsonl "
     "--num_prompts 32 --max_new_tokens 8",
+    "rlaif direct": "direct --prompts {data}/prompts.jsonl --validation {data}/held.jsonl "
+    "--init {data}/policy --judge {data}/policy --template {data}/template.txt --steps 60 "
+    "--batch_size 32 --max_new_tokens 8 --num_prompts 32 --save_every 6 --eval_every 20",
 }
 
 
@@ -60,6 +64,9 @@ def data(toy_data, policy_run, tokenizer, tmp_path_factory):
     ]:
         write_jsonl(folder / name, read_lines(toy_data / source)[:count])
     (folder / "bpe.tiktoken").write_bytes((toy_data / "bpe.tiktoken").read_bytes())
+    ratings = json.dumps([f" {i}" for i in range(1, 11)])
+    text = f"--- rate\n{{prompt}} {{response}} Mark:\n--- ratings\n{ratings}\n"
+    (folder / "template.txt").write_text(text)
     policy = load_model(policy_run)
     save_model(folder / "policy", policy, tokenizer, {"stage": "sft"})
     statistics = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
