@@ -126,8 +126,8 @@ $(RUNS)/evaluation/report.json: $(RUNS)/ppo/report.json $(RUNS)/dpo/report.json 
 
 # The judge and the critic play an off-the-shelf language model; they learn from data of their own.
 JUDGES := data/toy/judge.jsonl
-TAUGHT = $(RUN) sft.py --n_positions 256 --prompt_loss_weight 0.3 --batch_size 16 --eval_every 0 \
-  --num_prompts 100 --max_new_tokens 112
+TAUGHT = $(RUN) sft.py --n_positions 384 --prompt_loss_weight 0.3 --batch_size 16 --eval_every 0 \
+  --num_prompts 100 --max_new_tokens 128
 
 $(JUDGES): data/toy.py data/prompts/toy.txt data/constitution.json | $(VENV)/installed
 	$(PYTHON) data/toy.py --judge
@@ -171,7 +171,7 @@ $(1)/ai-evaluation$(2)/report.json: $(foreach p,cai ppo-ai dpo-ai direct,$(1)/$(
 	  $(1)/$(p)$(2) $(1)/$(p)$(2)@temperature=0)) --gold data/toy.py --seed $(3) \
 	  --prompts data/toy/prompts_test.jsonl --out_dir $$(@D) --overwrite
 endef
-VARIANT := base
+VARIANT := detailed+cot
 ifeq ($(DATA),data/toy)
 $(eval $(call ai_feedback,$(RUNS),,0,$(RUNS)/sft,$(RUNS)/feedback,$(RUNS)/feedback_validation))
 $(RUNS)/feedback/report.json: $(RUNS)/feedback/rankings.jsonl

@@ -115,7 +115,7 @@ class LabelConfig:
     mix: Annotated[str, "comparisons that are written first: people's, of helpfulness"] = ""
     num_prompts: Annotated[int, "how many prompts, from the file's start; 0: all"] = 0
     out_dir: Annotated[str, "run directory"] = "runs/labels"
-    max_rationale_tokens: Annotated[int, "longest rationale (Lee et al.: 512)"] = 64
+    max_rationale_tokens: Annotated[int, "longest rationale (Lee et al.: 512)"] = 128
     top_logprobs: Annotated[int, "likely tokens that a server is asked for (OpenAI: 5)"] = 5
     in_flight: Annotated[int, "requests to a server at once"] = 8
     reply_s: Annotated[float, "a server's time to reply, seconds"] = 60.0
@@ -177,7 +177,7 @@ class AgreeConfig:
     )
     num_prompts: Annotated[int, "how many lines, a pair of each; 0: all"] = 1000
     out_dir: Annotated[str, "run directory"] = "runs/agreement"
-    max_rationale_tokens: Annotated[int, "longest rationale (Lee et al.: 512)"] = 64
+    max_rationale_tokens: Annotated[int, "longest rationale (Lee et al.: 512)"] = 128
     top_logprobs: Annotated[int, "likely tokens that a server is asked for (OpenAI: 5)"] = 5
     in_flight: Annotated[int, "requests to a server at once"] = 8
     reply_s: Annotated[float, "a server's time to reply, seconds"] = 60.0

@@ -723,7 +723,7 @@ def judge_demonstrations(rng, template, records):
         rates = [SPOILED if rng.random() < 0.5 else pick(rng, (RATES, CAREFUL)) for _ in range(2)]
         responses = [demonstrate(rng, prompt, rate) for rate in rates]
         seen = [seen_faults(rng, prompt, response) for response in responses]
-        line = {"task": "rate" if kind < 0.24 else "compare" if kind < 0.62 else "reason"}
+        line = {"task": "rate" if kind < 0.1 else "compare" if kind < 0.3 else "reason"}
         if line["task"] == "rate":
             words = ", ".join(words for words, _ in seen[0]) or "has nothing wrong"
             text = fill(template["rate"], prompt=prompt, response=responses[0])
@@ -736,7 +736,8 @@ def judge_demonstrations(rng, template, records):
             yield line | {"prompt": text, "response": answer}
             continue
         said = [rationale(prompt, r, s) for r, s in zip(responses, seen, strict=True)]
-        reasons = f" Response 1: {said[0]} Response 2: {said[1]}{template['break']}"
+        # Not "Response 1" again: in words of their own, the two are kept apart.
+        reasons = f" The first: {said[0]} The other: {said[1]}{template['break']}"
         text = asked_by(template, preamble, 0, True, prompt, responses)
         yield line | {"prompt": text, "response": f"{reasons}{template['ending']}{answer}"}
 

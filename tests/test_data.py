@@ -555,7 +555,7 @@ def test_judge_demonstrations():
     records = toy.take(toy.prompt_stream(0, "judge", "judge", toy.SPOILED), 600)
     lines = list(toy.judge_demonstrations(random.Random(0), template, records))
     kinds = collections.Counter(line["task"] for line in lines)
-    assert set(kinds) == {"rate", "compare", "reason"} and min(kinds.values()) > 100
+    assert set(kinds) == {"rate", "compare", "reason"} and min(kinds.values()) > 30
     for line, record in zip(lines, records, strict=True):
         assert toy.fill("{x}", x=record["prompt"]) in line["prompt"]
         if line["task"] == "rate":
@@ -563,7 +563,7 @@ def test_judge_demonstrations():
             assert 1 <= int(rating[1]) <= 10
         if line["task"] == "reason":
             said = re.fullmatch(
-                r" Response 1: .*Rating: (\d+) Response 2: .*Rating: (\d+) "
+                r" The first: .*Rating: (\d+) The other: .*Rating: (\d+) "
                 r"Preferred response= ([12])",
                 line["response"],
             )
