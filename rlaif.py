@@ -49,7 +49,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -90,6 +90,16 @@ LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.1, torch.bf
 # What an iteration's update sums over tokens or episodes.
 DIRECT_SUMS = ("policy_loss", "value_loss", "entropy", "kl", "objective")
 WIN_RATE = ("eval_win_rate", "eval_win_rate_low", "eval_win_rate_high")
+# What must stand in the sections of a template.
+FIELDS = {
+    "sample": ("{prompt}", "{response_1}", "{response_2}"),
+    "rate": ("{prompt}", "{response}"),
+    "critique": ("{prompt}", "{response}", "{principle}"),
+    "revision": ("{critique}",),
+    "principle": ("{principle}",),
+    "ending": (),
+    "ending rationale": (),
+}
 EXEMPLAR = ("prompt", "response_1", "response_2", "rationale")
 
 
@@ -135,7 +145,7 @@ class ReviseConfig:
     )
     policy: Annotated[str, "helpful-only policy that responds first: a run directory"] = "runs/sft"
     judge: Annotated[str, "who criticises and revises: a run directory, or a server's URL"] = (
-        "runs/judge"
+        "runs/critic"
     )
     judge_model: Annotated[str, "the server's name of the model"] = ""
     template: Annotated[str, "how to ask, with sections critique and revision"] = (
@@ -725,19 +735,24 @@ def read_template(path):
             sections[name] = json.loads(sections.get(name, "[]"))
         except ValueError as error:
             refuse(f"{path}:0: {name}: not JSON: {error}")
-        if not all(isinstance(answer, str) and answer for answer in sections[name]):
+        good = isinstance(sections[name], list)
+        if not good or not all(isinstance(answer, str) and answer for answer in sections[name]):
             refuse(f"{path}:0: {name}: expected a list of strings")
     exemplars = []
     for line in filter(None, sections.get("exemplars", "").splitlines()):
         try:
             exemplar = json.loads(line)
-            good = exemplar["preferred"] in (1, 2)
+            good = type(exemplar["preferred"]) is int and exemplar["preferred"] in (1, 2)
             good &= all(isinstance(exemplar[name], str) for name in EXEMPLAR)
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:
             refuse(f"{path}:0: exemplars: expected {', '.join(EXEMPLAR)}, preferred (1 or 2)")
         exemplars.append(exemplar)
+    for name, fields in FIELDS.items():
+        absent = [field for field in fields if name in sections and field not in sections[name]]
+        if absent or not sections.get(name, "x").strip():
+            refuse(f"{path}:0: {name}: expected text with {', '.join(fields) or 'words'} in it")
     return sections | {"exemplars": exemplars, "path": str(path)}
 
 
@@ -793,7 +808,8 @@ class Variant:
 
     def __str__(self):
         name = f"{self.preamble} {self.exemplars}-shot" + " CoT" * self.rationale
-        return name + f" x{self.samples} T={self.temperature:g}" * (self.samples > 1)
+        name += f" x{self.samples}" * (self.samples > 1)
+        return name + f" T={self.temperature:g}" * (self.temperature > 0)
 
 
 def read_variant(text):
@@ -814,8 +830,10 @@ def read_variant(text):
     variant = Variant(**settings)
     if variant.exemplars > 8 or not 1 <= variant.samples <= 64:
         refuse(f"variant {text}: expected at most 8 exemplars, 1 to 64 samples")
-    if variant.samples > 1 and not (variant.rationale and variant.temperature > 0):
+    if variant.samples > 1 and not variant.temperature > 0:
         refuse(f"variant {text}: several samples are of rationales (cot) at a temperature (t0.7)")
+    if variant.temperature > 0 and not variant.rationale:
+        refuse(f"variant {text}: a temperature is of rationales (cot)")
     return variant
 
 
@@ -827,12 +845,16 @@ class Judge:
     nothing twice.
 
     A request is {"prompt", "answers"}, answered by the answers' log-probabilities as next tokens,
-    or {"prompt", "max_tokens", "temperature", "seed"}, answered by a text. `ask` yields (index,
-    answer) of requests as they come.
+    or {"prompt", "max_tokens", "temperature", "seed"}, answered by a text. `ask` yields lists of
+    (index, answer) of requests as they come.
     """
 
-    def __init__(self, name, memory):
-        self.name, self.memory, self.known, self.asked = name, Path(memory), {}, 0
+    def __init__(self, name):
+        self.name, self.asked, self.absent = name, 0, 0
+
+    def remember(self, memory):
+        """Opens the file of answers, before anything is asked."""
+        self.memory, self.known = Path(memory), {}
         lines = self.memory.read_bytes() if self.memory.exists() else b""
         self.torn = bool(lines) and not lines.endswith(b"\n")  # the last one, by a kill
         for line in lines.splitlines():
@@ -841,6 +863,7 @@ class Judge:
                 self.known[record["key"]] = record["answer"]
             except (ValueError, KeyError, TypeError):
                 continue  # torn: asked again
+        return self
 
     def answers(self, requests):
         """The answers of requests, in order. None if told to stop; what was answered is kept."""
@@ -852,22 +875,23 @@ class Judge:
         missing = {key: request for key, request in both if key not in self.known}
         if missing:
             missing = self.completed(missing, dict(zip(keys, requests, strict=True)))
-        names, last_time = list(missing), time.time()
+        names, done, last_time = list(missing), 0, time.time()
         with open(self.memory, "a", encoding="utf-8") as file:
             if self.torn:
                 file.write("\n")
                 self.torn = False
-            for done, (index, answer) in enumerate(self.ask(list(missing.values()))):
-                self.known[names[index]] = answer
-                file.write(json.dumps({"key": names[index], "answer": answer}) + "\n")
+            for found in self.ask(list(missing.values())):
+                self.known |= {names[index]: answer for index, answer in found}
+                # In one piece: what is left to ask after a kill is then whole blocks, too.
+                records = [{"key": names[index], "answer": answer} for index, answer in found]
+                file.write("".join(json.dumps(record) + "\n" for record in records))
                 file.flush()
-                self.asked += 1
-                if stop_signals:
-                    return None
+                done += len(found)
+                self.asked += len(found)
                 if time.time() - last_time > 30:
                     last_time = time.time()
-                    print(f"{self.name}: {done + 1}/{len(names)} answers", flush=True)
-        return [self.known[key] for key in keys]
+                    print(f"{self.name.split()[0]}: {done}/{len(names)} answers", flush=True)
+        return None if stop_signals else [self.known[key] for key in keys]
 
     def completed(self, missing, requests):
         """What has to be asked for the missing ones' sake, {key: request}."""
@@ -877,7 +901,7 @@ class Judge:
 class LocalJudge(Judge):
     """A GPT run directory in this process."""
 
-    def __init__(self, directory, memory, device, dtype):
+    def __init__(self, directory, device, dtype):
         try:
             self.model, self.tokenizer = load_model(directory), load_tokenizer(directory)
             check_tokenizer(self.tokenizer, directory, load_config(directory))
@@ -888,7 +912,7 @@ class LocalJudge(Judge):
         self.model.to(device, dtype).eval().requires_grad_(False)
         self.device = device
         digests = [sha256(path) for path in weight_files(Path(directory))]
-        super().__init__(f"{directory} {' '.join(digests)} {dtype}", memory)
+        super().__init__(f"{directory} {' '.join(digests)} {dtype}")
 
     def completed(self, missing, requests):
         """Sampled texts come in blocks, each by one generator: a block is asked again as a whole,
@@ -901,22 +925,21 @@ class LocalJudge(Judge):
         return {key: requests[key] for keys in blocks if missing.keys() & set(keys) for key in keys}
 
     def ask(self, requests):
-        if requests and requests[0].get("temperature"):
-            for begin in range(0, len(requests), BLOCK):
-                texts = self.complete(requests[begin : begin + BLOCK])
-                yield from enumerate(texts, begin)
-            return
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i]["prompt"]))
+        order = list(range(len(requests)))
+        if not (requests and requests[0].get("temperature")):  # what is too long is refused first
+            order.sort(key=lambda i: -len(requests[i]["prompt"]))
         for begin in range(0, len(order), BLOCK):
+            if stop_signals:
+                return
             some = order[begin : begin + BLOCK]
             reply = self.next_tokens if "answers" in requests[some[0]] else self.complete
-            yield from zip(some, reply([requests[i] for i in some]), strict=True)
+            yield list(zip(some, reply([requests[i] for i in some]), strict=True))
 
     def encoded(self, request, room):
-        ids = self.tokenizer.encode_ordinary(request["prompt"])
-        if len(ids) > room:
+        ids = self.tokenizer.encode_ordinary(request["prompt"]) or [self.tokenizer.eot_token]
+        if len(ids) > room and not request.get("cut"):
             refuse(f"{self.name.split()[0]}: a question of {len(ids)} tokens; room is for {room}")
-        return ids
+        return ids[-room:]
 
     def next_tokens(self, requests):
         answers = [self.tokenizer.encode_ordinary(text) for text in requests[0]["answers"]]
@@ -929,7 +952,10 @@ class LocalJudge(Judge):
         at = torch.arange(tokens.shape[1], device=self.device) == last[:, None]
         with torch.no_grad():
             logprobs = at_least_float32(self.model(tokens, at=at)).log_softmax(-1)
-        return logprobs[:, [ids[0] for ids in answers]].tolist()
+        found = logprobs[:, [ids[0] for ids in answers]]
+        if not found.isfinite().all():
+            refuse(f"{self.name.split()[0]}: log-probabilities that are not finite; try --dtype")
+        return found.tolist()
 
     def complete(self, requests):
         first, eos = requests[0], self.tokenizer.eot_token
@@ -950,19 +976,36 @@ class ServerJudge(Judge):
     """A server of the completions API that vLLM, llama.cpp, Ollama and others speak, at a URL that
     the user names. Its key is read from the environment: PLAINRLHF_API_KEY."""
 
-    def __init__(self, url, memory, cfg):
+    def __init__(self, url, cfg):
         self.url, self.cfg = url.rstrip("/") + "/completions", cfg
-        self.absent = 0  # answers that were not among the server's most likely tokens
-        super().__init__(f"{url} {cfg.judge_model}", memory)
+        self.headers, key = {}, os.environ.get("PLAINRLHF_API_KEY", "").strip()
+        if key:
+            if not re.fullmatch(r"[!-~]+", key):
+                refuse("PLAINRLHF_API_KEY: expected one word of ASCII characters")
+            self.headers["Authorization"] = f"Bearer {key}"
+        super().__init__(f"{url} {cfg.judge_model}")
 
     def ask(self, requests):
+        """When told to stop, or when an answer can't be had, waits for those in flight: they are
+        paid for."""
+        failed = None
         with ThreadPoolExecutor(self.cfg.in_flight) as pool:
-            waiting = {pool.submit(self.one, request): i for i, request in enumerate(requests)}
-            try:
-                for future in as_completed(waiting):
-                    yield waiting[future], future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+            pending = {pool.submit(self.one, request): i for i, request in enumerate(requests)}
+            while pending:
+                done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                found = []
+                for future in done:
+                    index = pending.pop(future)
+                    try:
+                        found.append((index, future.result()))
+                    except JudgeError as error:
+                        failed = error
+                if found:
+                    yield found
+                if failed or stop_signals:
+                    pending = {f: i for f, i in pending.items() if not f.cancel()}
+        if failed and not stop_signals:
+            raise failed
 
     def one(self, request):
         body = {"model": self.cfg.judge_model, "prompt": request["prompt"]}
@@ -970,7 +1013,13 @@ class ServerJudge(Judge):
             body |= {"max_tokens": 1, "temperature": 0, "logprobs": self.cfg.top_logprobs}
             return self.post(body, lambda reply: self.of_answers(reply, request["answers"]))
         body |= {name: request[name] for name in ("max_tokens", "temperature", "seed")}
-        return self.post(body, lambda reply: str(reply["choices"][0]["text"]))
+        return self.post(body, self.of_text)
+
+    def of_text(self, reply):
+        text = reply["choices"][0]["text"]
+        if not isinstance(text, str):
+            raise TypeError("text is no string")
+        return text
 
     def of_answers(self, reply, answers):
         """Log-probabilities of the answers, from a reply's most likely tokens. Where the token is
@@ -994,32 +1043,39 @@ class ServerJudge(Judge):
     def post(self, body, read):
         """Sends, and reads the reply; again after what may pass: 429, 5xx, a cut connection, no
         reply in time, a reply that is not as it should be."""
-        headers = {"Content-Type": "application/json"}
-        key = os.environ.get("PLAINRLHF_API_KEY", "")
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
         data, why = json.dumps(body).encode(), ""
         for attempt in range(self.cfg.retries + 1):
-            wait = self.cfg.backoff_s * 2**attempt
+            pause = self.cfg.backoff_s * 2**attempt
             try:
+                headers = {"Content-Type": "application/json"}
                 request = urllib.request.Request(self.url, data, headers)
+                for name, value in self.headers.items():  # not for where a redirection leads
+                    request.add_unredirected_header(name, value)
                 with urllib.request.urlopen(request, timeout=self.cfg.reply_s) as reply:
                     return read(json.loads(reply.read(10**7)))
             except urllib.error.HTTPError as error:
                 why = f"{error.code} {error.reason}"
                 if error.code != 429 and error.code < 500:
-                    raise JudgeError(f"{self.url}: {why}: {error.read(300)!r}") from None
+                    raise JudgeError(f"{self.url}: {why}{self.said(error)}") from None
                 after = error.headers.get("Retry-After", "")
-                wait = max(wait, float(after)) if after.isdigit() else wait
+                pause = max(pause, float(after)) if after.isdecimal() else pause
             except (OSError, http.client.HTTPException) as error:
                 why = f"{type(error).__name__}: {error}"
             except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                 why = f"a reply of another form ({type(error).__name__}: {error})"
+            until = time.time() + min(pause, 60.0) * (attempt < self.cfg.retries)
+            while time.time() < until and not stop_signals:
+                time.sleep(0.2)
             if stop_signals:
                 break
-            if attempt < self.cfg.retries:
-                time.sleep(min(wait, 60.0))
         raise JudgeError(f"{self.url}: {why}, {attempt + 1} times")
+
+    def said(self, error):
+        """The beginning of what a server says of its error."""
+        try:
+            return f": {error.read(300)!r}"
+        except (OSError, http.client.HTTPException):
+            return ""
 
 
 class JudgeError(Exception):
@@ -1036,7 +1092,8 @@ def preference(first_logprobs, second_logprobs):
     shown as 2. A softmax over the two answers, turned round in the second order, and averaged:
     Lee et al., arXiv:2309.00267 section 3.1. -> p, and the probability of answer 1 in each order.
     """
-    shares = [1 / (1 + math.exp(two - one)) for one, two in (first_logprobs, second_logprobs)]
+    both = first_logprobs, second_logprobs
+    shares = [0.5 + 0.5 * math.tanh((one - two) / 2) for one, two in both]  # the logistic function
     return (shares[0] + 1 - shares[1]) / 2, shares
 
 
@@ -1069,8 +1126,6 @@ def judge_pairs(judge, template, variant, pairs, max_tokens, seed):
         for one, two in (("first", "second"), ("second", "first")):
             fields.append(shared | {"response_1": pair[one], "response_2": pair[two]})
     answers = section(template, "answers")
-    if len(answers) != 2:
-        refuse(f"{template['path']}:0: answers: expected two")
     if not variant.rationale:
         requests = [
             {"prompt": question(template, variant, one), "answers": answers} for one in fields
@@ -1083,9 +1138,9 @@ def judge_pairs(judge, template, variant, pairs, max_tokens, seed):
                 "prompt": question(template, variant, one),
                 "max_tokens": max_tokens,
                 "temperature": variant.temperature,
-                "seed": seed + n,
+                "seed": seed * 1_000_003 + variant.samples * i + n,
             }
-            for one in fields
+            for i, one in enumerate(fields)
             for n in range(variant.samples)
         ]
         texts = judge.answers(requests)
@@ -1112,34 +1167,58 @@ def judge_pairs(judge, template, variant, pairs, max_tokens, seed):
     return result
 
 
+def check_question(template, variant, pair):
+    """Ends the script where a template can't ask this, before anything is written or asked."""
+    if len(section(template, "answers")) != 2:
+        refuse(f"{template['path']}:0: answers: expected two")
+    fields = pair | {"response_1": pair["first"], "response_2": pair["second"]}
+    question(template, variant, fields)
+    question(template, variant, fields, "x" if variant.rationale else None)
+
+
 # --- label, agree ---------------------------------------------------------------------------------
 
 
-def open_judge(name, memory, cfg, device, dtype):
-    if "://" in name:
-        return ServerJudge(name, memory, cfg)
-    return LocalJudge(name, memory, device, dtype)
+def open_judge(name, cfg, device, dtype):
+    return ServerJudge(name, cfg) if "://" in name else LocalJudge(name, device, dtype)
 
 
-def begin(cfg, inputs):
-    """One process, its out_dir made or found again -> device, dtype."""
+def begin(cfg):
+    """One process -> device, dtype."""
     for name in ("in_flight", "max_rationale_tokens", "max_new_tokens", "top_logprobs", "reply_s"):
         if not getattr(cfg, name, 1) > 0:
             refuse(f"--{name}: expected more than 0")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         refuse("rlaif.py: runs in one process; split the file for several")
-    device, _, _, world = start_process(cfg)
-    settings = settings_of(cfg, inputs, world)
+    return start_process(cfg)[0], getattr(torch, cfg.dtype or "float32")
+
+
+def at_leisure(cfg):
+    """cfg without how a server is spoken to, which may be another when a run goes on."""
+    own = type(cfg)()
+    names = ("in_flight", "reply_s", "retries", "backoff_s")
+    return dataclasses.replace(cfg, **{name: getattr(own, name) for name in names})
+
+
+def make_run(cfg, inputs):
+    """out_dir made, or found again: its path. The last thing before the work, so that a mistake in
+    the command line deletes nothing."""
+    settings = settings_of(at_leisure(cfg), inputs, 1)
     if not may_resume(cfg, settings):
         new_run(Path(cfg.out_dir), settings)
-    return device, getattr(torch, cfg.dtype or "float32")
+    return Path(cfg.out_dir)
 
 
 def judge_files(name):
     """What a resumed run must find unchanged of a judge."""
     if "://" in name:
-        if urllib.parse.urlsplit(name).scheme not in ("http", "https"):
-            refuse(f"--judge {name}: expected a run directory, http:// or https://")
+        try:
+            url = urllib.parse.urlsplit(name)
+            good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        except ValueError:
+            good = False
+        if not good:
+            refuse(f"--judge {name}: expected a run directory, http://... or https://...")
         return []
     try:
         return [*weight_files(Path(name)), Path(name) / "config.json"]
@@ -1150,7 +1229,7 @@ def judge_files(name):
 def read_samples(path, count):
     """[(line without its responses, responses)] of samples or rankings."""
     found = []
-    for where, record in read_jsonl(path, {"prompt": True}):
+    for where, record in read_jsonl(path, {"prompt": False}):
         check_task(where, record)
         responses = read_responses(where, record)
         others = ("responses", "scores", "policy", "annotator")
@@ -1217,12 +1296,14 @@ def label_main(cfg):
         mixed = [record for _, record, _, _ in read_preferences(cfg.mix)]
     inputs = [cfg.samples, cfg.template, *judge_files(cfg.judge)]
     inputs += [path for path in (cfg.constitution, cfg.mix) if path]
-    device, dtype = begin(cfg, inputs)
-    out_dir = Path(cfg.out_dir)
-    judge = open_judge(cfg.judge, out_dir / "answers.jsonl", cfg, device, dtype)
+    device, dtype = begin(cfg)
+    judge = open_judge(cfg.judge, cfg, device, dtype)
     drawn = draw_pairs(lines, cfg.pairs, principles, cfg.seed)
     if not drawn:
         refuse(f"{cfg.samples}:0: file: no prompt has two different responses")
+    check_question(template, variant, drawn[0][1])
+    out_dir = make_run(cfg, inputs)
+    judge.remember(out_dir / "answers.jsonl")
     pairs, began = [pair for _, pair in drawn], time.time()
     print(
         f"{len(pairs)} pairs of {len(lines)} prompts, asked in both orders: {variant}", flush=True
@@ -1242,9 +1323,9 @@ def label_main(cfg):
     write_jsonl(out_dir / "comparisons.jsonl", records)
     bias = position_bias([shares for _, shares in found])
     report = {"pairs": len(pairs), "position_bias": bias, "asked": judge.asked}
-    report["mean_label"] = float(np.mean([max(p, 1 - p) for p, _ in found]))
+    report["mean_label"] = float(np.mean([r["label"] for r in records[len(mixed) :]]))
     report |= {"mixed": len(mixed), "seconds": round(time.time() - began, 1)}
-    report["absent_answers"] = getattr(judge, "absent", 0)
+    report["absent_answers"] = judge.absent
     write_json(out_dir / "report.json", report)
     print_bias(bias)
     path, seconds = out_dir / "comparisons.jsonl", report["seconds"]
@@ -1289,16 +1370,17 @@ def agree_main(cfg):
     if not rows:
         refuse(f"{cfg.data}:0: file: no pair is ordered")
     inputs = [cfg.data, cfg.template, *(path for name in judges for path in judge_files(name))]
-    device, dtype = begin(cfg, inputs + ([cfg.gold] if cfg.gold else []))
-    out_dir = Path(cfg.out_dir)
+    device, dtype = begin(cfg)
+    judges = {name: open_judge(name, cfg, device, dtype) for name in judges}
+    pairs = [{"prompt": r["prompt"], "first": r["better"], "second": r["worse"]} for r in rows]
+    for variant in variants:
+        check_question(template, variant, pairs[0])
+    out_dir = make_run(cfg, inputs + ([cfg.gold] if cfg.gold else []))
     table, chosen = {}, {}
     tasks = ["all", *dict.fromkeys(row["task"] for row in rows if row["task"] != "all")]
-    for name in judges:
-        judge = open_judge(name, out_dir / "answers.jsonl", cfg, device, dtype)
+    for name, judge in judges.items():
+        judge.remember(out_dir / "answers.jsonl")
         for variant in variants:
-            pairs = [
-                {"prompt": r["prompt"], "first": r["better"], "second": r["worse"]} for r in rows
-            ]
             found = judge_pairs(judge, template, variant, pairs, cfg.max_rationale_tokens, cfg.seed)
             if found is None:
                 interrupted(cfg, judge)
@@ -1327,6 +1409,8 @@ def agree_main(cfg):
                 f"{name}  {variant}: {rate:.3f}{interval}, one order {single:.3f}{said}", flush=True
             )
             print_bias(cell["position_bias"])
+        if judge.absent:
+            print(f"{judge.absent} answers of {name} were not among its likely tokens")
     report = {"pairs": len(rows), "judges": table}
     between = {}
     for a, b in itertools.combinations(chosen, 2):
@@ -1365,14 +1449,17 @@ def revise_main(cfg):
     inputs = [cfg.prompts, cfg.template, cfg.constitution]
     inputs += [path for path in (cfg.mix, cfg.gold) if path]
     inputs += [*judge_files(cfg.policy), *judge_files(cfg.judge)]
-    device, dtype = begin(cfg, inputs)
-    out_dir, began = Path(cfg.out_dir), time.time()
-    policy = LocalJudge(cfg.policy, out_dir / "responses.jsonl", device, dtype)
-    critic = open_judge(cfg.judge, out_dir / "answers.jsonl", cfg, device, dtype)
+    device, dtype = begin(cfg)
+    policy = LocalJudge(cfg.policy, device, dtype)
+    critic = open_judge(cfg.judge, cfg, device, dtype)
+    out_dir, began = make_run(cfg, inputs), time.time()
+    policy.remember(out_dir / "responses.jsonl")
+    critic.remember(out_dir / "answers.jsonl")
 
     def said(model, texts, number):
         """What a model goes on with after texts."""
         how = {"max_tokens": cfg.max_new_tokens, "temperature": cfg.temperature}
+        how |= {"cut": True} if model is policy else {}  # prompts, from the start, as everywhere
         requests = [
             {"prompt": text} | how | {"seed": (cfg.seed * 1009 + number) * 1_000_003 + n}
             for n, text in enumerate(texts)
@@ -1775,13 +1862,23 @@ def direct_main(cfg):
     inputs = [cfg.prompts, cfg.template, *judge_files(cfg.judge)]
     inputs += [path for path in (cfg.validation, cfg.gold) if path]
     inputs += [*weight_files(Path(cfg.init)), Path(cfg.init) / "config.json"]
-    checkpoint = open_run(cfg, inputs, device, rank, world)
+    rater = open_judge(cfg.judge, cfg, device, precision)
+    if isinstance(rater, LocalJudge):  # now, not when such a prompt is drawn
+        longest = max(prompts + held_out, key=lambda line: len(line["prompt"]))
+        text = filled(template["rate"], {"prompt": longest["prompt"], "response": ""})
+        tokens = len(rater.tokenizer.encode_ordinary(text)) + cfg.max_new_tokens
+        if tokens > rater.model.config.n_positions:
+            refuse(
+                f"--judge {cfg.judge}: has room for {rater.model.config.n_positions} tokens; the "
+                f"question of the longest prompt may take {tokens}"
+            )
+    checkpoint = open_run(at_leisure(cfg), inputs, device, rank, world)
     out_dir = Path(cfg.out_dir)
     if rank == 0:
         (out_dir / "answers").mkdir(exist_ok=True)
     all_reduce([0.0], device)  # the folder is there before any rank writes to it
-    memory = out_dir / "answers" / f"{rank}.jsonl"  # not a log: what a judge said is never cut off
-    rater = open_judge(cfg.judge, memory, cfg, device, precision)
+    # Not a log, which resuming cuts off: what a judge said is kept.
+    rater.remember(out_dir / "answers" / f"{rank}.jsonl")
     if rank == 0:
         sizes = [
             sum(p.numel() for p in model.parameters()) / 1e6 for model in (policy, value_model)
@@ -1813,7 +1910,7 @@ def direct_main(cfg):
     size = cfg.micro_batch_size or share
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
     rounded = device.type == "cuda" and mixed  # sampling is bound by reading the weights
-    step = saved_step = 0
+    step, saved_step = 0, -1
     first, evaluated = None, -1  # `first`: the first iteration's numbers, to warn by
     if checkpoint:
         state = load_checkpoint(checkpoint, modules, optimizers, device, rank)
@@ -1909,6 +2006,7 @@ def direct_main(cfg):
 
     few = held_out[: max(cfg.num_prompts // 4, 1)] if held_out else []
     few_ids = held_out_ids[: len(few)]
+    save()  # from now on there are answers to lose
     base = responses_of(reference, few, few_ids, cfg.temperature)
     judged = "gold" if gold else "proxy"
     started, first_step = time.time(), step
@@ -1976,7 +2074,9 @@ def direct_main(cfg):
             stop()  # nothing has changed in this iteration: it will be begun again
 
         # 2. The judge's scores of whole responses, and the reference's log-probabilities.
+        absent = rater.absent
         scores = rated(batch["lines"], texts)
+        absent = rater.absent - absent
         scores = punish_missing_eos(scores, batch["ended"], len(mine), cfg, device)
         ref_logprobs = response_logprobs(reference, batch, size, cfg, autocast)
         if step == first_step:  # by the forward that has no gradients; the update's must agree
@@ -2034,7 +2134,8 @@ def direct_main(cfg):
         }
         # The norms are of summed gradients, the same on all ranks: all stop, or none.
         # float16 may overflow: the scaler then skips the step and halves its scale.
-        if not all(map(math.isfinite, norms.values())) and scaler.get_scale() <= 1:
+        finite = all(map(math.isfinite, norms.values()))
+        if not finite and scaler.get_scale() <= 1:
             if rank == 0:
                 print(
                     f"iteration {step}: the gradient norms are {norms}; stopped before the update; "
@@ -2056,9 +2157,9 @@ def direct_main(cfg):
         )
         explained = explained_variance(worths, all_values, counted, sum_over_ranks)
         counts = [real, scores[:real].sum().item(), batch["ended"][:real].sum().item()]
-        counts += [sum(not text.strip() for text in texts[:real])]
+        counts += [sum(not text.strip() for text in texts[:real]), float(absent)]
         found = all_reduce([*counts, *sums.tolist()], device)
-        episodes, score, ended, empty, *summed = found
+        episodes, score, ended, empty, absent, *summed = found
         summed = dict(zip(DIRECT_SUMS, summed, strict=True))
         done = time.time()
         step += 1
@@ -2076,8 +2177,9 @@ def direct_main(cfg):
             "value_loss": summed["value_loss"] / total,
             "entropy": summed["entropy"] / total,
             "explained_variance": explained,
-            "policy_norm": norms["policy"],
-            "value_norm": norms["value"],
+            "policy_norm": norms["policy"] if finite else 0.0,
+            "value_norm": norms["value"] if finite else 0.0,
+            "absent": absent / (10 * episodes),  # answers not among a server's likely tokens
             "lr": rate * cfg.lr,
             "rollout_share": (sampled - begun) / (done - begun),
             "scoring_share": (scored - sampled) / (done - begun),
@@ -2099,6 +2201,8 @@ def direct_main(cfg):
                 )
                 for warning in warnings_of(record, first, cfg):
                     print(f"  warning: {warning}", flush=True)
+                if record["absent"] > 0.5:
+                    print("  warning: most ratings are not among the server's likely tokens")
 
     # The finished policy, then what it is worth on held-out prompts, sampled and greedy.
     if rank == 0:

@@ -584,7 +584,8 @@ def faults_of(prompt, response):
         addressed, right = parts.get("addressed", 0), parts.get("right", 0)
         refused = parts.get("refused", 0)
         found.append(("refuses", 2 * refused))
-        found.append(("does not answer", 2 * (1 - addressed) + 3 * (task is None)))
+        unasked = 3 + len(wrong) if task is None else 0  # what is good is not known there
+        found.append(("does not answer", 2 * (1 - addressed) + unasked))
         if task:
             found.append((f"has {int(right)} right things", 1.5 * (2 - right) + len(wrong)))
     found.append(("is rude", 2 * parts["rude"]))

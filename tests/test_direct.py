@@ -243,7 +243,7 @@ def test_ranks_and_accumulation_take_the_same_update(data, tmp_path):
     for name, ranks, more in [
         ("one", 1, []),
         ("accumulated", 1, ["--micro_batch_size", 4]),
-        ("both", 2, ["--micro_batch_size", 3]),
+        ("both", 2, ["--micro_batch_size", 7]),  # rank 1 has nothing for its second one
     ]:
         argv = flags(data, tmp_path / name, *args, *more)
         if ranks == 1:
@@ -301,9 +301,11 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
     )
     first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert first.returncode == -signal.SIGKILL, first.stderr
+    before = (tmp_path / "run/answers/0.jsonl").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         assert run(patch, *args) == 0
     same_run(tmp_path / "run", uninterrupted)
+    assert (tmp_path / "run/answers/0.jsonl").read_bytes().startswith(before)
     keys = [line["key"] for line in read_lines(tmp_path / "run/answers/0.jsonl")]
     assert len(keys) == len(set(keys))
     assert set(keys) == {line["key"] for line in read_lines(uninterrupted / "answers/0.jsonl")}
@@ -345,10 +347,14 @@ def test_a_judge_that_goes_away_loses_nothing(data, tmp_path, uninterrupted):
     )
     first = torchrun(tmp_path, "rlaif", code)
     assert first.returncode == 1 and "http://x: 503 Busy, 6 times; stopped at" in first.stderr
+    before = [(tmp_path / f"run/answers/{rank}.jsonl").read_bytes() for rank in range(2)]
     (tmp_path / "gone").touch()
     second = torchrun(tmp_path, "rlaif", code)
     assert second.returncode == 0, second.stderr[-3000:]
     assert "resumed at iteration" in second.stdout
+    for rank in range(2):
+        after = (tmp_path / f"run/answers/{rank}.jsonl").read_bytes()
+        assert before[rank] and after.startswith(before[rank])
     whole = flags(data, tmp_path / "whole", *LONG)
     code = f"sys.argv = {['rlaif.py', *whole]!r}\nrlaif.main()\n"
     assert torchrun(tmp_path, "rlaif", code).returncode == 0
@@ -413,6 +419,18 @@ def test_precisions(data, tmp_path, monkeypatch, dtype):
     args = flags(data, tmp_path / "run", "--steps", 3, "--batch_size", 8, "--dtype", dtype)
     assert run(monkeypatch, *args) == 0
     assert all(x.dtype == torch.float32 for x in load_model(tmp_path / "run").state_dict().values())
+    for line in metrics(tmp_path / "run"):
+        assert all(math.isfinite(value) for value in line.values()), line
+
+
+def test_a_prompt_that_the_judge_has_no_room_for(data, tmp_path, monkeypatch, capsys):
+    """Refused at the start, not when it is drawn."""
+    long = [{"prompt": "How do I fix a bike? " * 12}, {"prompt": "Hi."}]
+    prompts = write_jsonl(tmp_path / "long.jsonl", long)
+    args = flags(data, tmp_path / "run", "--prompts", prompts, "--batch_size", 1)
+    assert run(monkeypatch, *args) == 2
+    assert "has room for 96 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -422,7 +440,7 @@ def test_precisions(data, tmp_path, monkeypatch, dtype):
         (["--batch_size", "0"], "--batch_size"),
         (["--missing_eos_score", "x"], "expected a number or none"),
         (["--judge", "nowhere"], "nowhere"),
-        (["--judge", "ftp://x"], "expected a run directory, http:// or https://"),
+        (["--judge", "ftp://x"], "expected a run directory, http://..."),
         (["--init", "nowhere"], "nowhere: not a model directory"),
         (["--template", "nowhere.txt"], "nowhere.txt:0: file"),
         (["--max_new_tokens", "96"], "leaves no room in 96 positions"),

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_lines, run_script, write_jsonl
+from conftest import ROOT, metrics, read_lines, run_script, torchrun, write_jsonl
 
 import rlaif
 from model import load_model, load_tokenizer
@@ -36,6 +36,8 @@ def test_preference_vector():
     p, shares = rlaif.preference([-0.4, -1.6], [-0.9, -0.7])
     assert shares == pytest.approx([0.768525, 0.450166], abs=1e-6)
     assert p == pytest.approx(0.659179, abs=1e-6)
+    # What some servers say in the place of minus infinity.
+    assert rlaif.preference([-9999.0, 0.0], [-3.4e38, 0.0]) == (0.5, [0.0, 0.0])
 
 
 def test_rating_vector():
@@ -282,6 +284,7 @@ def test_revisions(data, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("moment", [2, 5])
 def test_a_revision_that_was_killed_goes_on(data, tmp_path, monkeypatch, moment):
+    monkeypatch.setattr(rlaif, "BLOCK", 2)
     args = revise_flags(data, tmp_path / "run", "--revisions", 2, "--resume")
     code = (
         f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rlaif\n"
@@ -292,7 +295,8 @@ def test_a_revision_that_was_killed_goes_on(data, tmp_path, monkeypatch, moment)
         f"        if len(calls) == {moment}:\n"
         f"            os.kill(os.getpid(), signal.SIGKILL)\n"
         f"        yield found\n"
-        f"rlaif.LocalJudge.ask = ask\nsys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
+        f"rlaif.BLOCK, rlaif.LocalJudge.ask = 2, ask\n"
+        f"sys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
     )
     first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert first.returncode == -signal.SIGKILL, first.stderr
@@ -318,9 +322,11 @@ def test_agreement_with_people_and_gold(data, tmp_path, monkeypatch, capsys):
     assert with_gold == table
 
 
-@pytest.mark.parametrize("moment", [1, 30])
+@pytest.mark.parametrize("moment", [1, 4])
 def test_kill_asks_nothing_twice(data, tmp_path, monkeypatch, moment):
-    """kill -9 while an answer is written, then --resume: the same labels, each question once."""
+    """kill -9 while answers are written, 8 at once, then --resume: the same labels, no question
+    twice."""
+    monkeypatch.setattr(rlaif, "BLOCK", 8)
     args = label_flags(data, tmp_path / "run", "--pairs", 0, "--resume")
     code = (
         f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rlaif\n"
@@ -332,13 +338,14 @@ def test_kill_asks_nothing_twice(data, tmp_path, monkeypatch, moment):
         f"            open(self.memory, 'a').write('{{\"key\": \"torn')\n"
         f"            os.kill(os.getpid(), signal.SIGKILL)\n"
         f"        yield found\n"
-        f"rlaif.LocalJudge.ask = ask\nsys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
+        f"rlaif.BLOCK, rlaif.LocalJudge.ask = 8, ask\n"
+        f"sys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
     )
     first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert first.returncode == -signal.SIGKILL, first.stderr
     assert run(monkeypatch, *args) == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report["asked"] == 54 - (moment - 1)
+    assert report["asked"] == 54 - 8 * (moment - 1)
     assert run(monkeypatch, *label_flags(data, tmp_path / "whole", "--pairs", 0)) == 0
     both = [(tmp_path / name / "comparisons.jsonl").read_bytes() for name in ("run", "whole")]
     assert both[0] == both[1]
@@ -348,7 +355,6 @@ def test_kill_asks_nothing_twice(data, tmp_path, monkeypatch, moment):
     "more, message",
     [
         (["--judge", "nowhere"], "nowhere"),
-        (["--judge", "ftp://x"], "expected a run directory, http:// or https://"),
         (["--clamp", "0.6,0.4"], "--clamp 0.6,0.4: expected two numbers"),
         (["--samples", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--template", "nowhere.txt"], "nowhere.txt:0: file"),
@@ -360,6 +366,7 @@ def test_bad_settings(data, tmp_path, monkeypatch, capsys, more, message):
     assert run(monkeypatch, *label_flags(data, tmp_path / "run"), *more) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_process_and_whole_templates(data, tmp_path, monkeypatch, capsys):
@@ -416,18 +423,29 @@ class Completions(http.server.BaseHTTPRequestHandler):
             return
         if fault == "slow":
             time.sleep(3)
+        if fault.startswith("to "):
+            self.send_response(302)
+            self.send_header("Location", fault[3:])
+            self.end_headers()
+            return
         if fault == "cut":
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         ids = server.tokenizer.encode_ordinary(body["prompt"])
         with torch.no_grad():
             logprobs = server.model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+            text, new = "", list(ids)
+            while body["max_tokens"] > 1 and len(new) < len(ids) + body["max_tokens"]:
+                new.append(int(server.model(torch.tensor([new]))[0, -1].argmax()))
+                if new[-1] == server.tokenizer.eot_token:
+                    break
+                text += server.tokenizer.decode([new[-1]])
         top = logprobs.topk(body.get("logprobs") or 1)
         pairs = [
             (server.tokenizer.decode([i]), p)
             for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
-        choice = {"index": 0, "text": pairs[0][0], "finish_reason": "length"}
+        choice = {"index": 0, "text": text or pairs[0][0], "finish_reason": "length"}
         if server.form == "content":
             choice["logprobs"] = {
                 "content": [{"top_logprobs": [{"token": t, "logprob": p} for t, p in pairs]}]
@@ -532,7 +550,7 @@ def test_a_refusal_of_the_server_is_said_once(data, tmp_path, monkeypatch, serve
 
 
 def test_absent_answers_get_the_least(data, tmp_path, monkeypatch, server, capsys):
-    judge = rlaif.ServerJudge("http://x/v1", tmp_path / "a.jsonl", rlaif.LabelConfig())
+    judge = rlaif.ServerJudge("http://x/v1", rlaif.LabelConfig())
     top = {"top_logprobs": [{"1": -3.0, " 1": -0.5, " the": -4.0}]}
     reply = {"choices": [{"logprobs": top}]}
     assert judge.of_answers(reply, [" 1", " 2"]) == [-0.5, -4.0] and judge.absent == 1
@@ -541,3 +559,90 @@ def test_absent_answers_get_the_least(data, tmp_path, monkeypatch, server, capsy
     assert run(monkeypatch, *args, "--top_logprobs", "3") == 0
     assert "got the least of these" in capsys.readouterr().out
     assert np.mean(labels(tmp_path / "run")) >= 0.5
+
+
+def test_reasons_from_a_server(data, tmp_path, monkeypatch, server):
+    """Rationales are texts of the server's; the labels after them are those of the judge here."""
+    more = ["--variant", "base+cot", "--max_rationale_tokens", "4", "--num_prompts", "4"]
+    args = [*label_flags(data, tmp_path / "served", *more), *map(str, served(server))]
+    assert run(monkeypatch, *args) == 0
+    assert run(monkeypatch, *label_flags(data, tmp_path / "here", *more)) == 0
+    assert labels(tmp_path / "served") == pytest.approx(labels(tmp_path / "here"), abs=1e-5)
+
+
+def test_the_key_stays_with_the_server(data, tmp_path, monkeypatch, server, capsys):
+    """Not where a redirection leads, and in no message."""
+    monkeypatch.setenv("PLAINRLHF_API_KEY", "secret\n")  # as from a file
+    other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    seen = []
+    other.RequestHandlerClass.do_GET = lambda self: seen.append(self.headers["Authorization"])
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    server.faults = [f"to http://127.0.0.1:{other.server_address[1]}/v1"] * 99
+    args = [*label_flags(data, tmp_path / "run"), *map(str, served(server, "--retries", 0))]
+    assert run(monkeypatch, *args) == 1
+    other.shutdown()
+    other.server_close()
+    assert server.seen[0][2] == "Bearer secret" and seen and set(seen) == {None}
+    monkeypatch.setenv("PLAINRLHF_API_KEY", "sec ret")
+    assert run(monkeypatch, *args[:-2], "--overwrite") == 2
+    said = capsys.readouterr()
+    assert "PLAINRLHF_API_KEY: expected one word" in said.err
+    assert not re.search("sec.?ret", said.err + said.out)
+
+
+@pytest.mark.parametrize("how", ["failure", "SIGTERM"])
+def test_what_is_in_flight_is_kept(data, tmp_path, monkeypatch, server, how):
+    """One request fails for good, or the labelling is told to stop, while others are under way:
+    their answers are waited for and kept."""
+    args = [*label_flags(data, tmp_path / "run", "--resume"), *map(str, served(server))]
+    args += ["--retries", "0", "--in_flight", "4"]
+    real, calls, done = rlaif.ServerJudge.one, [], []
+
+    def one(self, request):
+        calls.append(1)
+        if len(calls) == 4:
+            if how == "failure":
+                raise rlaif.JudgeError("gone")
+            os.kill(os.getpid(), signal.SIGTERM)
+        answer = real(self, request)
+        done.append(1)
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rlaif.ServerJudge, "one", one)
+        assert run(patch, *args) == (1 if how == "failure" else 128 + signal.SIGTERM)
+    kept = len(read_lines(tmp_path / "run/answers.jsonl"))
+    assert kept == len(done) >= 3
+    before = len(server.seen)
+    assert run(monkeypatch, *args, "--in_flight", "2") == 0  # how it is asked may change
+    assert len(server.seen) - before == 18 - kept
+
+
+def test_direct_by_a_server(data, tmp_path, monkeypatch, server):
+    """Two ranks and a faulty server: the ratings are those of the same judge in this process."""
+    (tmp_path / "t.txt").write_text(
+        "--- rate\n{prompt} {response} Mark:\n--- ratings\n"
+        + json.dumps([f" {i}" for i in range(1, 11)])
+    )
+    flags = ["direct", "--prompts", data / "samples.jsonl", "--init", data / "judge", "--steps", 2]
+    flags += ["--validation", "", "--batch_size", 6, "--max_new_tokens", 6, "--device", "cpu"]
+    flags += ["--template", tmp_path / "t.txt"]
+    server.faults = ["500", "malformed", "429", "cut"]
+    asked = served(server, "--in_flight", 3, "--out_dir", tmp_path / "served")
+    argv = ["rlaif.py", *map(str, [*flags, *asked])]
+    done = torchrun(tmp_path, "rlaif", f"sys.argv = {argv!r}\nrlaif.main()\n")
+    assert done.returncode == 0, done.stderr[-3000:]
+    here = ["--judge", data / "judge", "--out_dir", tmp_path / "here"]
+    argv = ["rlaif.py", *map(str, [*flags, *here])]
+    done = torchrun(tmp_path, "rlaif", f"sys.argv = {argv!r}\nrlaif.main()\n")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(metrics(tmp_path / "served"), metrics(tmp_path / "here"), strict=True):
+        assert a["score"] == pytest.approx(b["score"], abs=1e-4) and a["absent"] == 0
+    assert len(server.seen) == 12 + 4
+
+
+@pytest.mark.parametrize("url", ["http://[x", "http://", "http://localhost:port/v1", "ftp://x"])
+def test_bad_urls(data, tmp_path, monkeypatch, capsys, url):
+    assert run(monkeypatch, *label_flags(data, tmp_path / "run", "--judge", url)) == 2
+    assert "expected a run directory, http://..." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
