@@ -625,28 +625,28 @@ def named_facts(response):
 
 
 def rationale(prompt, response, seen):
-    """What a judge says of one response before it marks it. Each fact that the response tells, the
-    post's, and whether they agree; or each thing that it names, and whether it is right; what else
-    is wrong; the mark. Without the facts side by side, small judges never learn to compare them."""
-    facts, names, read = read_prompt(prompt), {words for words, _ in seen}, []
+    """What a judge says of one response before it marks it. Of a summary: each fact that it tells,
+    the post's, and the mark so far; of another response: each thing that it names, and whether that
+    is right. Then what else is wrong, and the mark. Without the facts side by side, small judges
+    never learn to compare them."""
+    facts, points, read, left = read_prompt(prompt), dict(seen), [], 10.0
     if facts["task"] == "summary":
         told = named_facts(response)
         for slot, name in FACTS.items():
-            wrong = {f"makes up the {name}", f"leaves out the {name}"} & names
-            names -= wrong
+            for words in (f"makes up the {name}", f"leaves out the {name}"):
+                left -= points.pop(words, 0.0)
             values = told.get(slot, "nothing").split()[0], facts[slot].split()[0]
-            read.append(f"{values[0]} {values[1]} {'no' if wrong else 'yes'}")
+            read.append(f"{values[0]} {values[1]} {on_scale(left)}")
     elif facts["task"] in ("need", "idea"):
         good = NEEDS[facts["topic"]] if facts["task"] == "need" else IDEAS[facts["topic"]]
         for s in sentences(response):
             if match := NEED.fullmatch(s) or IDEA.fullmatch(s):
                 for item in (match["first"], match["second"]):
                     read.append(f"{item} {'yes' if item in good else 'no'}")
-    others = ", ".join(words for words, _ in seen if words in names)
     said = [" ".join(read) + "."] if read else []
-    if others or not seen:
-        said.append(f"{others or 'has nothing wrong'}.")
-    return " ".join([*said, f"Rating: {on_scale(mark(seen))}"])
+    if points or not seen:
+        said.append(f"{', '.join(points) or 'has nothing wrong'}.")
+    return " ".join([*said, f"Rating: {on_scale(left - sum(points.values()))}"])
 
 
 def best_response(rng, prompt):
@@ -721,10 +721,13 @@ def judge_demonstrations(rng, template, records):
     answers = json.loads(template["answers"])
     for record in records:
         prompt, kind = record["prompt"], rng.random()
-        rates = [SPOILED if rng.random() < 0.5 else pick(rng, (RATES, CAREFUL)) for _ in range(2)]
+        line = {"task": "rate" if kind < 0.1 else "compare" if kind < 0.3 else "reason"}
+        spoiled = 1.0 if line["task"] == "reason" else 0.5
+        rates = [
+            SPOILED if rng.random() < spoiled else pick(rng, (RATES, CAREFUL)) for _ in range(2)
+        ]
         responses = [demonstrate(rng, prompt, rate) for rate in rates]
         seen = [seen_faults(rng, prompt, response) for response in responses]
-        line = {"task": "rate" if kind < 0.1 else "compare" if kind < 0.3 else "reason"}
         if line["task"] == "rate":
             words = ", ".join(words for words, _ in seen[0]) or "has nothing wrong"
             text = fill(template["rate"], prompt=prompt, response=responses[0])
