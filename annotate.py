@@ -338,11 +338,11 @@ def gold_score(gold, line, response):
 # --- data -----------------------------------------------------------------------------------------
 
 
-def read_responses(where, record):
+def read_responses(where, record, least=2):
     """The line's `responses`, once they and what is parallel to them have been checked."""
     responses = record.get("responses")
-    if not isinstance(responses, list) or len(responses) < 2:
-        refuse(f"{where}: responses: expected a list of 2 or more")
+    if not isinstance(responses, list) or len(responses) < least:
+        refuse(f"{where}: responses: expected a list of {least} or more")
     for i, response in enumerate(responses):
         if not isinstance(response, str) or not response.strip():
             refuse(f"{where}: responses: number {i + 1} is not a string with text in it")

@@ -105,9 +105,9 @@ EXEMPLAR = ("prompt", "response_1", "response_2", "rationale")
 
 @dataclasses.dataclass(frozen=True)
 class LabelConfig:
-    samples: Annotated[str, "prompts with responses (annotate.py's samples.jsonl), or rankings"] = (
-        "runs/feedback/samples.jsonl"
-    )
+    samples: Annotated[
+        str, "prompts with responses, or rankings; by commas: one policy's each, to be compared"
+    ] = "runs/feedback/samples.jsonl"
     judge: Annotated[str, "a GPT run directory, or the URL of a server, with its /v1"] = (
         "runs/judge"
     )
@@ -539,11 +539,11 @@ def refuse_constant(name):
 # --- data -----------------------------------------------------------------------------------------
 
 
-def read_responses(where, record):
+def read_responses(where, record, least=2):
     """The line's `responses`, once they and what is parallel to them have been checked."""
     responses = record.get("responses")
-    if not isinstance(responses, list) or len(responses) < 2:
-        refuse(f"{where}: responses: expected a list of 2 or more")
+    if not isinstance(responses, list) or len(responses) < least:
+        refuse(f"{where}: responses: expected a list of {least} or more")
     for i, response in enumerate(responses):
         if not isinstance(response, str) or not response.strip():
             refuse(f"{where}: responses: number {i + 1} is not a string with text in it")
@@ -1226,18 +1226,31 @@ def judge_files(name):
         refuse(error)
 
 
-def read_samples(path, count):
-    """[(line without its responses, responses)] of samples or rankings."""
+def read_samples(paths, count):
+    """[(line without its responses, responses, who wrote each)] of samples or rankings. Of several
+    files, which are one policy's each, those of the prompts that all have."""
+    files = []
+    for path in paths:
+        lines, seen = {}, {}
+        for where, record in read_jsonl(path, {"prompt": False}):
+            check_task(where, record)
+            responses = read_responses(where, record, least=1 if len(paths) > 1 else 2)
+            writers = record.get("policy")
+            writers = writers if isinstance(writers, list) else [writers] * len(responses)
+            others = ("responses", "scores", "policy", "annotator")
+            line = {name: value for name, value in record.items() if name not in others}
+            seen[line["prompt"]] = seen.get(line["prompt"], 0) + 1  # a prompt may come again
+            lines[line["prompt"], seen[line["prompt"]]] = line, responses, writers
+            if len(paths) == 1 and len(lines) == count:
+                break
+        files.append(lines)
     found = []
-    for where, record in read_jsonl(path, {"prompt": False}):
-        check_task(where, record)
-        responses = read_responses(where, record)
-        others = ("responses", "scores", "policy", "annotator")
-        line = {name: value for name, value in record.items() if name not in others}
-        found.append((line, responses))
-        if count and len(found) == count:
-            break
-    return found
+    for key, (line, responses, writers) in files[0].items():
+        if all(key in lines for lines in files):
+            for lines in files[1:]:
+                responses, writers = responses + lines[key][1], writers + lines[key][2]
+            found.append((line, responses, writers))
+    return found[: count or len(found)]
 
 
 def read_constitution(path):
@@ -1251,18 +1264,26 @@ def read_constitution(path):
     return principles
 
 
-def draw_pairs(lines, count, principles, seed):
+def draw_pairs(lines, count, principles, seed, between=False):
     """[(line number, pair)]: `count` random pairs of different responses a prompt (0: all), each
-    with a principle drawn at random when there are any."""
+    with a principle drawn at random when there are any. between: pairs of different writers, equal
+    ones too, since a tie counts where policies are compared."""
     drawn = []
-    for number, (line, responses) in enumerate(lines):
+    for number, (line, responses, writers) in enumerate(lines):
         rng = random.Random(f"{seed} {number}")
-        different = list(dict.fromkeys(responses))
-        pairs = list(itertools.combinations(different, 2))
+        pairs, seen = [], set()
+        for i, j in itertools.combinations(range(len(responses)), 2):
+            texts = frozenset((responses[i], responses[j]))
+            if between:
+                pairs += [(i, j)] * (writers[i] != writers[j])
+            elif len(texts) == 2 and texts not in seen:
+                seen.add(texts)
+                pairs.append((i, j))
         rng.shuffle(pairs)
         for one, two in pairs[: count or len(pairs)]:
             first, second = (one, two) if rng.random() < 0.5 else (two, one)
-            pair = {"prompt": line["prompt"], "first": first, "second": second}
+            pair = {"prompt": line["prompt"], "first": responses[first]}
+            pair |= {"second": responses[second], "writers": [writers[first], writers[second]]}
             if principles:
                 pair["principle"] = principles[int(rng.random() * len(principles))]
             drawn.append((number, pair))
@@ -1290,17 +1311,18 @@ def label_main(cfg):
     variant, (low, high) = read_variant(cfg.variant), read_clamp(cfg.clamp)
     template = read_template(cfg.template)
     principles = read_constitution(cfg.constitution) if cfg.constitution else []
-    lines = read_samples(cfg.samples, cfg.num_prompts)
+    files = split_names(cfg.samples)
+    lines = read_samples(files, cfg.num_prompts)
     mixed = []
     if cfg.mix:
         mixed = [record for _, record, _, _ in read_preferences(cfg.mix)]
-    inputs = [cfg.samples, cfg.template, *judge_files(cfg.judge)]
+    inputs = [*files, cfg.template, *judge_files(cfg.judge)]
     inputs += [path for path in (cfg.constitution, cfg.mix) if path]
     device, dtype = begin(cfg)
     judge = open_judge(cfg.judge, cfg, device, dtype)
-    drawn = draw_pairs(lines, cfg.pairs, principles, cfg.seed)
+    drawn = draw_pairs(lines, cfg.pairs, principles, cfg.seed, between=len(files) > 1)
     if not drawn:
-        refuse(f"{cfg.samples}:0: file: no prompt has two different responses")
+        refuse(f"{cfg.samples}:0: file: no prompt has two responses to compare")
     check_question(template, variant, drawn[0][1])
     out_dir = make_run(cfg, inputs)
     judge.remember(out_dir / "answers.jsonl")
@@ -1319,6 +1341,8 @@ def label_main(cfg):
         record |= {"label": 1.0 if cfg.hard else max(p, 1 - p), "annotator": cfg.judge}
         if "principle" in pair:
             record["principle"] = pair["principle"]
+        if None not in pair["writers"]:
+            record["policy"] = pair["writers"][:: 1 if better == "first" else -1]
         records.append(record)
     write_jsonl(out_dir / "comparisons.jsonl", records)
     bias = position_bias([shares for _, shares in found])

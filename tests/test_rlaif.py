@@ -11,12 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, metrics, read_lines, run_script, torchrun, write_jsonl
 
+import evaluate
 import rlaif
 from model import load_model, load_tokenizer
 
@@ -251,6 +253,34 @@ def test_hard_labels(data, tmp_path, monkeypatch):
     soft, hard = (read_lines(tmp_path / name / "comparisons.jsonl") for name in ("soft", "hard"))
     assert all(line["label"] < 1 for line in soft) and all(line["label"] == 1 for line in hard)
     assert [x["chosen"] for x in soft] == [x["chosen"] for x in hard]
+
+
+def test_labels_compare_policies(data, tmp_path, monkeypatch, policy_run):
+    """Of two policies' samples, as evaluate.py writes them, only pairs of one of each, equal ones
+    too; and evaluate.py takes the labels as a judge."""
+    for name in "ab":
+        os.symlink(policy_run, tmp_path / name)
+    lines = [{"prompt": f"Prompt {n}?"} for n in range(6)]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", lines)
+    args = ["--policies", f"{tmp_path / 'a'},{tmp_path / 'b'}", "--prompts", prompts]
+    args += ["--num_samples", 2, "--max_new_tokens", 6, "--device", "cpu"]
+    args += ["--out_dir", tmp_path / "e"]
+    assert run_script(evaluate, monkeypatch, *args, "--gold", ROOT / "data/toy.py") == 0
+    files = [tmp_path / f"e/samples-{n}.jsonl" for n in range(2)]
+    a, b = ({p["prompt"]: p["responses"] for p in read_lines(path)} for path in files)
+    more = ["--samples", ",".join(map(str, files)), "--pairs", 0]
+    assert run(monkeypatch, *label_flags(data, tmp_path / "l", *more)) == 0
+    labelled = read_lines(tmp_path / "l/comparisons.jsonl")
+    assert len(labelled) == sum(len(a[p]) * len(b[p]) for p in a.keys() & b.keys()) > 0
+    for line in labelled:
+        names = [Path(writer).name for writer in line["policy"]]
+        assert sorted(names) == ["a", "b"]
+        for name, text in zip(names, (line["chosen"], line["rejected"]), strict=True):
+            assert text in (a if name == "a" else b)[line["prompt"]]
+    args += ["--overwrite", "--comparisons", tmp_path / "l/comparisons.jsonl"]
+    assert run_script(evaluate, monkeypatch, *args) == 0
+    report = json.loads((tmp_path / "e/report.json").read_text())
+    assert str(tmp_path / "l/comparisons.jsonl") in report["win_rate"]
 
 
 def revise_flags(data, out, *more):
