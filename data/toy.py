@@ -626,17 +626,17 @@ def named_facts(response):
 
 def rationale(prompt, response, seen):
     """What a judge says of one response before it marks it. Of a summary: each fact that it tells,
-    the post's, and the mark so far; of another response: each thing that it names, and whether that
-    is right. Then what else is wrong, and the mark. Without the facts side by side, small judges
-    never learn to compare them."""
-    facts, points, read, left = read_prompt(prompt), dict(seen), [], 10.0
+    the post's, and whether it is right; of another response: each thing that it names, and whether
+    that is right. Then what else is wrong, and the mark. Without the facts side by side, small
+    judges never learn to compare them."""
+    facts, names, read = read_prompt(prompt), [words for words, _ in seen], []
     if facts["task"] == "summary":
         told = named_facts(response)
         for slot, name in FACTS.items():
-            for words in (f"makes up the {name}", f"leaves out the {name}"):
-                left -= points.pop(words, 0.0)
+            wrong = {f"makes up the {name}", f"leaves out the {name}"} & set(names)
+            names = [words for words in names if words not in wrong]
             values = told.get(slot, "nothing").split()[0], facts[slot].split()[0]
-            read.append(f"{values[0]} {values[1]} {on_scale(left)}")
+            read.append(f"{values[0]} {values[1]} {'no' if wrong else 'yes'}")
     elif facts["task"] in ("need", "idea"):
         good = NEEDS[facts["topic"]] if facts["task"] == "need" else IDEAS[facts["topic"]]
         for s in sentences(response):
@@ -644,9 +644,9 @@ def rationale(prompt, response, seen):
                 for item in (match["first"], match["second"]):
                     read.append(f"{item} {'yes' if item in good else 'no'}")
     said = [" ".join(read) + "."] if read else []
-    if points or not seen:
-        said.append(f"{', '.join(points) or 'has nothing wrong'}.")
-    return " ".join([*said, f"Rating: {on_scale(left - sum(points.values()))}"])
+    if names or not seen:
+        said.append(f"{', '.join(names) or 'has nothing wrong'}.")
+    return " ".join([*said, f"Rating: {on_scale(mark(seen))}"])
 
 
 def best_response(rng, prompt):
@@ -778,12 +778,12 @@ def write_judges(out, seed):
     template = read_sections(Path(__file__).parent / "prompts/toy.txt")
     principles = json.loads((Path(__file__).parent / "constitution.json").read_text("utf-8"))
     rng = random.Random(f"{seed} judge")
-    for suffix, split, count in (("", "judge", 42000), ("_validation", "validation", 400)):
+    for suffix, split, count in (("", "judge", 34000), ("_validation", "validation", 400)):
         stream = prompt_stream(seed, f"judge{suffix}", split, SPOILED)
         made = judge_demonstrations(rng, template, take(stream, count))
         write_records(out / f"judge{suffix}.jsonl", list(made))
         stream = prompt_stream(seed, f"critic{suffix}", split, CRITICISED)
-        made = critic_demonstrations(rng, template, principles, take(stream, count // 4))
+        made = critic_demonstrations(rng, template, principles, take(stream, count * 3 // 10))
         write_records(out / f"critic{suffix}.jsonl", list(made))
     train = prompt_stream(seed, "red team", "train", RATES | {"summary": 0.0, "benign": 0.0})
     write_records(out / "prompts_red_team.jsonl", take(train, 2000))
