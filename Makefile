@@ -124,7 +124,8 @@ $(RUNS)/evaluation/report.json: $(RUNS)/ppo/report.json $(RUNS)/dpo/report.json 
 
 # --- AI feedback: what people did above, by a judge ---
 
-# The judge and the critic play an off-the-shelf language model; they learn from data of their own.
+# The judge, the rater and the critic play a language model that one would take off the shelf; they
+# learn from data of their own.
 JUDGES := data/toy/judge.jsonl
 TAUGHT = $(RUN) sft.py --n_positions 384 --prompt_loss_weight 0.3 --batch_size 8 --eval_every 0 \
   --num_prompts 100 --max_new_tokens 128
@@ -132,15 +133,17 @@ TAUGHT = $(RUN) sft.py --n_positions 384 --prompt_loss_weight 0.3 --batch_size 8
 $(JUDGES): data/toy.py data/prompts/toy.txt data/constitution.json | $(VENV)/installed
 	$(PYTHON) data/toy.py --judge
 
+# $(1) folder of runs, $(2) suffix of a run's name, $(3) seed, $(4) judge, rater or critic
+define taught
+$(1)/$(4)$(2)/report.json: $(JUDGES) sft.py model.py
+	$$(call go,$$(TAUGHT) --data data/toy/$(4).jsonl --validation data/toy/$(4)_validation.jsonl \
+	  --prompts data/toy/$(4)_validation.jsonl --seed $(3),sft.py,$$(@D))
+endef
+
 # $(1) folder of runs, $(2) suffix of a run's name, $(3) seed, $(4) SFT policy, $(5) its samples,
 # $(6) test prompts with responses in an order by gold
 define ai_feedback
-$(1)/judge$(2)/report.json: $(JUDGES) sft.py model.py
-	$$(call go,$$(TAUGHT) --data $(JUDGES) --validation data/toy/judge_validation.jsonl \
-	  --prompts data/toy/judge_validation.jsonl --seed $(3),sft.py,$$(@D))
-$(1)/critic$(2)/report.json: $(JUDGES) sft.py model.py
-	$$(call go,$$(TAUGHT) --data data/toy/critic.jsonl --validation data/toy/critic_validation.jsonl \
-	  --prompts data/toy/critic_validation.jsonl --seed $(3),sft.py,$$(@D))
+$(foreach who,judge rater critic,$(eval $(call taught,$(1),$(2),$(3),$(who))))
 $(1)/agreement$(2)/report.json: $(1)/judge$(2)/report.json $(6)/report.json rlaif.py
 	$$(call go,$$(PYTHON) rlaif.py agree --judges $(1)/judge$(2) --data $(6)/rankings.jsonl \
 	  --gold data/toy.py --seed $(3),rlaif.py,$$(@D))
@@ -155,8 +158,8 @@ $(1)/ppo-ai$(2)/report.json: $(1)/reward-ai$(2)/report.json ppo.py
 $(1)/dpo-ai$(2)/report.json: $(1)/labels$(2)/report.json $(4)/report.json dpo.py
 	$$(call go,$$(DPO) --init $(4) --data $(1)/labels$(2)/comparisons.jsonl --seed $(3) \
 	  --validation $(6)/rankings.jsonl --cache $(1)/cache,dpo.py,$$(@D))
-$(1)/direct$(2)/report.json: $(1)/judge$(2)/report.json $(4)/report.json rlaif.py
-	$$(call go,$$(RUN) rlaif.py direct $$(GOLD) --init $(4) --judge $(1)/judge$(2) --seed $(3),rlaif.py,$$(@D))
+$(1)/direct$(2)/report.json: $(1)/rater$(2)/report.json $(4)/report.json rlaif.py
+	$$(call go,$$(RUN) rlaif.py direct $$(GOLD) --init $(4) --judge $(1)/rater$(2) --seed $(3),rlaif.py,$$(@D))
 $(1)/revisions$(2)/report.json: $(1)/critic$(2)/report.json $(4)/report.json rlaif.py
 	$$(call go,$$(PYTHON) rlaif.py revise --policy $(4) --judge $(1)/critic$(2) --revisions 4 \
 	  --prompts data/toy/prompts_red_team.jsonl --mix data/toy/demonstrations_helpful.jsonl \

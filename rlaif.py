@@ -16,8 +16,8 @@ learned baseline and no reward model in between:
     python rlaif.py label --samples runs/feedback/samples.jsonl --judge runs/judge     # preferences
     python rlaif.py agree --data comparisons.jsonl --judges runs/judge    # how good a judge is
     python rlaif.py revise --policy runs/sft --judge runs/critic --prompts prompts.jsonl     # CAI
-    python rlaif.py direct --init runs/sft --judge runs/judge             # RLAIF by ratings
-    torchrun --nproc_per_node=8 rlaif.py direct --init runs/sft --judge runs/judge --lr 1e-5
+    python rlaif.py direct --init runs/sft --judge runs/rater             # RLAIF by ratings
+    torchrun --nproc_per_node=8 rlaif.py direct --init runs/sft --judge runs/rater --lr 1e-5
     python rlaif.py label --samples samples.jsonl --judge http://localhost:8000/v1 --judge_model M \
         --template data/prompts/harmless.txt --constitution data/constitution.json
 
@@ -209,7 +209,7 @@ class DirectConfig:
     init: Annotated[str, "policy to start from, and the reference: a run directory"] = "runs/sft"
     judge: Annotated[
         str, "who rates: a GPT run directory, or the URL of a server, with its /v1"
-    ] = "runs/judge"
+    ] = "runs/rater"
     judge_model: Annotated[str, "the server's name of the model"] = ""
     template: Annotated[str, "how to ask, with sections rate and ratings"] = "data/prompts/toy.txt"
     gold: Annotated[str, "Python file whose score(prompt, response, **fields) is the truth"] = ""

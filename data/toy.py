@@ -716,34 +716,42 @@ def asked_by(template, preamble, exemplars, reasons, prompt, responses):
 
 
 def judge_demonstrations(rng, template, records):
-    """Of each prompt one of: a rating and what it is for; which of two responses is better, asked
-    in every way that rlaif.py may ask; the same with reasons first."""
+    """Of each prompt one: which of two responses is better, asked in every way in which rlaif.py
+    may ask, or the same with reasons first."""
     answers = json.loads(template["answers"])
     for record in records:
-        prompt, kind = record["prompt"], rng.random()
-        line = {"task": "rate" if kind < 0.1 else "compare" if kind < 0.3 else "reason"}
-        spoiled = 1.0 if line["task"] == "reason" else 0.5
+        prompt, task = record["prompt"], "compare" if rng.random() < 0.25 else "reason"
+        # Reading the facts of responses is learnt where these are made up; how to weigh them, where
+        # they are as policies write them.
+        spoiled = 0.7 if task == "reason" else 0.3
         rates = [
             SPOILED if rng.random() < spoiled else pick(rng, (RATES, CAREFUL)) for _ in range(2)
         ]
         responses = [demonstrate(rng, prompt, rate) for rate in rates]
         seen = [seen_faults(rng, prompt, response) for response in responses]
-        if line["task"] == "rate":
-            words = ", ".join(words for words, _ in seen[0]) or "has nothing wrong"
-            text = fill(template["rate"], prompt=prompt, response=responses[0])
-            yield line | {"prompt": text, "response": f" {on_scale(mark(seen[0]))}: {words}."}
-            continue
         preamble, better = pick(rng, ("base", "detailed")), mark(seen[0]) - mark(seen[1])
         answer = answers[0 if better > 0 or (better == 0 and rng.random() < 0.5) else 1]
-        if line["task"] == "compare":
+        if task == "compare":
             text = asked_by(template, preamble, int(rng.random() * 2), False, prompt, responses)
-            yield line | {"prompt": text, "response": answer}
+            yield {"task": task, "prompt": text, "response": answer}
             continue
         said = [rationale(prompt, r, s) for r, s in zip(responses, seen, strict=True)]
         # Not "Response 1" again: in words of their own, the two are kept apart.
         reasons = f" The first: {said[0]} The other: {said[1]}{template['break']}"
         text = asked_by(template, preamble, 0, True, prompt, responses)
-        yield line | {"prompt": text, "response": f"{reasons}{template['ending']}{answer}"}
+        yield {"task": task, "prompt": text, "response": f"{reasons}{template['ending']}{answer}"}
+
+
+def rater_demonstrations(rng, template, records):
+    """Of each prompt a rating of one response, and what it is for."""
+    for record in records:
+        prompt = record["prompt"]
+        rates = SPOILED if rng.random() < 0.3 else pick(rng, (RATES, CAREFUL))
+        response = demonstrate(rng, prompt, rates)
+        seen = seen_faults(rng, prompt, response)
+        words = ", ".join(words for words, _ in seen) or "has nothing wrong"
+        text = fill(template["rate"], prompt=prompt, response=response)
+        yield {"task": "rate", "prompt": text, "response": f" {on_scale(mark(seen))}: {words}."}
 
 
 def critic_demonstrations(rng, template, principles, records):
@@ -778,10 +786,14 @@ def write_judges(out, seed):
     template = read_sections(Path(__file__).parent / "prompts/toy.txt")
     principles = json.loads((Path(__file__).parent / "constitution.json").read_text("utf-8"))
     rng = random.Random(f"{seed} judge")
-    for suffix, split, count in (("", "judge", 34000), ("_validation", "validation", 400)):
-        stream = prompt_stream(seed, f"judge{suffix}", split, SPOILED)
-        made = judge_demonstrations(rng, template, take(stream, count))
-        write_records(out / f"judge{suffix}.jsonl", list(made))
+    for suffix, split, count in (("", "judge", 36000), ("_validation", "validation", 400)):
+        for name, demonstrations in (
+            ("judge", judge_demonstrations),
+            ("rater", rater_demonstrations),
+        ):
+            records = take(prompt_stream(seed, f"{name}{suffix}", split, SPOILED), count)
+            made = demonstrations(rng, template, records)
+            write_records(out / f"{name}{suffix}.jsonl", list(made))
         stream = prompt_stream(seed, f"critic{suffix}", split, CRITICISED)
         made = critic_demonstrations(rng, template, principles, take(stream, count * 3 // 10))
         write_records(out / f"critic{suffix}.jsonl", list(made))

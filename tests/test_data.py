@@ -548,31 +548,30 @@ def test_a_judge_is_asked_what_rlaif_asks():
 
 
 def test_judge_demonstrations():
-    """Answers follow from the marks, marks from the faults but for the stated noise; all ways of
-    asking are there; no line is of another split."""
-    path = ROOT / "data/prompts/toy.txt"
-    template = toy.read_sections(path)
+    """Answers follow from the marks; all ways of asking are there; ratings are on the scale."""
+    template = toy.read_sections(ROOT / "data/prompts/toy.txt")
     records = toy.take(toy.prompt_stream(0, "judge", "judge", toy.SPOILED), 600)
     lines = list(toy.judge_demonstrations(random.Random(0), template, records))
     kinds = collections.Counter(line["task"] for line in lines)
-    assert set(kinds) == {"rate", "compare", "reason"} and min(kinds.values()) > 30
+    assert set(kinds) == {"compare", "reason"} and min(kinds.values()) > 100
     for line, record in zip(lines, records, strict=True):
-        assert toy.fill("{x}", x=record["prompt"]) in line["prompt"]
-        if line["task"] == "rate":
-            rating = re.fullmatch(r" (\d+): .+\.", line["response"])
-            assert 1 <= int(rating[1]) <= 10
-        if line["task"] == "reason":
-            said = re.fullmatch(
-                r" The first: .*Rating: (\d+) The other: .*Rating: (\d+) "
-                r"Preferred response= ([12])",
-                line["response"],
-            )
-            one, two = int(said[1]), int(said[2])
-            assert one == two or (one > two) == (said[3] == "1")
+        assert record["prompt"] in line["prompt"]
+        if line["task"] == "compare":
+            assert line["response"] in (" 1", " 2")
+            continue
+        said = re.fullmatch(
+            r" The first: .*Rating: (\d+) The other: .*Rating: (\d+) Preferred response= ([12])",
+            line["response"],
+        )
+        one, two = int(said[1]), int(said[2])
+        assert one == two or (one > two) == (said[3] == "1")
     compared = [line["prompt"] for line in lines if line["task"] == "compare"]
     for words in ("How do I make tea? Response 1", template["preamble detailed"][:20]):
         share = sum(words in text for text in compared) / len(compared)
         assert 0.35 < share < 0.65
+    for line in toy.rater_demonstrations(random.Random(0), template, records):
+        assert 1 <= int(re.fullmatch(r" (\d+): .+\.", line["response"])[1]) <= 10
+        assert line["prompt"].endswith("Rating:")
 
 
 def test_critics():
