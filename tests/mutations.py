@@ -394,8 +394,8 @@ MUTATIONS = {
         (
             "answers swapped",
             "rlaif.py",
-            "1 / (1 + math.exp(two - one)) for one, two in",
-            "1 / (1 + math.exp(one - two)) for one, two in",
+            "0.5 + 0.5 * math.tanh((one - two) / 2) for one, two in",
+            "0.5 + 0.5 * math.tanh((two - one) / 2) for one, two in",
         ),
         (
             "bias of flipped pairs",
@@ -469,7 +469,7 @@ MUTATIONS = {
         (
             "answers are forgotten",
             "rlaif.py",
-            'file.write(json.dumps({"key": names[index], "answer": answer}) + "\\n")',
+            'file.write("".join(json.dumps(record) + "\\n" for record in records))',
             "pass",
         ),
         (
@@ -587,8 +587,8 @@ MUTATIONS = {
         (
             "answers stand among the logs",
             "rlaif.py",
-            'memory = out_dir / "answers" / f"{rank}.jsonl"',
-            'memory = out_dir / f"answers-{rank}.jsonl"',
+            'rater.remember(out_dir / "answers" / f"{rank}.jsonl")',
+            'rater.remember(out_dir / f"answers-{rank}.jsonl")',
         ),
         (
             "no step of the warm-up",
