@@ -174,7 +174,7 @@ $(1)/ai-evaluation$(2)/report.json: $(foreach p,cai ppo-ai dpo-ai direct,$(1)/$(
 	  $(1)/$(p)$(2) $(1)/$(p)$(2)@temperature=0)) --gold data/toy.py --seed $(3) \
 	  --prompts data/toy/prompts_test.jsonl --out_dir $$(@D) --overwrite
 endef
-VARIANT := detailed+cot
+VARIANT := base+cot
 ifeq ($(DATA),data/toy)
 $(eval $(call ai_feedback,$(RUNS),,0,$(RUNS)/sft,$(RUNS)/feedback,$(RUNS)/feedback_validation))
 $(RUNS)/feedback/report.json: $(RUNS)/feedback/rankings.jsonl
@@ -282,7 +282,7 @@ endef
 $(foreach seed,$(SEEDS),$(eval $(call people,$(seed))) $(eval \
   $(call ai_feedback,$(E),-$(seed),$(seed),$(E)/sft-medium-$(seed),$(E)/feedback-$(seed),$(E)/feedback-test-$(seed))))
 
-rlaif: $(SEEDS:%=$(E)/ai-evaluation-%/report.json)
+rlaif: $(foreach run,ai-evaluation ppo dpo,$(SEEDS:%=$(E)/$(run)-%/report.json))
 
 # --- tests ---
 

@@ -13,6 +13,8 @@ learned baseline and no reward model in between:
 
     score = sum_i i p(i), on [-1, 1];  Z = (1 - beta) score - beta KL;  loss = -log pi(y|x) (Z - V)
 
+Simplified against the papers: one update a rollout, and no cleaning of the responses' ends.
+
     python rlaif.py label --samples runs/feedback/samples.jsonl --judge runs/judge     # preferences
     python rlaif.py agree --data comparisons.jsonl --judges runs/judge    # how good a judge is
     python rlaif.py revise --policy runs/sft --judge runs/critic --prompts prompts.jsonl     # CAI
@@ -988,9 +990,9 @@ class ServerJudge(Judge):
     def ask(self, requests):
         """When told to stop, or when an answer can't be had, waits for those in flight: they are
         paid for."""
-        failed = None
-        with ThreadPoolExecutor(self.cfg.in_flight) as pool:
-            pending = {pool.submit(self.one, request): i for i, request in enumerate(requests)}
+        failed, pool = None, ThreadPoolExecutor(self.cfg.in_flight)
+        pending = {pool.submit(self.one, request): i for i, request in enumerate(requests)}
+        try:
             while pending:
                 done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 found = []
@@ -1004,6 +1006,8 @@ class ServerJudge(Judge):
                     yield found
                 if failed or stop_signals:
                     pending = {f: i for f, i in pending.items() if not f.cancel()}
+        finally:  # what was answered can't be written, say: nothing more is asked
+            pool.shutdown(cancel_futures=True)
         if failed and not stop_signals:
             raise failed
 
@@ -1301,7 +1305,7 @@ def read_clamp(text):
     return low, high
 
 
-def interrupted(cfg, judge):
+def interrupted(judge):
     print(f"stopped; {len(judge.known)} answers are kept, --resume goes on from there", flush=True)
     sys.exit(128 + signal.SIGTERM)
 
@@ -1312,6 +1316,8 @@ def label_main(cfg):
     template = read_template(cfg.template)
     principles = read_constitution(cfg.constitution) if cfg.constitution else []
     files = split_names(cfg.samples)
+    if not files:
+        refuse("--samples: expected a file")
     lines = read_samples(files, cfg.num_prompts)
     mixed = []
     if cfg.mix:
@@ -1332,7 +1338,7 @@ def label_main(cfg):
     )
     found = judge_pairs(judge, template, variant, pairs, cfg.max_rationale_tokens, cfg.seed)
     if found is None:
-        interrupted(cfg, judge)
+        interrupted(judge)
     records = list(mixed)
     for (number, pair), (p, _) in zip(drawn, found, strict=True):
         p = min(max(p, low), high)
@@ -1407,7 +1413,7 @@ def agree_main(cfg):
         for variant in variants:
             found = judge_pairs(judge, template, variant, pairs, cfg.max_rationale_tokens, cfg.seed)
             if found is None:
-                interrupted(cfg, judge)
+                interrupted(judge)
             hits = [0.5 + 0.5 * float(np.sign(p - 0.5)) for p, _ in found]
             # Of one order alone, the better response being answer 1 or 2 at random.
             coin = random.Random(f"{cfg.seed} orders")
@@ -1490,7 +1496,7 @@ def revise_main(cfg):
         ]
         found = model.answers(requests)
         if found is None:
-            interrupted(cfg, model)
+            interrupted(model)
         return found
 
     responses = said(policy, [line["prompt"] for line in lines], 0)
@@ -1888,9 +1894,12 @@ def direct_main(cfg):
     inputs += [*weight_files(Path(cfg.init)), Path(cfg.init) / "config.json"]
     rater = open_judge(cfg.judge, cfg, device, precision)
     if isinstance(rater, LocalJudge):  # now, not when such a prompt is drawn
-        longest = max(prompts + held_out, key=lambda line: len(line["prompt"]))
-        text = filled(template["rate"], {"prompt": longest["prompt"], "response": ""})
-        tokens = len(rater.tokenizer.encode_ordinary(text)) + cfg.max_new_tokens
+        texts = [
+            filled(template["rate"], {"prompt": line["prompt"], "response": ""})
+            for line in prompts + held_out
+        ]
+        longest = max(map(len, rater.tokenizer.encode_ordinary_batch(texts)))
+        tokens = longest + cfg.max_new_tokens
         if tokens > rater.model.config.n_positions:
             refuse(
                 f"--judge {cfg.judge}: has room for {rater.model.config.n_positions} tokens; the "

@@ -13,6 +13,7 @@ else, and scores any string, in time linear in its length. `explain` gives its p
 
     python data/toy.py                      # writes data/toy/*.jsonl and data/toy/bpe.tiktoken
     python data/toy.py --out DIR --seed 1
+    python data/toy.py --judge              # what judges learn from, for rlaif.py
 
 Demonstrations are of mixed quality, at the rates in RATES: a policy trained on them is fluent,
 often incomplete, and complies with three harmful requests in four, so that feedback has much to

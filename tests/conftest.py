@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,46 @@ def torchrun(folder, script, code, ranks=2):
     command += [f"--nproc_per_node={ranks}", str(driver)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+# A rollout that does not depend on the ranks: each prompt's response is written by its text, and
+# checkpoints are kept. For torchrun's `code`, or by can_the_rollout.
+CANNED = """import model, torch
+def canned(sampler, prompts, ids, cfg, eos, seed, device):
+    responses = [(list(line['prompt'].encode()) * 2)[: 2 + len(line['prompt']) % 6]
+                 + [eos] * (len(line['prompt']) % 3 > 0) for line in prompts]
+    tokens, mask = model.pad(ids, responses)
+    ended = torch.tensor([response[-1] == eos for response in responses])
+    lengths = [len(p) + len(r) for p, r in zip(ids, responses)]
+    return {{'lines': prompts, 'tokens': tokens, 'mask': mask, 'lengths': lengths,
+            'responses': responses, 'ended': ended}}
+{script}.sample_batch = canned
+{script}.shutil.rmtree = lambda *args, **kwargs: None
+"""
+
+
+@contextmanager
+def can_the_rollout(module):
+    """CANNED in this process, while it lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "sample_batch", module.sample_batch)
+        patch.setattr(module.shutil, "rmtree", module.shutil.rmtree)
+        exec(CANNED.format(script=module.__name__), {module.__name__: module})
+        yield patch
+
+
+def same_run(out, other):
+    """Weights, and logs but for times, are the same, bit for bit."""
+
+    def steps(lines):
+        return [{k: v for k, v in line.items() if not k.endswith("_share")} for line in lines]
+
+    assert weights(out) == weights(other)
+    assert steps(metrics(out)) == steps(metrics(other))
+    for log in ("samples.jsonl", "rounds.jsonl"):
+        assert (out / log).exists() == (other / log).exists()
+        if (out / log).exists():
+            assert (out / log).read_bytes() == (other / log).read_bytes()
 
 
 def metrics(out):

@@ -8,20 +8,21 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
+    CANNED,
     ROOT,
+    can_the_rollout,
     gradient,
     metrics,
     policy_of_arms,
     read_lines,
     run_script,
+    same_run,
     torchrun,
-    weights,
     write_jsonl,
 )
 from safetensors.torch import load_file
@@ -123,31 +124,6 @@ def test_the_bandit_reaches_the_exact_optimum(data, tmp_path, monkeypatch, token
 
 # --- the loop -------------------------------------------------------------------------------------
 
-# A rollout that does not depend on the ranks: each prompt's response is written by its text.
-CANNED = """import model, torch
-def canned(sampler, prompts, ids, cfg, eos, seed, device):
-    responses = [(list(line['prompt'].encode()) * 2)[: 2 + len(line['prompt']) % 6]
-                 + [eos] * (len(line['prompt']) % 3 > 0) for line in prompts]
-    tokens, mask = model.pad(ids, responses)
-    ended = torch.tensor([response[-1] == eos for response in responses])
-    lengths = [len(p) + len(r) for p, r in zip(ids, responses)]
-    return {'lines': prompts, 'tokens': tokens, 'mask': mask, 'lengths': lengths,
-            'responses': responses, 'ended': ended}
-rlaif.sample_batch = canned
-rlaif.shutil.rmtree = lambda *args, **kwargs: None
-"""
-
-
-@contextmanager
-def can_the_rollout():
-    """CANNED in this process; checkpoints are kept."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("sample_batch",):
-            patch.setattr(rlaif, name, getattr(rlaif, name))
-        patch.setattr(rlaif.shutil, "rmtree", rlaif.shutil.rmtree)
-        exec(CANNED, {"rlaif": rlaif})
-        yield patch
-
 
 def iterations_by_hand(data, tokenizer, c):
     """What direct does with the canned rollout, one sequence at a time, without pads, masks or
@@ -227,7 +203,7 @@ def test_three_iterations_against_ones_by_hand(data, tmp_path, tokenizer):
     )
     changed = [(k, v) for k, v in vars(c).items() if v != getattr(rlaif.DirectConfig(), k)]
     args = [part for k, v in changed for part in (f"--{k}", v)]
-    with can_the_rollout() as patch:
+    with can_the_rollout(rlaif) as patch:
         assert run(patch, *flags(data, tmp_path / "run", "--validation", "", *args)) == 0
     found = load_file(tmp_path / "run/checkpoint-3/tensors.safetensors")
     for name, expected in iterations_by_hand(data, tokenizer, c).items():
@@ -247,10 +223,10 @@ def test_ranks_and_accumulation_take_the_same_update(data, tmp_path):
     ]:
         argv = flags(data, tmp_path / name, *args, *more)
         if ranks == 1:
-            with can_the_rollout() as patch:
+            with can_the_rollout(rlaif) as patch:
                 assert run(patch, *argv) == 0
             continue
-        code = f"{CANNED}sys.argv = {['rlaif.py', *argv]!r}\nrlaif.main()\n"
+        code = f"{CANNED.format(script='rlaif')}sys.argv = {['rlaif.py', *argv]!r}\nrlaif.main()\n"
         done = torchrun(tmp_path, "rlaif", code, ranks)
         assert done.returncode == 0, done.stderr[-3000:]
     expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
@@ -272,17 +248,6 @@ def uninterrupted(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         assert run(patch, *flags(data, out, *LONG)) == 0
     return out
-
-
-def same_run(out, other):
-    """Weights and logs, times aside, are the same, bit for bit."""
-
-    def steps(lines):
-        return [{k: v for k, v in line.items() if not k.endswith("_share")} for line in lines]
-
-    assert weights(out) == weights(other)
-    assert steps(metrics(out)) == steps(metrics(other))
-    assert (out / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("moment", [1, 4])

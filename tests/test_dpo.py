@@ -12,7 +12,17 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, gradient, metrics, read_lines, run_script, torchrun, weights, write_jsonl
+from conftest import (
+    ROOT,
+    gradient,
+    metrics,
+    read_lines,
+    run_script,
+    same_run,
+    torchrun,
+    weights,
+    write_jsonl,
+)
 from safetensors.torch import load_file
 
 import dpo
@@ -435,15 +445,6 @@ def uninterrupted(data, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             assert run(patch, *flags(data, folder / str(online), *long(data, online))) == 0
     return folder
-
-
-def same_run(out, other):
-    """Weights, metrics without times, samples and judged rounds are the same, bit for bit."""
-    assert weights(out) == weights(other) and metrics(out) == metrics(other)
-    for log in ("samples.jsonl", "rounds.jsonl"):
-        assert (out / log).exists() == (other / log).exists()
-        if (out / log).exists():
-            assert (out / log).read_bytes() == (other / log).read_bytes()
 
 
 @pytest.mark.parametrize("online, moment", [(False, 3), (False, 6), (True, 2), (True, 4)])

@@ -9,20 +9,21 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
+    CANNED,
     ROOT,
+    can_the_rollout,
     gradient,
     metrics,
     policy_of_arms,
     read_lines,
     run_script,
+    same_run,
     torchrun,
-    weights,
     write_jsonl,
 )
 from safetensors.torch import load_file
@@ -313,31 +314,6 @@ def test_the_bandit_reaches_the_exact_optimum(tmp_path, monkeypatch, tokenizer):
     assert found.sum() > 0.999 and distance < 0.02
 
 
-# A rollout that does not depend on the ranks: each prompt's response is written by its text.
-CANNED = """import model, torch
-def canned(sampler, prompts, ids, cfg, eos, seed, device):
-    responses = [(list(line['prompt'].encode()) * 2)[: 2 + len(line['prompt']) % 6]
-                 + [eos] * (len(line['prompt']) % 3 > 0) for line in prompts]
-    tokens, mask = model.pad(ids, responses)
-    ended = torch.tensor([response[-1] == eos for response in responses])
-    lengths = [len(p) + len(r) for p, r in zip(ids, responses)]
-    return {'lines': prompts, 'tokens': tokens, 'mask': mask, 'lengths': lengths,
-            'responses': responses, 'ended': ended}
-ppo.sample_batch = canned
-ppo.shutil.rmtree = lambda *args, **kwargs: None
-"""
-
-
-@contextmanager
-def can_the_rollout():
-    """CANNED in this process, while it lasts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "sample_batch", ppo.sample_batch)
-        patch.setattr(ppo.shutil, "rmtree", ppo.shutil.rmtree)
-        exec(CANNED, {"ppo": ppo})
-        yield patch
-
-
 def iterations_by_hand(data, tokenizer, c):
     """What ppo.py does with the canned rollout, one sequence at a time, without pads, masks or
     batches: c's number of iterations from the papers' equations and Adam's. -> parameters."""
@@ -478,7 +454,7 @@ def test_two_iterations_against_ones_by_hand(data, tmp_path, tokenizer):
     )
     changed = [(k, v) for k, v in vars(c).items() if v != getattr(ppo.Config(), k)]
     args = [part for k, v in changed for part in ((f"--{k}",) if v is True else (f"--{k}", v))]
-    with can_the_rollout() as patch:
+    with can_the_rollout(ppo) as patch:
         assert run(patch, *flags(data, tmp_path / "run", "--validation", "", *args)) == 0
     found = load_file(tmp_path / "run/checkpoint-2/tensors.safetensors")
     expected_parameters, beta = iterations_by_hand(data, tokenizer, c)
@@ -503,10 +479,10 @@ def test_ranks_and_accumulation_take_the_same_update(data, tmp_path):
     ]:
         argv = flags(data, tmp_path / name, *args, *more)
         if ranks == 1:
-            with can_the_rollout() as patch:
+            with can_the_rollout(ppo) as patch:
                 assert run(patch, *argv) == 0
             continue
-        code = f"{CANNED}sys.argv = {['ppo.py', *argv]!r}\nppo.main()\n"
+        code = f"{CANNED.format(script='ppo')}sys.argv = {['ppo.py', *argv]!r}\nppo.main()\n"
         done = torchrun(tmp_path, "ppo", code, ranks)
         assert done.returncode == 0, done.stderr[-3000:]
     expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
@@ -529,17 +505,6 @@ def uninterrupted(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         assert run(patch, *flags(data, out, *LONG)) == 0
     return out
-
-
-def same_run(out, other):
-    """Weights and logs, times aside, are the same, bit for bit."""
-
-    def steps(lines):
-        return [{k: v for k, v in line.items() if not k.endswith("_share")} for line in lines]
-
-    assert weights(out) == weights(other)
-    assert steps(metrics(out)) == steps(metrics(other))
-    assert (out / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("moment", [1, 3, 4, 5])

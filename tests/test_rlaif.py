@@ -387,6 +387,7 @@ def test_kill_asks_nothing_twice(data, tmp_path, monkeypatch, moment):
         (["--judge", "nowhere"], "nowhere"),
         (["--clamp", "0.6,0.4"], "--clamp 0.6,0.4: expected two numbers"),
         (["--samples", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--samples", ","], "--samples: expected a file"),
         (["--template", "nowhere.txt"], "nowhere.txt:0: file"),
         (["--constitution", "nowhere.json"], "nowhere.json:0: file"),
         (["--variant", "base+2shot"], "has 0 exemplars"),
