@@ -127,7 +127,7 @@ $(RUNS)/evaluation/report.json: $(RUNS)/ppo/report.json $(RUNS)/dpo/report.json 
 # The judge, the rater and the critic play a language model that one would take off the shelf; they
 # learn from data of their own.
 JUDGES := data/toy/judge.jsonl
-TAUGHT = $(RUN) sft.py --n_positions 384 --prompt_loss_weight 0.3 --batch_size 8 --lr 3e-3 --eval_every 0 \
+TAUGHT = $(RUN) sft.py --n_positions 384 --prompt_loss_weight 0.3 --batch_size 6 --lr 3e-3 --eval_every 0 \
   --num_prompts 100 --max_new_tokens 128
 
 $(JUDGES): data/toy.py data/prompts/toy.txt data/constitution.json | $(VENV)/installed

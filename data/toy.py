@@ -721,7 +721,7 @@ def judge_demonstrations(rng, template, records):
     may ask, or the same with reasons first."""
     answers = json.loads(template["answers"])
     for record in records:
-        prompt, task = record["prompt"], "compare" if rng.random() < 0.25 else "reason"
+        prompt, task = record["prompt"], "compare" if rng.random() < 0.1 else "reason"
         # Reading the facts of responses is learnt where these are made up; how to weigh them, where
         # they are as policies write them.
         spoiled = 0.7 if task == "reason" else 0.3
@@ -787,7 +787,7 @@ def write_judges(out, seed):
     template = read_sections(Path(__file__).parent / "prompts/toy.txt")
     principles = json.loads((Path(__file__).parent / "constitution.json").read_text("utf-8"))
     rng = random.Random(f"{seed} judge")
-    for suffix, split, count in (("", "judge", 36000), ("_validation", "validation", 400)):
+    for suffix, split, count in (("", "judge", 25500), ("_validation", "validation", 400)):
         for name, demonstrations in (
             ("judge", judge_demonstrations),
             ("rater", rater_demonstrations),
@@ -796,7 +796,7 @@ def write_judges(out, seed):
             made = demonstrations(rng, template, records)
             write_records(out / f"{name}{suffix}.jsonl", list(made))
         stream = prompt_stream(seed, f"critic{suffix}", split, CRITICISED)
-        made = critic_demonstrations(rng, template, principles, take(stream, count * 3 // 10))
+        made = critic_demonstrations(rng, template, principles, take(stream, count * 4 // 10))
         write_records(out / f"critic{suffix}.jsonl", list(made))
     train = prompt_stream(seed, "red team", "train", RATES | {"summary": 0.0, "benign": 0.0})
     write_records(out / "prompts_red_team.jsonl", take(train, 2000))

@@ -79,20 +79,8 @@ def run_script(module, monkeypatch, *args):
     return 0
 
 
-def torchrun(folder, script, code, ranks=2):
-    """Runs `code`, which has the script's module, `sys`, `os` and `torch`, on several ranks."""
-    driver = folder / "driver.py"
-    driver.write_text(
-        f"import os, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport {script}\n{code}"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={ranks}", str(driver)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-
-
 # A rollout that does not depend on the ranks: each prompt's response is written by its text, and
-# checkpoints are kept. For torchrun's `code`, or by can_the_rollout.
+# checkpoints are kept. For `on_ranks`, or by can_the_rollout.
 CANNED = """import model, torch
 def canned(sampler, prompts, ids, cfg, eos, seed, device):
     responses = [(list(line['prompt'].encode()) * 2)[: 2 + len(line['prompt']) % 6]

@@ -12,7 +12,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, read_lines, run_script, torchrun, write_jsonl
+from conftest import ROOT, read_lines, run_script, write_jsonl
+from ranks import on_ranks
 
 import annotate
 
@@ -98,7 +99,7 @@ def test_samples_of_two_policies(sampling, policy_run, tokenizer, capsys):
 def test_sampling_is_the_same_on_two_ranks(sampling, tmp_path):
     folder, args = sampling
     argv = ["annotate.py", *args, "--out_dir", str(tmp_path / "two")]
-    done = torchrun(tmp_path, "annotate", f"sys.argv = {argv!r}\nannotate.main()\n")
+    done = on_ranks("annotate", f"sys.argv = {argv!r}\nannotate.main()\n")
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("samples.jsonl", "rankings.jsonl"):
         assert (tmp_path / "two" / name).read_bytes() == (folder / "one" / name).read_bytes()
@@ -110,7 +111,7 @@ def test_sampling_resumes_to_the_same_files(sampling, tmp_path, monkeypatch, how
     args = [*args, "--out_dir", str(tmp_path / "run"), "--resume"]
     number = "SIGTERM" if how == "SIGTERM" else "SIGKILL"
     code = (
-        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport annotate\n"
+        "import signal\n"
         "real, calls = annotate.generate, []\n"
         "def generate(*args, **kwargs):\n"
         "    calls.append(1)\n"
@@ -118,7 +119,7 @@ def test_sampling_resumes_to_the_same_files(sampling, tmp_path, monkeypatch, how
         "    return real(*args, **kwargs)\n"
         f"annotate.generate = generate\nsys.argv = {['annotate.py', *args]!r}\nannotate.main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = on_ranks("annotate", code, 1)
     assert done.returncode == (143 if how == "SIGTERM" else -signal.SIGKILL), done.stderr
     partial = tmp_path / "run/samples.partial.jsonl"
     assert len(read_lines(partial)) == (16 if how == "SIGTERM" else 12)

@@ -6,15 +6,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
     CANNED,
-    ROOT,
     can_the_rollout,
     gradient,
     metrics,
@@ -22,9 +19,9 @@ from conftest import (
     read_lines,
     run_script,
     same_run,
-    torchrun,
     write_jsonl,
 )
+from ranks import on_ranks
 from safetensors.torch import load_file
 
 import rlaif
@@ -227,7 +224,7 @@ def test_ranks_and_accumulation_take_the_same_update(data, tmp_path):
                 assert run(patch, *argv) == 0
             continue
         code = f"{CANNED.format(script='rlaif')}sys.argv = {['rlaif.py', *argv]!r}\nrlaif.main()\n"
-        done = torchrun(tmp_path, "rlaif", code, ranks)
+        done = on_ranks("rlaif", code, ranks)
         assert done.returncode == 0, done.stderr[-3000:]
     expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
     assert expected.norm() > 0.01
@@ -255,7 +252,7 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
     """kill -9 in an update: the end is bit-identical, and the judge is asked nothing twice."""
     args = flags(data, tmp_path / "run", *LONG, "--resume")
     code = (
-        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rlaif\n"
+        "import signal\n"
         f"real, calls = rlaif.reinforce, []\n"
         f"def reinforce(*args):\n"
         f"    calls.append(1)\n"
@@ -264,7 +261,7 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
         f"    return real(*args)\n"
         f"rlaif.reinforce = reinforce\nsys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
     )
-    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    first = on_ranks("rlaif", code, 1)
     assert first.returncode == -signal.SIGKILL, first.stderr
     before = (tmp_path / "run/answers/0.jsonl").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
@@ -310,11 +307,11 @@ def test_a_judge_that_goes_away_loses_nothing(data, tmp_path, uninterrupted):
         f"GONE = {str(tmp_path / 'gone')!r}\n"
         f"rlaif.ratings = ratings\nsys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
     )
-    first = torchrun(tmp_path, "rlaif", code)
+    first = on_ranks("rlaif", code)
     assert first.returncode == 1 and "http://x: 503 Busy, 6 times; stopped at" in first.stderr
     before = [(tmp_path / f"run/answers/{rank}.jsonl").read_bytes() for rank in range(2)]
     (tmp_path / "gone").touch()
-    second = torchrun(tmp_path, "rlaif", code)
+    second = on_ranks("rlaif", code)
     assert second.returncode == 0, second.stderr[-3000:]
     assert "resumed at iteration" in second.stdout
     for rank in range(2):
@@ -322,13 +319,13 @@ def test_a_judge_that_goes_away_loses_nothing(data, tmp_path, uninterrupted):
         assert before[rank] and after.startswith(before[rank])
     whole = flags(data, tmp_path / "whole", *LONG)
     code = f"sys.argv = {['rlaif.py', *whole]!r}\nrlaif.main()\n"
-    assert torchrun(tmp_path, "rlaif", code).returncode == 0
+    assert on_ranks("rlaif", code).returncode == 0
     same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_fewer_episodes_than_ranks(data, tmp_path):
     argv = ["rlaif.py", *flags(data, tmp_path / "run", "--steps", 2, "--batch_size", 1)]
-    done = torchrun(tmp_path, "rlaif", f"sys.argv = {argv!r}\nrlaif.main()\n")
+    done = on_ranks("rlaif", f"sys.argv = {argv!r}\nrlaif.main()\n")
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["episodes"] == 2 and report["sampled"]["policy"]["all"]["count"] == 9

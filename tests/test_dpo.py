@@ -7,22 +7,19 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import (
-    ROOT,
     gradient,
     metrics,
     read_lines,
     run_script,
     same_run,
-    torchrun,
     weights,
     write_jsonl,
 )
+from ranks import on_ranks
 from safetensors.torch import load_file
 
 import dpo
@@ -417,7 +414,7 @@ def test_ranks_and_accumulation_take_the_same_step(data, tmp_path):
             continue
         code = "dpo.shutil.rmtree = lambda *args, **kwargs: None\n"
         code += f"sys.argv = {['dpo.py', *argv]!r}\ndpo.main()\n"
-        done = torchrun(tmp_path, "dpo", code, ranks)
+        done = on_ranks("dpo", code, ranks)
         assert done.returncode == 0, done.stderr[-3000:]
     expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
     assert expected.norm() > 0.1
@@ -453,7 +450,7 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, online, moment):
     bit-identical, logs and judged samples too."""
     args = flags(data, tmp_path / "run", *long(data, online), "--resume")
     code = (
-        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport dpo\n"
+        "import signal\n"
         f"real, calls = dpo.rank_share, []\n"
         f"def counted(*args):\n"
         f"    calls.append(1)\n"
@@ -463,7 +460,7 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, online, moment):
         f"dpo.rank_share = counted\n"
         f"sys.argv = {['dpo.py', *args]!r}\ndpo.main()\n"
     )
-    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    first = on_ranks("dpo", code, 1)
     assert first.returncode == -signal.SIGKILL, first.stderr
     with pytest.MonkeyPatch.context() as patch:
         assert run(patch, *args) == 0
@@ -521,10 +518,10 @@ def test_two_ranks_with_few_prompts_online(data, tmp_path, n, stop):
         "    return found\n"
         f"dpo.sample_batch = recorded\nsys.argv = {argv!r}\ndpo.main()\n"
     )
-    done = torchrun(tmp_path, "dpo", code)
+    done = on_ranks("dpo", code)
     if stop:
         assert done.returncode != 0 and "stopped by SIGTERM" in done.stdout
-        done = torchrun(tmp_path, "dpo", code)
+        done = on_ranks("dpo", code)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "run/report.json").read_text())
     rounds = read_lines(tmp_path / "run/rounds.jsonl")

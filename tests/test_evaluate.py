@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import read_lines, run_script, torchrun, write_jsonl
+from conftest import read_lines, run_script, write_jsonl
+from ranks import on_ranks
 
 import evaluate
 import reward
@@ -352,7 +353,7 @@ def test_a_whole_evaluation(setting, policy_run):
 def test_two_ranks_report_the_same(setting, tmp_path):
     folder, args = setting
     argv = ["evaluate.py", *args, "--out_dir", str(tmp_path / "two")]
-    done = torchrun(tmp_path, "evaluate", f"sys.argv = {argv!r}\nevaluate.main()\n")
+    done = on_ranks("evaluate", f"sys.argv = {argv!r}\nevaluate.main()\n")
     assert done.returncode == 0, done.stderr[-3000:]
     one = json.loads((folder / "out/report.json").read_text())
     two = json.loads((tmp_path / "two/report.json").read_text())

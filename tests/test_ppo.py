@@ -7,15 +7,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
     CANNED,
-    ROOT,
     can_the_rollout,
     gradient,
     metrics,
@@ -23,9 +20,9 @@ from conftest import (
     read_lines,
     run_script,
     same_run,
-    torchrun,
     write_jsonl,
 )
+from ranks import on_ranks
 from safetensors.torch import load_file
 
 import ppo
@@ -483,7 +480,7 @@ def test_ranks_and_accumulation_take_the_same_update(data, tmp_path):
                 assert run(patch, *argv) == 0
             continue
         code = f"{CANNED.format(script='ppo')}sys.argv = {['ppo.py', *argv]!r}\nppo.main()\n"
-        done = torchrun(tmp_path, "ppo", code, ranks)
+        done = on_ranks("ppo", code, ranks)
         assert done.returncode == 0, done.stderr[-3000:]
     expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
     assert expected.norm() > 0.1
@@ -512,7 +509,7 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
     """kill -9 in an update of an iteration: the end is bit-identical."""
     args = flags(data, tmp_path / "run", *LONG, "--resume")
     code = (
-        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport ppo\n"
+        "import signal\n"
         f"real, calls = ppo.gae, []\n"
         f"def gae(*args):\n"
         f"    calls.append(1)\n"
@@ -522,7 +519,7 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
         f"    return real(*args)\n"
         f"ppo.gae = gae\nsys.argv = {['ppo.py', *args]!r}\nppo.main()\n"
     )
-    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    first = on_ranks("ppo", code, 1)
     assert first.returncode == -signal.SIGKILL, first.stderr
     with pytest.MonkeyPatch.context() as patch:
         assert run(patch, *args) == 0
@@ -566,7 +563,7 @@ def test_ranks_share_the_episodes(data, tmp_path, n, minibatch):
         "    return real(sampler, prompts, ids, cfg, eos, seed, device)\n"
         f"ppo.sample_batch = recorded\nsys.argv = {argv!r}\nppo.main()\n"
     )
-    done = torchrun(tmp_path, "ppo", code)
+    done = on_ranks("ppo", code)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["episodes"] == 2 * n and report["sampled"]["policy"]["all"]["count"] == 9
@@ -711,7 +708,7 @@ def test_ranks_stop_their_epochs_together(data, tmp_path):
         "    return found\n"
         f"ppo.torch.stack = still\nsys.argv = {argv!r}\nppo.main()\n"
     )
-    done = torchrun(tmp_path, "ppo", code)
+    done = on_ranks("ppo", code)
     assert done.returncode == 0, done.stderr[-3000:]
     assert metrics(tmp_path / "run")[0]["updates"] < 4
 

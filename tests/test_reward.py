@@ -19,10 +19,10 @@ from conftest import (
     metrics,
     read_lines,
     run_script,
-    torchrun,
     weights,
     write_jsonl,
 )
+from ranks import on_ranks
 
 import reward
 from model import (
@@ -373,7 +373,7 @@ def test_ranks_and_accumulation_take_the_same_gradient(data, tmp_path, monkeypat
         assert run(patch, *flags(data, tmp_path / "accumulated", *args, *more)) == 0
     for name, more in (("two", []), ("both", ["--micro_batch_size", 3])):
         argv = ["reward.py", *flags(data, tmp_path / name, *args, *more)]
-        done = torchrun(tmp_path, "reward", f"{KEEP}sys.argv = {argv!r}\nreward.main()\n")
+        done = on_ranks("reward", f"{KEEP}sys.argv = {argv!r}\nreward.main()\n")
         assert done.returncode == 0, done.stderr[-3000:]
     expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
     assert expected.norm() > 0.1
@@ -391,7 +391,7 @@ def test_few_lines_on_two_ranks(data, tmp_path, n):
     write_jsonl(tmp_path / "few.jsonl", lines)
     argv = ["reward.py", *flags(data, tmp_path / "run", "--data", tmp_path / "few.jsonl")]
     argv += ["--batch_size", "4", "--micro_batch_size", "1"]
-    done = torchrun(tmp_path, "reward", f"sys.argv = {argv!r}\nreward.main()\n")
+    done = on_ranks("reward", f"sys.argv = {argv!r}\nreward.main()\n")
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["step"] == math.ceil(n / 4) and report["epoch_lines"] == n
@@ -422,7 +422,7 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
     """kill -9 before the first save, on a save, at an epoch's end, in the last step."""
     args = flags(data, tmp_path / "run", *two_files(data), "--resume")
     code = (
-        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport reward\n"
+        "import signal\n"
         f"real = reward.learning_rate\n"
         f"def rate(step, total, cfg):\n"
         f"    if step + 1 == {moment} and not os.path.exists({str(tmp_path / 'killed')!r}):\n"
@@ -431,7 +431,7 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
         f"    return real(step, total, cfg)\n"
         f"reward.learning_rate = rate\nsys.argv = {['reward.py', *args]!r}\nreward.main()\n"
     )
-    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    first = on_ranks("reward", code, 1)
     assert first.returncode == -signal.SIGKILL, first.stderr
     with pytest.MonkeyPatch.context() as patch:
         assert run(patch, *args) == 0
@@ -495,7 +495,7 @@ def test_a_bad_gradient_on_one_rank_stops_all_before_the_update(data, tmp_path):
         f"reward.ranking_loss = poisoned\nsys.argv = {argv!r}\n"
         "try:\n    reward.main()\nfinally:\n    os.write(1, b'updates %d\\n' % len(updates))\n"
     )
-    done = torchrun(tmp_path, "reward", code)
+    done = on_ranks("reward", code)
     assert done.returncode != 0
     assert done.stdout.count("updates 2\n") == 2
     assert "step 2: the gradient is nan on the batch of lines" in done.stderr
@@ -604,7 +604,7 @@ def test_scores_of_every_kind_of_line(data, tmp_path, monkeypatch, capsys, unint
     assert run(monkeypatch, *args, *more) == 0
     assert set(read_lines(tmp_path / "b.jsonl")[2]) >= {"scores", "rewards"}
     argv = list(map(str, ["reward.py", *args, "--out", tmp_path / "two.jsonl"]))
-    done = torchrun(tmp_path, "reward", f"sys.argv = {argv!r}\nreward.main()\n")
+    done = on_ranks("reward", f"sys.argv = {argv!r}\nreward.main()\n")
     assert done.returncode == 0, done.stderr[-3000:]
     for a, b in zip(read_lines(tmp_path / "two.jsonl"), [first, second, third], strict=True):
         assert a.keys() == b.keys() and a.get("score", 0) == pytest.approx(b.get("score", 0), 1e-5)

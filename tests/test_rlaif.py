@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics, read_lines, run_script, torchrun, write_jsonl
+from conftest import ROOT, metrics, read_lines, run_script, write_jsonl
+from ranks import on_ranks
 
 import evaluate
 import rlaif
@@ -317,7 +316,7 @@ def test_a_revision_that_was_killed_goes_on(data, tmp_path, monkeypatch, moment)
     monkeypatch.setattr(rlaif, "BLOCK", 2)
     args = revise_flags(data, tmp_path / "run", "--revisions", 2, "--resume")
     code = (
-        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rlaif\n"
+        "import signal\n"
         f"real, calls = rlaif.LocalJudge.ask, []\n"
         f"def ask(self, requests):\n"
         f"    for found in real(self, requests):\n"
@@ -328,7 +327,7 @@ def test_a_revision_that_was_killed_goes_on(data, tmp_path, monkeypatch, moment)
         f"rlaif.BLOCK, rlaif.LocalJudge.ask = 2, ask\n"
         f"sys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
     )
-    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    first = on_ranks("rlaif", code, 1)
     assert first.returncode == -signal.SIGKILL, first.stderr
     assert run(monkeypatch, *args) == 0
     assert run(monkeypatch, *revise_flags(data, tmp_path / "whole", "--revisions", 2)) == 0
@@ -359,7 +358,7 @@ def test_kill_asks_nothing_twice(data, tmp_path, monkeypatch, moment):
     monkeypatch.setattr(rlaif, "BLOCK", 8)
     args = label_flags(data, tmp_path / "run", "--pairs", 0, "--resume")
     code = (
-        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rlaif\n"
+        "import signal\n"
         f"real, calls = rlaif.LocalJudge.ask, []\n"
         f"def ask(self, requests):\n"
         f"    for found in real(self, requests):\n"
@@ -371,7 +370,7 @@ def test_kill_asks_nothing_twice(data, tmp_path, monkeypatch, moment):
         f"rlaif.BLOCK, rlaif.LocalJudge.ask = 8, ask\n"
         f"sys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
     )
-    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    first = on_ranks("rlaif", code, 1)
     assert first.returncode == -signal.SIGKILL, first.stderr
     assert run(monkeypatch, *args) == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
@@ -661,11 +660,11 @@ def test_direct_by_a_server(data, tmp_path, monkeypatch, server):
     server.faults = ["500", "malformed", "429", "cut"]
     asked = served(server, "--in_flight", 3, "--out_dir", tmp_path / "served")
     argv = ["rlaif.py", *map(str, [*flags, *asked])]
-    done = torchrun(tmp_path, "rlaif", f"sys.argv = {argv!r}\nrlaif.main()\n")
+    done = on_ranks("rlaif", f"sys.argv = {argv!r}\nrlaif.main()\n")
     assert done.returncode == 0, done.stderr[-3000:]
     here = ["--judge", data / "judge", "--out_dir", tmp_path / "here"]
     argv = ["rlaif.py", *map(str, [*flags, *here])]
-    done = torchrun(tmp_path, "rlaif", f"sys.argv = {argv!r}\nrlaif.main()\n")
+    done = on_ranks("rlaif", f"sys.argv = {argv!r}\nrlaif.main()\n")
     assert done.returncode == 0, done.stderr[-3000:]
     for a, b in zip(metrics(tmp_path / "served"), metrics(tmp_path / "here"), strict=True):
         assert a["score"] == pytest.approx(b["score"], abs=1e-4) and a["absent"] == 0

@@ -12,7 +12,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, gradient, metrics, run_script, torchrun, weights
+from conftest import ROOT, gradient, metrics, run_script, weights
+from ranks import on_ranks
 
 import sft
 from model import generate, load_config, load_model, load_tokenizer, pad
@@ -148,7 +149,7 @@ def test_ranks_and_accumulation_take_the_same_gradient(data, tmp_path, monkeypat
         assert run(patch, *flags(data, tmp_path / "accumulated", *args, *more)) == 0
     for name, more in (("two", []), ("both", ["--micro_batch_size", 3])):
         argv = ["sft.py", *flags(data, tmp_path / name, *args, *more)]
-        done = torchrun(tmp_path, "sft", f"{KEEP}sys.argv = {argv!r}\nsft.main()\n")
+        done = on_ranks("sft", f"{KEEP}sys.argv = {argv!r}\nsft.main()\n")
         assert done.returncode == 0, done.stderr[-3000:]
     expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
     assert expected.norm() > 0.1
@@ -176,7 +177,7 @@ def test_few_lines_on_two_ranks(data, tmp_path, n, forwards):
         f"sft.weighted_nll, sys.argv = spy, {argv!r}\nsft.main()\n"
         "os.write(1, b'forwards %d\\n' % len(seen))\n"
     )
-    done = torchrun(tmp_path, "sft", code)
+    done = on_ranks("sft", code)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(f"forwards {forwards}\n") == 2
     report = json.loads((tmp_path / "run/report.json").read_text())
@@ -203,7 +204,7 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
     """kill -9 before the first save, on a save, on an evaluation, in between, in the last step."""
     args = flags(data, tmp_path / "run", *LONG, "--dropout", 0.1, "--resume")
     code = (
-        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport sft\n"
+        "import signal\n"
         f"real = sft.learning_rate\n"
         f"def rate(step, total, cfg):\n"
         f"    if step + 1 == {moment} and not os.path.exists({str(tmp_path / 'killed')!r}):\n"
@@ -212,7 +213,7 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
         f"    return real(step, total, cfg)\n"
         f"sft.learning_rate = rate\nsys.argv = {['sft.py', *args]!r}\nsft.main()\n"
     )
-    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    first = on_ranks("sft", code, 1)
     assert first.returncode == -signal.SIGKILL, first.stderr
     with pytest.MonkeyPatch.context() as patch:
         assert run(patch, *args) == 0
@@ -244,7 +245,8 @@ def test_sigterm_saves_and_resumes(data, tmp_path, monkeypatch, uninterrupted, w
 
 
 def test_sigterm_to_one_of_two_ranks(data, tmp_path):
-    """Both stop at the same step; resumed, the weights are those of an unbroken run."""
+    """Both stop at the same step; resumed, the weights are those of an unbroken run, which is
+    torchrun's own."""
     whole = ["sft.py", *flags(data, tmp_path / "whole", *LONG)]
     broken = ["sft.py", *flags(data, tmp_path / "broken", *LONG, "--resume")]
     interrupt = (
@@ -255,12 +257,14 @@ def test_sigterm_to_one_of_two_ranks(data, tmp_path):
         "    return real(step, total, cfg)\n"
         "sft.learning_rate = rate\n"
     )
-    done = torchrun(tmp_path, "sft", f"{interrupt}sys.argv = {broken!r}\nsft.main()\n")
+    done = on_ranks("sft", f"{interrupt}sys.argv = {broken!r}\nsft.main()\n")
     assert done.returncode != 0 and "stopped by SIGTERM at step 7" in done.stdout
     assert [path.name for path in (tmp_path / "broken").glob("check*")] == ["checkpoint-7"]
-    for argv in (broken, whole):
-        done = torchrun(tmp_path, "sft", f"sys.argv = {argv!r}\nsft.main()\n")
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = on_ranks("sft", f"sys.argv = {broken!r}\nsft.main()\n")
+    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, ROOT / whole[0], *whole[1:]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
 
 
@@ -329,8 +333,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):
     out = tmp_path / "run"
     args = [sys.executable, str(ROOT / "sft.py"), *flags(data, out, *LONG)]
     code = (
-        "import resource, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\nimport sft\n"
+        "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "real = sft.save_checkpoint\n"
         "def save(cfg, step, *args):\n"
@@ -340,7 +343,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):
         f"sft.save_checkpoint = save\nsys.argv = {args[1:]!r}\n"
         "try:\n    sft.main()\nexcept OSError as error:\n    sys.exit(str(error))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = on_ranks("sft", code, 1)
     assert done.returncode == 1 and "tensors.safetensors: could not be written" in done.stderr
     assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-4"]
     assert run(monkeypatch, *flags(data, out, *LONG, "--resume")) == 0
@@ -368,7 +371,7 @@ def test_a_bad_gradient_on_one_rank_stops_all_before_the_update(data, tmp_path):
         f"sft.weighted_nll = poisoned\nsys.argv = {argv!r}\n"
         "try:\n    sft.main()\nfinally:\n    os.write(1, b'updates %d\\n' % len(updates))\n"
     )
-    done = torchrun(tmp_path, "sft", code)
+    done = on_ranks("sft", code)
     assert done.returncode != 0
     assert done.stdout.count("updates 2\n") == 2
     assert "step 2: the gradient is nan on the batch of lines" in done.stderr
