@@ -545,6 +545,19 @@ def gold_ranking(rng, prompt, count):
     return [r for _, r in ranked], [s for s, _ in ranked]
 
 
+def kind_rankings(rng, stream):
+    """What collapse.py learns from: requests, half of them open-ended, with eight responses each,
+    ranked by gold, and where gold is equal by lot."""
+    records = []
+    for record in stream:
+        if len(records) == 128:
+            return records
+        kind = ("open", "closed")[len(records) % 2]
+        if record["task"] == "benign" and record["kind"] == kind:
+            responses, _ = gold_ranking(rng, record["prompt"], 8)
+            records.append(record | {"responses": responses})
+
+
 # --- judges ---------------------------------------------------------------------------------------
 # An off-the-shelf language model is played by GPTs that sft.py trains on what follows, from prompts
 # of a split of their own.
@@ -906,6 +919,9 @@ def main():
                 comparisons.append(record | pair | {"margin": scores[best] - scores[worst]})
         write_records(out / f"rankings{suffix}.jsonl", rankings)
         write_records(out / f"comparisons{suffix}.jsonl", comparisons)
+
+    for suffix, stream in (("", train), ("_validation", validation)):
+        write_records(out / f"rankings_kinds{suffix}.jsonl", kind_rankings(rng, stream))
 
     ranks = train_bpe(
         vocabulary_texts(demonstrations[:4000]), 1023

@@ -1,0 +1,1461 @@
+"""Reward collapse, and the prompt-aware loss that prevents it (Song, Cai, Lee and Su,
+arXiv:2305.17608).
+
+A reward model with scores between 0 and 1 learns rankings of n responses, best first, by
+
+    L = mean over prompts of  -1 / (n choose 2) * sum_{i < j} U(r_i - r_j),    r = sigmoid(head)
+
+Trained until it interpolates them, every prompt's rewards r_1 >= ... >= r_n are the maximiser of
+
+    S(r) = sum_{i < j} U(r_i - r_j),    1 >= r_1 >= ... >= r_n >= 0
+
+which knows n and U and nothing of the prompt: a question with one right answer and one with many
+get the same rewards. That is the collapse. The remedy is to choose U by the kind of the prompt:
+U(x) = x makes rewards 0 or 1, for closed-ended prompts; U(x) = -1/x spreads them evenly, for
+open-ended ones.
+
+Simplified against the paper: one head on the whole trunk; kinds are given, not guessed.
+
+    python collapse.py --closed_utility inverse_power           # one U for all prompts: collapse
+    python collapse.py --out_dir runs/prompt_aware              # U by kind: linear, inverse_power
+    python collapse.py plot runs/collapse runs/prompt_aware     # both during their training
+    python collapse.py optimum                                  # the theory: n = 8, 50, 1000
+    torchrun --nproc_per_node=8 collapse.py --init runs/sft --data rankings.jsonl --lr 1e-5
+"""
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import gc
+import gzip
+import hashlib
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import typing
+import zlib
+from array import array
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from model import (
+    GPT,
+    at_least_float32,
+    check_tokenizer,
+    encode,
+    generate,
+    last_score,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pad,
+    read_json,
+    save_model,
+    text_of,
+    tokenizer_files,
+    tokenizer_hash,
+    weight_files,
+    whole_file,
+    write_json,
+)
+
+STATISTICS = ("reward_mean", "reward_std", "score_transform")
+KINDS = ("open", "closed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: Annotated[str, "rankings of n responses, with `kind`; several files by commas"] = (
+        "data/toy/rankings_kinds.jsonl"
+    )
+    validation: Annotated[str, "held-out rankings of n responses; empty: none"] = (
+        "data/toy/rankings_kinds_validation.jsonl"
+    )
+    open_utility: Annotated[
+        str, "of open-ended prompts: linear, log, power, inverse_power or log_sigmoid, :PARAMETER"
+    ] = "inverse_power"
+    closed_utility: Annotated[str, "of closed-ended prompts"] = "linear"
+    epsilon: Annotated[float, "added to differences where U is steep at 0 (their code: 0.1)"] = 0.1
+    label_smoothing: Annotated[float, "probability that a pair's order is taken to be wrong"] = 0.0
+    init: Annotated[str, "trunk to start from: a run or Hugging Face GPT-2 directory"] = "runs/sft"
+    tokenizer: Annotated[str, "gpt2, FILE.tiktoken or directory; empty: --init's"] = ""
+    normalise_with: Annotated[
+        str, "policy on whose samples scores get mean 0, std 1; empty: --init; none: don't"
+    ] = ""
+    prompts: Annotated[str, "prompts for those samples"] = "data/toy/prompts_train.jsonl"
+    num_prompts: Annotated[int, "how many of them, a sample each (Ziegler et al.: 256)"] = 1024
+    max_new_tokens: Annotated[int, "longest of those samples, tokens"] = 48
+    out_dir: Annotated[str, "run directory"] = "runs/collapse"
+    max_length: Annotated[int, "tokens of prompt and response; 0: the model's positions"] = 0
+    overlong: Annotated[str, "response over max_length: drop its line, or cut its end"] = "drop"
+    epochs: Annotated[float, "passes over the data; the collapse comes when they are many"] = 100.0
+    steps: Annotated[int, "optimiser steps, in the place of --epochs; 0: as --epochs says"] = 0
+    batch_size: Annotated[int, "prompts a step, over all ranks (their code: 8)"] = 8
+    micro_batch_size: Annotated[int, "prompts a forward on one rank; 0: all of its share"] = 0
+    lr: Annotated[float, "peak learning rate (their code, DeBERTa: 1e-5)"] = 1e-3
+    warmup: Annotated[int, "steps of linear warm-up (their code: 10%)"] = 20
+    final_lr: Annotated[float, "last rate over peak rate, by a cosine"] = 0.01
+    adam_beta2: Annotated[float, "Adam's second-moment decay"] = 0.999
+    adam_eps: Annotated[float, "Adam's epsilon"] = 1e-8
+    weight_decay: Annotated[float, "AdamW's, on matrices (their code: 0.01)"] = 0.0
+    clip_norm: Annotated[float, "largest gradient norm (their code: 2)"] = 2.0
+    seed: Annotated[int, "of the head, order and samples"] = 0
+    device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
+    dtype: Annotated[
+        str, "float32, bfloat16, float16, float64; empty: bfloat16 on cuda, else float32"
+    ] = ""
+    compile: Annotated[bool, "torch.compile the model"] = False
+    log_every: Annotated[int, "steps between printed lines"] = 50
+    eval_every: Annotated[int, "steps between evaluations; 0: only at the end"] = 100
+    save_every: Annotated[int, "steps between checkpoints; 0: only at the end"] = 200
+    timeout_s: Annotated[int, "a collective that takes longer ends the job, seconds"] = 600
+    resume: Annotated[bool, "go on from out_dir's last checkpoint, or start if none"] = False
+    overwrite: Annotated[bool, "delete the run in out_dir first"] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimumConfig:
+    utilities: Annotated[str, "NAME or NAME:PARAMETER, by commas"] = (
+        "linear,log_sigmoid,log_sigmoid:0.25,power:0.5,log,inverse_power:0.5,inverse_power"
+    )
+    epsilon: Annotated[float, "added to differences where U is steep at 0"] = 0.0
+    sizes: Annotated[str, "how many responses, by commas"] = "8,50,1000"
+    out: Annotated[str, "writes OUT.json, OUT.md and, with matplotlib, OUT.png"] = (
+        "runs/figures/optimal_rewards"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PlotConfig:
+    runs: Annotated[str, "runs of collapse.py, by commas, or before the flags"] = (
+        "runs/collapse,runs/prompt_aware"
+    )
+    out: Annotated[str, "writes OUT.md and, with matplotlib, OUT.png"] = "runs/figures/collapse"
+
+
+# --- plumbing: the same text in every script (tests/test_copies.py) ---
+
+stop_signals = []  # the SIGTERMs that came to this rank
+
+
+def refuse(message):
+    """Ends the script for bad input: one line, exit status 2."""
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def parse_config(config_class, doc, command=""):
+    """`config_class` from the command line; its annotations are the flags' help.
+
+    `command`: the sub-command that stands before the flags; "": the script's main job.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    name = f"{Path(sys.argv[0]).name} {command}".strip()
+    parser = argparse.ArgumentParser(name, None, doc, formatter_class=form, allow_abbrev=False)
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    for field in dataclasses.fields(config_class):
+        kind, text = hints[field.name].__origin__, hints[field.name].__metadata__[0]
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        text = f"{text} (default: {field.default!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=field.default, help=text, **how)
+    cfg = config_class(**vars(parser.parse_args(sys.argv[2:] if command else None)))
+    for name, value in vars(cfg).items():
+        if type(value) in (int, float) and not 0 <= value < math.inf:
+            parser.error(f"--{name}: expected a number of at least 0, got {value}")
+    dtype = getattr(cfg, "dtype", "")
+    if dtype not in ("", "float32", "bfloat16", "float16", "float64"):
+        parser.error(f"--dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+    return cfg
+
+
+def start_process(cfg):
+    """-> device, dtype, rank, world. torchrun sets the world; without it, a world of one."""
+    signal.signal(signal.SIGTERM, lambda *_: stop_signals.append(1))
+    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        refuse(f"--device {name}: expected cpu or cuda")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            refuse(f"--device {name}: there is no such CUDA device here")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    dtype = getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        limit = datetime.timedelta(seconds=cfg.timeout_s)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    return device, dtype, rank, world
+
+
+def all_reduce(values, device):
+    """A list of numbers -> their sums over the ranks."""
+    if not dist.is_initialized():
+        return list(values)
+    sums = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather(records, device):
+    """The lists of JSON values of all ranks, one after another, on every rank."""
+    if not dist.is_initialized():
+        return list(records)
+    data = torch.tensor(list(json.dumps(records).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    padded = [data.new_zeros(int(max(sizes))) for _ in sizes]
+    dist.all_gather(padded, torch.cat([data, data.new_zeros(len(padded[0]) - len(data))]))
+    texts = [bytes(x[:n].tolist()) for x, n in zip(padded, sizes, strict=True)]
+    return [record for text in texts for record in json.loads(text)]
+
+
+def end_process(device):
+    """The last thing that a script does. Without torchrun, nothing."""
+    if dist.is_initialized():
+        all_reduce([0.0], device)  # no rank leaves while another still writes
+        # What is left to the interpreter's end would now and then abort the process there, by
+        # gloo's threads, after all was done: garbage may still hold the group.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def stop_requested(device):
+    """Whether SIGTERM came to any rank. All ranks ask at the same places, so all stop there."""
+    return all_reduce([float(len(stop_signals))], device)[0] > 0
+
+
+def learning_rate(step, total, cfg):
+    """The rate of step 0..total-1: linear warm-up, then a cosine from lr to lr * final_lr."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(total - cfg.warmup, 1)
+    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settings_of(cfg, inputs, world):
+    """What must be the same when a run goes on: flags, number of ranks, sha256 of the inputs."""
+    free = ("resume", "overwrite", "timeout_s")
+    settings = {name: value for name, value in vars(cfg).items() if name not in free}
+    for path in inputs if cfg.overwrite else ():
+        if Path(cfg.out_dir).resolve() in Path(path).resolve().parents:
+            refuse(f"{path}: is in --out_dir, which --overwrite would delete")
+    return settings | {"world": world} | {f"sha256 of {path}": sha256(path) for path in inputs}
+
+
+def may_resume(cfg, settings):
+    """Whether out_dir holds a run to go on with, all of whose settings are these.
+
+    A run goes on only with the settings, the inputs (files) and the world size that it began with:
+    another order of the data would train on some examples twice and on others never.
+    """
+    out_dir = Path(cfg.out_dir)
+    known = (out_dir / "args.json").is_file()
+    # What a run that was killed in its first moments left is not in use.
+    in_use = out_dir.exists() and any(path.suffix != ".tmp" for path in out_dir.iterdir())
+    if in_use and not (known and (cfg.resume or cfg.overwrite)):
+        refuse(f"{out_dir}: in use; --resume goes on with its run, --overwrite deletes it")
+    if not (known and cfg.resume):
+        return False
+    old = read_json(out_dir / "args.json").get("settings", {})
+    changed = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
+    if changed:
+        changes = [f"{name}: {old.get(name)!r} -> {settings.get(name)!r}" for name in changed]
+        refuse(f"{out_dir}: can't resume with other settings: {'; '.join(changes)}")
+    if (out_dir / "report.json").exists():
+        print(f"{out_dir}: this run is finished", flush=True)
+        sys.exit(0)
+    return True
+
+
+def new_run(out_dir, settings):
+    """Makes out_dir anew, with args.json and the source that runs."""
+    if out_dir.exists():  # renamed first: deleted half, it would look like somebody's folder
+        old = out_dir.with_name(f".{out_dir.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out_dir, old)
+        shutil.rmtree(old)
+    out_dir.mkdir(parents=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    record = {"settings": settings, "command": sys.argv, "versions": versions}
+    write_json(out_dir / "args.json", record)
+    shutil.copyfile(__file__, out_dir / "script.py")
+
+
+def open_run(cfg, inputs, device, rank, world):
+    """Makes out_dir, or finds what to resume there: the last checkpoint's path, or None."""
+    out_dir, settings = Path(cfg.out_dir), settings_of(cfg, inputs, world)
+    steps = []
+    if may_resume(cfg, settings):
+        found = [path.name.removeprefix("checkpoint-") for path in out_dir.glob("checkpoint-*")]
+        steps = [int(step) for step in found if step.isdigit()]
+    all_reduce([0.0], device)  # every rank has looked; only now may rank 0 change what is there
+    if rank == 0 and not steps:
+        new_run(out_dir, settings)
+    return out_dir / f"checkpoint-{max(steps)}" if steps else None
+
+
+def append_line(path, record):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def save_checkpoint(cfg, step, modules, optimizers, state, device, rank):
+    """Writes checkpoint-<step>/ under another name, renames it, deletes older ones. All ranks call.
+
+    modules, optimizers: {name: object}, equal on all ranks; state: JSON values (counters, scaler).
+    The default generators of every rank, which dropout draws from, are saved too.
+    """
+    generators = [torch.get_rng_state()]
+    if device.type == "cuda":
+        generators.append(torch.cuda.get_rng_state(device))
+    generators = gather([[bytes(g.tolist()).hex() for g in generators]], device)
+    if rank > 0:
+        return
+    tensors = {}
+    for name, module in modules.items():
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"{name}.{index}.{key}": value for key, value in moments.items()}
+    final = Path(cfg.out_dir) / f"checkpoint-{step}"
+    temporary = final.with_name(".checkpoint.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        with whole_file(temporary / "tensors.safetensors") as path:
+            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path)
+        logs = {log.name: log.stat().st_size for log in final.parent.glob("*.jsonl")}
+        state = state | {"step": step, "generators": generators, "logs": logs}
+        write_json(temporary / "state.json", state)
+        names = ("tensors.safetensors", "state.json")
+        write_json(temporary / "sha256.json", {name: sha256(temporary / name) for name in names})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for path in final.parent.glob("checkpoint-*"):
+        if path != final:
+            shutil.rmtree(path)
+
+
+def load_checkpoint(path, modules, optimizers, device, rank):
+    """Restores exactly what save_checkpoint wrote, and returns its `state`."""
+    try:
+        for name in ("tensors.safetensors", "state.json"):
+            if sha256(path / name) != read_json(path / "sha256.json").get(name):
+                raise ValueError(f"{path / name}: damaged: its sha256 is not the recorded one")
+    except (OSError, ValueError) as error:
+        refuse(f"{error}; this checkpoint can't be resumed")
+    tensors, state = load_file(path / "tensors.safetensors"), read_json(path / "state.json")
+    generators = [torch.tensor(list(bytes.fromhex(g))).byte() for g in state["generators"][rank]]
+    torch.set_rng_state(generators[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(generators[1], device)
+    for name, module in modules.items():
+        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+    for name, optimizer in optimizers.items():
+        moments = {}
+        for key in [key for key in tensors if key.startswith(name + ".")]:
+            _, index, moment = key.split(".")
+            moments.setdefault(int(index), {})[moment] = tensors[key]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    for log in path.parent.glob("*.jsonl") if rank == 0 else ():
+        # What was logged after the checkpoint will be logged again.
+        os.truncate(log, min(state["logs"].get(log.name, 0), log.stat().st_size))
+    return state
+
+
+def read_jsonl(path, texts):
+    """Yields (where, record) for each line of a JSON Lines file, plain or .gz.
+
+    `texts`: {field: whether it may be empty}, the fields that must be there and be strings. The
+    first bad line ends the script: `file:line: field: what is wrong`, exit status 2.
+    """
+    where, number, seen = f"{path}:1", 0, 0
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                if not line.strip():
+                    continue
+                seen += 1
+                record = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
+                if not isinstance(record, dict):
+                    refuse(f"{where}: line: expected an object, got {type(record).__name__}")
+                for name, may_be_empty in texts.items():
+                    if name not in record:
+                        refuse(f"{where}: {name}: is missing")
+                    if not isinstance(record[name], str):
+                        found = json.dumps(record[name])[:40]
+                        refuse(f"{where}: {name}: expected a string, got {found}")
+                    if not may_be_empty and not record[name].strip():
+                        refuse(f"{where}: {name}: is empty")
+                    record[name].encode("utf-8")  # a lone surrogate is valid JSON, but no text
+                yield where, record
+    except UnicodeError as error:
+        refuse(f"{where}: line: not UTF-8: {error.reason}")
+    except (ValueError, RecursionError) as error:
+        refuse(f"{where}: line: not JSON: {error}")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        refuse(f"{path}:{number + 1}: line: not a whole gzip file: {error}")
+    except OSError as error:
+        refuse(f"{path}:0: file: can't be read: {error.strerror or error}")
+    if not seen:
+        refuse(f"{path}:0: file: is empty")
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+# --- end of plumbing ---
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def read_responses(where, record, least=2):
+    """The line's `responses`, once they and what is parallel to them have been checked."""
+    responses = record.get("responses")
+    if not isinstance(responses, list) or len(responses) < least:
+        refuse(f"{where}: responses: expected a list of {least} or more")
+    for i, response in enumerate(responses):
+        if not isinstance(response, str) or not response.strip():
+            refuse(f"{where}: responses: number {i + 1} is not a string with text in it")
+    for name in ("scores", "policy"):
+        if isinstance(record.get(name), list) and len(record[name]) != len(responses):
+            refuse(f"{where}: {name}: expected {len(responses)} values, one a response")
+    return responses
+
+
+def split_names(text):
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def read_rankings(path, tokenizer, max_length, cut_response, n):
+    """-> examples, n, and counts of what was cut and dropped.
+
+    An example: `prompt` and `responses` (token ids, best first, n of them: as many as the file's
+    first line has, where n is 0), `kind`, `length` (of its longest row), `line`. The order is taken
+    as it stands, ties in `scores` too. Lines with a response that is too long, or equal to another,
+    are dropped.
+    """
+    examples, lines = [], 0
+    counts = {"cut": 0, "lines with one too long": 0, "lines with equal ones": 0}
+    for where, record in read_jsonl(path, {"prompt": True}):
+        texts, lines = read_responses(where, record), lines + 1
+        n = n or len(texts)
+        if len(texts) != n:
+            refuse(f"{where}: responses: expected {n}, as in the lines before, got {len(texts)}")
+        if record.get("kind") not in KINDS:
+            refuse(f"{where}: kind: expected open or closed, got {record.get('kind')!r}")
+        prompt = encode(tokenizer, record["prompt"], None, sys.maxsize)[0]
+        responses = [encode(tokenizer, "", text, sys.maxsize)[1] for text in texts]
+        limit = max_length - 1
+        longest = max(map(len, responses))
+        if longest > limit and not cut_response:
+            counts["lines with one too long"] += 1
+            continue
+        counts["cut"] += sum(len(ids) > limit for ids in responses)
+        responses = [array("i", ids[:limit]) for ids in responses]  # 4 bytes a token
+        if len({ids.tobytes() for ids in responses}) < n:
+            counts["lines with equal ones"] += 1
+            continue
+        # One cut for the prompt: all of a line's responses are read after the same text.
+        room = max_length - min(longest, limit)
+        counts["cut"] += n * (len(prompt) > room)
+        example = {"prompt": array("i", prompt[-room:]), "responses": responses}
+        example |= {"kind": record["kind"], "texts": texts, "text": record["prompt"]}
+        example["length"] = min(longest, limit) + min(len(prompt), room)
+        examples.append(example)
+    if not examples:
+        what = ", ".join(f"{n} {name}" for name, n in counts.items())
+        refuse(f"{path}:0: file: none of its {lines} lines can be learnt from ({what})")
+    return examples, n, counts
+
+
+def collate_rankings(examples):
+    """Examples -> tokens, mask (B * n, T), an example's responses adjacent; closed (B,) bool."""
+    prompts = [e["prompt"] for e in examples for _ in e["responses"]]
+    responses = [ids for e in examples for ids in e["responses"]]
+    closed = torch.tensor([e["kind"] == "closed" for e in examples])
+    return *pad(prompts, responses), closed
+
+
+def read_utility(flag, text, epsilon):
+    """NAME or NAME:PARAMETER -> `utility`, or the script ends."""
+    name, _, number = text.partition(":")
+    try:
+        return utility(name, float(number) if number else None, epsilon)
+    except ValueError as error:
+        refuse(f"{flag} {text}: {error}")
+
+
+def grouped_batches(lengths, batch_size, seed):
+    """One epoch's batches, lists of indices: random, but of like lengths, so that few are pads.
+
+    Shuffles, sorts by length within pools of 64 batches, and shuffles the batches. Every index
+    comes once; only one batch can be smaller than batch_size.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
+    pool = 64 * batch_size
+    pools = [order[i : i + pool] for i in range(0, len(order), pool)]
+    pools = [indices[np.argsort(np.asarray(lengths)[indices], kind="stable")] for indices in pools]
+    order = np.concatenate(pools).tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def rank_share(batch, rank, world, micro_batch_size):
+    """This rank's micro-batches of a batch: lists of indices, as many on every rank, some empty.
+
+    Ranks take turns in a batch that is sorted by length, so that their work is alike.
+    """
+    largest = math.ceil(len(batch) / world)
+    size = micro_batch_size or largest
+    mine = batch[rank::world]
+    return [mine[i : i + size] for i in range(0, largest, size)]
+
+
+# --- mathematics ----------------------------------------------------------------------------------
+
+
+def utility(name, parameter=None, epsilon=0.0):
+    """U, an increasing concave function on tensors of reward differences x in (0, 1].
+
+    "linear" x; "log" log x; "power" x^g with 0 < g < 1 (0.5 unless given); "inverse_power" -x^-g
+    with g > 0 (1); "log_sigmoid" log sigmoid(x / s) with s > 0 (1). `parameter` is g or s.
+
+    log, power and inverse_power are infinitely steep at 0. With epsilon > 0 they are functions of
+    x + epsilon, log of 1 + x / epsilon, and go on below 0 as straight lines of the slope at 0, as
+    in the authors' code, for responses that training still has in the wrong order. Without, they
+    are NaN or infinite at x <= 0. Raises ValueError: unknown name, a parameter out of its range.
+    """
+    g = {"power": 0.5}.get(name, 1.0) if parameter is None else float(parameter)
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon: expected at least 0, got {epsilon}")
+    if not 0 < g < math.inf or (name == "power" and g >= 1):
+        raise ValueError(f"expected a parameter above 0 (power: below 1 too), got {g}")
+    if name in ("linear", "log") and parameter is not None:
+        raise ValueError("has no parameter")
+    if name == "linear":
+        return lambda x: 1.0 * x
+    if name == "log_sigmoid":
+        return lambda x: F.logsigmoid(x / g)
+    forms = {
+        "log": lambda x: torch.log(x / epsilon + 1 if epsilon else x),
+        "power": lambda x: (x + epsilon) ** g,
+        "inverse_power": lambda x: -((x + epsilon) ** -g),
+    }
+    slopes = {"log": -1.0, "power": g - 1, "inverse_power": -g - 1}  # U' = factor * (x + eps)^this
+    if name not in forms:
+        raise ValueError("expected linear, log, power, inverse_power or log_sigmoid")
+    form = forms[name]
+    if not epsilon:
+        return form
+    slope = epsilon ** slopes[name] * (1.0 if name == "log" else g)
+
+    def extended(x):
+        inside = x.clamp(min=0)
+        return form(inside) + slope * (x - inside)
+
+    return extended
+
+
+def optimal_rewards(n, utility):
+    """The maximiser of sum_{i<j} U(r_i - r_j) over 1 >= r_1 >= ... >= r_n >= 0, (n,) float64, best
+    first: what a reward model collapses to. The paper's eq. 1.
+
+    U is increasing and concave, any function on float64 tensors with two derivatives. Then there is
+    a maximiser with r_k + r_{n+1-k} = 1, and the only one if U is strictly concave; for U(x) = x
+    the middle one of an odd n may lie anywhere, and is 1/2 here.
+
+    By that symmetry only s_k = 1 - r_k = r_{n+1-k}, k up to n/2, are sought, and small ones keep
+    all their digits:
+
+        S = 2 sum_{i<j} U(s_j - s_i) + sum_{i,j} U(1 - s_i - s_j) + 2 [n odd] sum_i U(1/2 - s_i)
+
+    s_1 = 0, for U increases. Newton's method: those at 0 that the gradient holds there are left
+    out of a step. Where U is infinitely steep at 0 no two rewards may be equal, and a step closes
+    no gap by more than nine tenths. RuntimeError if it does not converge: U is not concave.
+    """
+    if n < 2:
+        raise ValueError(f"expected n of at least 2, got {n}")
+    h = n // 2
+    i, j = torch.triu_indices(h, h, 1)
+    s = (1 - torch.cos(math.pi * torch.arange(h, dtype=torch.float64) / (n - 1))) / 2
+
+    def derivatives(x):
+        """U, U' and U'' at x."""
+        x = x.detach().requires_grad_()
+        value = utility(x)
+        (first,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        if not first.requires_grad:  # a straight line
+            return value.detach(), first, torch.zeros_like(x)
+        (second,) = torch.autograd.grad(first.sum(), x)
+        return value.detach(), first.detach(), second
+
+    def total(s):
+        value = 2 * utility(s[j] - s[i]).sum() + utility(1 - s[:, None] - s).sum()
+        value = (value + 2 * (n % 2) * utility(0.5 - s).sum()).item()
+        return -math.inf if math.isnan(value) else value
+
+    steep = not derivatives(torch.zeros(1, dtype=torch.float64))[1].isfinite().all()
+    for _ in range(500):
+        near, across = derivatives(s[j] - s[i]), derivatives(1 - s[:, None] - s)
+        middle = derivatives(0.5 - s)
+        slopes, curves = torch.zeros(2, h, h, dtype=torch.float64)
+        slopes[i, j], curves[i, j] = near[1], -near[2]
+        gradient = 2 * (slopes.sum(0) - slopes.sum(1) - across[1].sum(1) - n % 2 * middle[1])
+        curves = curves + curves.T
+        hessian = 2 * (torch.diag(curves.sum(1)) - curves - across[2])  # of -S
+        own = -2 * across[2].sum(1) - 2 * (n % 2) * middle[2]
+        hessian.diagonal().add_(own)
+        free = (s > 0) | (gradient > 0)
+        free[0] = False
+        free = free.nonzero().squeeze(1)
+        if not len(free):
+            break
+        # Scaled to a diagonal of 1: curvatures may be 30 orders of magnitude apart.
+        part = hessian[free][:, free]
+        scale = part.diagonal().clamp(min=1e-12).rsqrt()
+        part = part * scale[:, None] * scale
+        part.diagonal().add_(1e-13)
+        factor, failed = torch.linalg.cholesky_ex(part)
+        if failed:
+            raise RuntimeError("the utility is not concave")
+        step = torch.zeros_like(s)
+        step[free] = scale * torch.cholesky_solve((scale * gradient[free])[:, None], factor)[:, 0]
+        length = 1.0
+        if steep:
+            gaps, closing = s.diff(), -step.diff()
+            closing = torch.cat([closing / gaps, 2 * step[-1:] / (1 - 2 * s[-1:])])
+            length = min(1.0, 0.9 / max(closing.max().item(), 1e-300))
+        before = total(s)
+        while True:
+            new = (s + length * step).clamp(min=0)
+            rise = (gradient @ (new - s)).item()
+            if total(new) >= before + 1e-4 * rise - 1e-14 * abs(before):
+                break
+            length /= 2
+        moved, s = (new - s).abs().max().item(), new
+        if moved < 1e-13:
+            break
+    else:
+        raise RuntimeError(f"no maximiser found in 500 steps, the last of {moved:.1e}")
+    return torch.cat([1 - s, torch.full((n % 2,), 0.5, dtype=torch.float64), s.flip(0)])
+
+
+def wasserstein(a, b):
+    """The Wasserstein-1 distance of two sets of as many numbers, each (n,): the mean distance of
+    the sorted ones."""
+    return (a.sort().values - b.sort().values).abs().mean().item()
+
+
+def beta_quantiles(a, count):
+    """The quantiles of Beta(a, a) at (i + 1/2) / count, (count,) float64, ascending."""
+    # With x = t^(1/a) / 2 the lower half's density in t, (1 - t^(1/a) / 2)^(a-1), is bounded.
+    t = torch.linspace(0, 1, 200_001, dtype=torch.float64)
+    density = (1 - t ** (1 / a) / 2) ** (a - 1)
+    mass = torch.cumulative_trapezoid(density, t)
+    mass = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * mass / mass[-1]])
+    levels = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    lower = np.interp(torch.minimum(levels, 1 - levels), mass, t ** (1 / a) / 2)
+    return torch.where(levels < 0.5, torch.tensor(lower), 1 - torch.tensor(lower))
+
+
+def limit_law(name, parameter=None):
+    """a, where the optimal rewards under `utility(name, parameter)`, not smoothed, are distributed
+    as Beta(a, a) when n grows: (1 - g) / 2 for x^g, 1/2 for log x, (1 + g) / 2 for -x^-g with g up
+    to 1 (at 1 it is the uniform law). 0 for U(x) = x: half of them at 0, half at 1. None: no such
+    law; a U of finite slopes leaves some at 0 and 1."""
+    g = {"power": 0.5}.get(name, 1.0) if parameter is None else parameter
+    if name == "inverse_power" and g > 1:
+        return None
+    laws = {"linear": 0.0, "power": (1 - g) / 2, "log": 0.5, "inverse_power": (1 + g) / 2}
+    return laws.get(name)
+
+
+def distance_to_limit(rewards, a):
+    """Wasserstein-1 distance of rewards (n,) to Beta(a, a)."""
+    n = len(rewards)
+    each = math.ceil(200_000 / n)
+    found = rewards.sort().values.repeat_interleave(each)
+    if a == 0:
+        law = (torch.arange(n * each) * 2 >= n * each).double()
+    else:
+        law = beta_quantiles(a, n * each)
+    return (found - law).abs().mean().item()
+
+
+def pairwise_loss(chosen_scores, rejected_scores, margin=0.0, label=1.0, utility=F.logsigmoid):
+    """-[p U(d) + (1 - p) U(-d)], d = chosen - rejected - margin, of each pair, (B,), nats.
+
+    Bradley-Terry with U = log sigmoid. margin: a number or (B,), Llama 2's m(r), arXiv:2307.09288
+    eq. 2. label: p = P(chosen is better), a number or (B,): 1 is a hard label; AI feedback gives
+    soft ones, and its least loss is then the entropy of p, not 0. utility: any increasing function.
+    """
+    difference = chosen_scores - rejected_scores - margin
+    if not torch.is_tensor(label) and label == 1:  # U need not be defined below 0
+        return -utility(difference)
+    return -(label * utility(difference) + (1 - label) * utility(-difference))
+
+
+def ranking_loss(scores, utility=F.logsigmoid, margin=0.0, label=1.0, keep=None):
+    """Mean of `pairwise_loss` over each prompt's pairs, (B,). InstructGPT eq. 1, arXiv:2203.02155.
+
+    scores (B, K), best response first. margin, label: numbers or (B, P), P = K-choose-2 pairs in
+    the order of torch.triu_indices. keep (B, P) bool: the pairs that count (no ties, no padding),
+    at least one a row; None: all.
+    """
+    K = scores.shape[1]
+    i, j = torch.triu_indices(K, K, 1, device=scores.device)
+    better, worse = scores[:, i], scores[:, j]  # (B, P)
+    if keep is None:
+        return pairwise_loss(better, worse, margin, label, utility).mean(1)
+    # A pair that does not count must not reach U, whose gradient there may be NaN: NaN * 0 is NaN.
+    better, worse = better.masked_fill(~keep, 1.0), worse.masked_fill(~keep, 0.0)
+    losses = pairwise_loss(better, worse, margin, label, utility)
+    return losses.masked_fill(~keep, 0.0).sum(1) / keep.sum(1)
+
+
+def score_statistics(raw, transform="identity"):
+    """What makes `normalised` scores of mean 0 and standard deviation 1 of these outputs (n,).
+
+    ValueError when they are all equal.
+    """
+    scores = torch.sigmoid(raw) if transform == "sigmoid" else raw
+    std = scores.std(correction=0).item()
+    if not std > 0:
+        raise ValueError(f"all {len(raw)} scores are {scores[0]:g}: they can't be normalised")
+    return dict(zip(STATISTICS, (scores.mean().item(), std, transform), strict=True))
+
+
+# --- scoring --------------------------------------------------------------------------------------
+
+
+def add_scalar_head(policy):
+    """A language model's trunk under a new scalar head, drawn from the default generator."""
+    model = GPT(policy.config, scalar_head=True)
+    model.load_state_dict(policy.state_dict() | {"score.weight": model.score.weight.detach()})
+    return model
+
+
+def score_rows(model, rows, cfg, device, autocast, rank, world):
+    """The head's outputs, a list of numbers, for rows of (prompt ids, response ids), from all
+    ranks. None if told to stop."""
+    model.eval()
+    scores = []
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    size = 4 * cfg.micro_batch_size or 256  # no gradients are kept, so more fit
+    last_time = time.time()
+    for begin in range(0, len(rows), size * world):
+        if stop_requested(device):
+            return None
+        if rank == 0 and time.time() - last_time > 30:
+            last_time = time.time()
+            print(f"scored {begin}/{len(rows)} responses", flush=True)
+        indices = order[begin : begin + size * world][rank::world]
+        if indices:
+            tokens, mask = pad(*zip(*[rows[i] for i in indices], strict=True))
+            tokens, mask = tokens.to(device), mask.to(device)
+            with torch.no_grad(), autocast:
+                found = last_score(model(tokens), mask)
+            scores += zip(indices, at_least_float32(found).tolist(), strict=True)
+    return [score for _, score in sorted(gather(scores, device))]
+
+
+def score_examples(model, examples, cfg, device, autocast, rank, world):
+    """Raw scores of each example's responses: a list of lists. None if told to stop."""
+    rows = [(e["prompt"], response) for e in examples for response in e["responses"]]
+    scores = score_rows(model, rows, cfg, device, autocast, rank, world)
+    if scores is None:
+        return None
+    scores = iter(scores)
+    return [list(itertools.islice(scores, len(e["responses"]))) for e in examples]
+
+
+def sample_responses(model, tokenizer, prompts, cfg, device, temperature, gold, rank, world):
+    """One response to each prompt, at a temperature, and what it is worth, from all ranks.
+
+    Returns a list of dicts, in the order of `prompts`: the prompt's line with `response`, `parts`
+    (numbers: eos = 1 if it ended, words, gold and its explanation); None if told to stop.
+    """
+    sampler = model if device.type == "cpu" else copy.deepcopy(model).bfloat16()
+    sampler.eval()
+    generator = torch.Generator(device).manual_seed(cfg.seed * world + rank)
+    room = model.config.n_positions - cfg.max_new_tokens
+    prompt_ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))  # few pads in a batch
+    samples = []
+    rows = 4 * cfg.micro_batch_size or 256  # on one rank; no gradients are kept, so more fit
+    for begin in range(0, len(prompts), rows * world):
+        if stop_requested(device):
+            return None
+        indices = order[begin : begin + rows * world][rank::world]
+        if not indices:
+            continue
+        tokens, mask = generate(
+            sampler,
+            [prompt_ids[i] for i in indices],
+            cfg.max_new_tokens,
+            temperature=temperature,
+            eos=tokenizer.eot_token,
+            generator=generator,
+        )
+        for i, row, inside in zip(indices, tokens, mask, strict=True):
+            ids = row[inside].tolist()
+            ended = ids[-1] == tokenizer.eot_token
+            response = text_of(tokenizer, ids[:-1] if ended else ids)
+            parts = {"eos": float(ended), "words": float(len(response.split()))}
+            parts |= judge(gold, prompts[i], response)
+            samples.append(prompts[i] | {"index": i, "response": response, "parts": parts})
+    return sorted(gather(samples, device), key=lambda sample: sample["index"])
+
+
+def gold_score(gold, line, response):
+    """The user's score of a response to a prompt's line: a number, or the script ends."""
+    fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
+    try:
+        score = float(gold.score(line["prompt"], response, **fields))
+    except Exception as error:
+        refuse(f"{gold.__file__}: score: {type(error).__name__}: {error}")
+    if not math.isfinite(score):
+        refuse(f"{gold.__file__}: score: {score} for {response[:40]!r} to {line['prompt'][:40]!r}")
+    return score
+
+
+def gold_parts(gold, line, response):
+    """What gold's `explain` says of a response, {name: number}; {} when it has none."""
+    if not hasattr(gold, "explain"):
+        return {}
+    fields = {name: value for name, value in line.items() if name not in ("prompt", "response")}
+    try:
+        parts = gold.explain(line["prompt"], response, **fields)
+        parts = {name: float(value) for name, value in parts.items() if name != "score"}
+    except Exception as error:
+        refuse(f"{gold.__file__}: explain: {type(error).__name__}: {error}")
+    if not all(map(math.isfinite, parts.values())):
+        refuse(f"{gold.__file__}: explain: {parts} for {response[:40]!r}: not finite")
+    return parts
+
+
+def judge(gold, line, response):
+    """{"gold": score, and the parts that explain it} of a response to a prompt's line."""
+    if gold is None:
+        return {}
+    return {"gold": gold_score(gold, line, response)} | gold_parts(gold, line, response)
+
+
+def load_reference(cfg, tokenizer, max_length, device):
+    """The policy of --normalise_with, which must write in the reward model's tokens."""
+    directory = cfg.normalise_with or cfg.init
+    flag = f"--normalise_with {directory}"
+    try:
+        policy = load_model(directory, device)
+        # --init's tokenizer may have come from --tokenizer.
+        theirs = tokenizer if directory == cfg.init else load_tokenizer(directory)
+        check_tokenizer(theirs, directory, load_config(directory))
+    except (OSError, ValueError) as error:
+        refuse(error)
+    if policy.score is not None:
+        refuse(f"{flag}: has a scalar head; scores are normalised on samples of a language model")
+    if tokenizer_hash(theirs) != tokenizer_hash(tokenizer):
+        refuse(f"{flag}: another tokenizer ({theirs.name}) than {cfg.init}'s ({tokenizer.name})")
+    if cfg.max_new_tokens >= min(policy.config.n_positions, max_length):
+        refuse(f"--max_new_tokens {cfg.max_new_tokens}: leaves a prompt no room in {directory}")
+    return policy
+
+
+def reference_rows(policy, tokenizer, prompts, cfg, device, max_length, rank, world):
+    """(prompt ids, response ids) of a sample to each prompt, those that ended: what did not end has
+    a score of its own in RL. None if told to stop."""
+    samples = sample_responses(policy, tokenizer, prompts, cfg, device, 1.0, None, rank, world)
+    if samples is None:
+        return None
+    ended = [s for s in samples if s["parts"]["eos"] and s["response"].strip()]
+    if len(ended) < 2:
+        refuse(
+            f"{len(ended)} of {len(samples)} samples to normalise on ended, 2 are needed at least: "
+            f"more --num_prompts, or more --max_new_tokens than {cfg.max_new_tokens}"
+        )
+    if rank == 0:
+        print(
+            f"scores are normalised on {len(ended)} samples ({len(samples) - len(ended)} more did "
+            f"not end)" + (": few, 256 are usual" if len(ended) < 256 else ""),
+            flush=True,
+        )
+    return [encode(tokenizer, s["prompt"], s["response"], max_length, True) for s in ended]
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def rate_interval(hits, counts):
+    """[rate, low, high]: sum(hits) / sum(counts) with its 95% interval.
+
+    hits, counts (n,): of groups (prompts), within which pairs are not independent. It is Wilson's
+    interval for as many independent pairs as would vary like the groups; for as many pairs as there
+    are groups, when nothing varies. One group has no interval.
+    """
+    hits, counts = np.asarray(hits, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    groups, total = int((counts > 0).sum()), float(counts.sum())
+    if groups == 0:
+        return [None, None, None]
+    rate = float(hits.sum()) / total
+    if groups == 1:
+        return [rate, None, None]
+    variance = ((hits - rate * counts) ** 2).sum() * groups / (groups - 1) / total**2
+    n = rate * (1 - rate) / variance if variance > 0 else groups
+    z = 1.96
+    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    return [rate, float(centre - half), float(centre + half)]
+
+
+def describe_rewards(examples, rewards, optima):
+    """What the rewards (a list of n for each example, best first, between 0 and 1) look like.
+
+    Of each kind: mean and std by rank, its optimum, `deviation` (the largest distance of a mean to
+    it), `accuracy` (of pairs in the right order, ties half), a histogram of all in tenths; and w1,
+    the distance of the kinds' mean curves, None where one kind is missing.
+    """
+    report = {}
+    for kind in KINDS:
+        chosen = [r for e, r in zip(examples, rewards, strict=True) if e["kind"] == kind]
+        if not chosen:
+            continue
+        found = torch.tensor(chosen, dtype=torch.float64)  # (prompts, n)
+        i, j = torch.triu_indices(found.shape[1], found.shape[1], 1)
+        hits = 0.5 + 0.5 * (found[:, i] - found[:, j]).sign()
+        mean, optimum = found.mean(0), torch.tensor(optima[kind], dtype=torch.float64)
+        report[kind] = {
+            "prompts": len(chosen),
+            "accuracy": rate_interval(hits.sum(1).tolist(), [len(i)] * len(chosen)),
+            "mean": mean.tolist(),
+            "std": found.std(0, correction=0).tolist(),
+            "optimum": optima[kind],
+            "deviation": (mean - optimum).abs().max().item(),
+            "histogram": torch.histc(found.float(), 10, 0, 1).int().tolist(),
+        }
+    curves = [torch.tensor(row["mean"], dtype=torch.float64) for row in report.values()]
+    report["w1"] = wasserstein(*curves) if len(curves) == 2 else None
+    return report
+
+
+def flat(report, prefix):
+    """The numbers of `describe_rewards` that a run logs; means by rank are lists."""
+    record = {f"{prefix}w1": report["w1"]} if report["w1"] is not None else {}
+    for kind in set(KINDS) & set(report):
+        row = report[kind]
+        record |= {f"{prefix}{kind}_accuracy": row["accuracy"][0]}
+        record |= {f"{prefix}{kind}_deviation": row["deviation"], f"{prefix}{kind}": row["mean"]}
+    return dict(sorted(record.items()))
+
+
+def print_rewards(name, report):
+    for kind in KINDS:
+        if kind not in report:
+            continue
+        row = report[kind]
+        means = " ".join(f"{x:.3f}" for x in row["mean"])
+        best = " ".join(f"{x:.3f}" for x in row["optimum"])
+        print(
+            f"  {name}, {kind}: rewards by rank {means}, accuracy {row['accuracy'][0]:.3f}, "
+            f"{row['prompts']} prompts\n  {' ' * len(f'{name}, {kind}')}  the optimum is {best}"
+        )
+    if report["w1"] is not None:
+        print(f"  {name}: W1 between the kinds {report['w1']:.3f}", flush=True)
+
+
+# --- collapse.py optimum, collapse.py plot --------------------------------------------------------
+
+
+def matplotlib_pyplot():
+    """matplotlib.pyplot, drawing to files alone; None, and a line that says so, without it."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: matplotlib is not installed")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(figure, path, bottom=0.0):
+    """Writes a figure, leaving that share of it free at its foot."""
+    figure.tight_layout(rect=(0, bottom, 1, 1))
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    print(path)
+    return Path(path)
+
+
+def optimum_main(cfg):
+    """The theory: optimal rewards by utility and n, beside the laws they tend to."""
+    names = split_names(cfg.utilities)
+    try:
+        sizes = [int(size) for size in split_names(cfg.sizes)]
+    except ValueError:
+        sizes = []
+    if not names or not sizes or min(sizes) < 2:
+        refuse("--utilities, --sizes: expected names, and numbers of at least 2, by commas")
+    table = []
+    for name in names:
+        U = read_utility("--utilities", name, cfg.epsilon)
+        base, _, number = name.partition(":")
+        a = None if cfg.epsilon else limit_law(base, float(number) if number else None)
+        for n in sizes:
+            rewards = optimal_rewards(n, U)
+            row = {"utility": name, "n": n, "variance": rewards.var(correction=0).item()}
+            row["share at 1"] = (rewards > 1 - 1e-9).double().mean().item()
+            row["limit"] = None if a is None else "two atoms" if a == 0 else f"Beta({a:g}, {a:g})"
+            row["W1 to it"] = None if a is None else distance_to_limit(rewards, a)
+            table.append(row | {"rewards": rewards.tolist()})
+            print(f"{name}, n = {n}: variance {row['variance']:.4f}", flush=True)
+    heads = ["utility", "n", "variance", "share at 1", "limit", "W1 to it"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in table:
+        cells = ["" if row[h] is None else row[h] for h in heads]
+        cells = [f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    write_table(cfg.out, lines, {"epsilon": cfg.epsilon, "optima": table})
+    plt = matplotlib_pyplot()
+    if plt is None:
+        return
+    columns = len(sizes)
+    figure, panels = plt.subplots(
+        len(names), columns, figsize=(3 * columns, 1.3 * len(names) + 0.6), squeeze=False
+    )
+    for row, name in zip(panels, names, strict=True):
+        base, _, number = name.partition(":")
+        a = None if cfg.epsilon else limit_law(base, float(number) if number else None)
+        for panel, n in zip(row, sizes, strict=True):
+            rewards = next(t["rewards"] for t in table if (t["utility"], t["n"]) == (name, n))
+            bins = np.linspace(0, 1, 21)
+            panel.hist(rewards, bins, density=True, color="0.75", edgecolor="0.4", linewidth=0.4)
+            if n <= 100:
+                panel.plot(rewards, [0] * n, "k|", markersize=10, clip_on=False)
+            if a:
+                edges = np.interp(bins, beta_quantiles(a, 20000), np.linspace(0, 1, 20000))
+                panel.stairs(np.diff(edges) / 0.05, bins, color="k", linewidth=1.2, linestyle="--")
+            panel.set_xlim(-0.02, 1.02)
+            panel.set_yticks([])
+            panel.tick_params(labelsize=7)
+            if row is panels[0]:
+                panel.set_title(f"n = {n}", fontsize=9)
+            if row is panels[-1]:
+                panel.set_xlabel("reward", fontsize=8)
+        row[0].set_ylabel(name.replace("_", " ").replace(":", ", "), fontsize=8)
+    figure.suptitle(
+        "Optimal rewards by utility: share in twentieths; dashed: limit law", fontsize=9
+    )
+    save_figure(figure, f"{cfg.out}.png")
+
+
+def write_table(out, lines, result):
+    """OUT.md and OUT.json."""
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(f"{out}.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", "utf-8")
+    write_json(f"{out}.json", result)
+    print("\n".join(lines))
+
+
+def plot_main(cfg):
+    """Runs side by side: rewards by rank at the end, and the kinds coming together, or not."""
+    found = []
+    for name in split_names(cfg.runs):
+        path = Path(name) / "metrics.jsonl"
+        try:
+            records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            settings = read_json(Path(name) / "args.json")["settings"]
+            report = read_json(Path(name) / "report.json")
+            found.append((name, settings, report, [r for r in records if "train_w1" in r]))
+            _ = report["train"]["open"], report["train"]["closed"]
+        except (OSError, ValueError, KeyError) as error:
+            refuse(f"{name}: not a finished run of collapse.py with both kinds: {error!r}")
+    if not found:
+        refuse("--runs: expected run directories, by commas")
+    lines = [
+        "| run | utility, open | closed | prompts | W1 | deviation, open | closed | accuracy |"
+    ]
+    lines.append("|---" * 8 + "|")
+    for name, settings, report, _ in found:
+        for where in ("train", "eval"):
+            if where not in report or report[where]["w1"] is None:
+                continue
+            row = report[where]
+            accuracy = np.mean([row[kind]["accuracy"][0] for kind in KINDS])
+            lines.append(
+                f"| {name} | {settings['open_utility']} | {settings['closed_utility']} | {where} | "
+                f"{row['w1']:.3f} | {row['open']['deviation']:.3f} | "
+                f"{row['closed']['deviation']:.3f} | {accuracy:.3f} |"
+            )
+    write_table(cfg.out, lines, {name: report for name, _, report, _ in found})
+    plt = matplotlib_pyplot()
+    if plt is None:
+        return
+    figure, panels = plt.subplots(
+        3, len(found), figsize=(4 * len(found), 8), squeeze=False, sharey="row"
+    )
+    styles = {"open": ("k", "o"), "closed": ("0.55", "s")}
+    for column, (name, settings, report, records) in zip(panels.T, found, strict=True):
+        ranks = range(1, len(report["train"]["open"]["mean"]) + 1)
+        for kind, (colour, marker) in styles.items():
+            row = report["train"][kind]
+            label = f"{kind}: {settings[f'{kind}_utility'].replace('_', ' ')}"
+            column[0].errorbar(
+                ranks, row["mean"], row["std"], color=colour, marker=marker, capsize=2, label=label
+            )
+            column[0].plot(ranks, row["optimum"], "--", color=colour, linewidth=1)
+        column[0].set_title(Path(name).name.replace("_", " "), fontsize=10)
+        column[0].set_xlabel("rank of the response, best first (dashed: optimum)", fontsize=8)
+        column[0].legend(fontsize=8)
+        steps = [r["step"] for r in records]
+        for where, style in (("train", "-"), ("eval", ":")):
+            if f"{where}_w1" in records[-1]:
+                label = "training prompts" if where == "train" else "held out"
+                column[1].plot(steps, [r[f"{where}_w1"] for r in records], f"k{style}", label=label)
+                for kind, (colour, _) in styles.items():
+                    values = [r[f"{where}_{kind}_accuracy"] for r in records]
+                    column[2].plot(steps, values, style, color=colour, label=f"{kind}, {label}")
+        for panel in column[1:]:
+            panel.set_xlabel("step", fontsize=8)
+            panel.legend(fontsize=7)
+        for panel in column:
+            panel.grid(alpha=0.3)
+    for panel, label in zip(
+        panels[:, 0], ("reward (mean, std)", "W1 of the kinds", "accuracy"), strict=True
+    ):
+        panel.set_ylabel(label, fontsize=9)
+    save_figure(figure, f"{cfg.out}.png")
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def main():
+    command = sys.argv[1] if sys.argv[1:] else ""
+    if command == "optimum":
+        return optimum_main(parse_config(OptimumConfig, __doc__, command))
+    if command == "plot":
+        while len(sys.argv) > 2 and not sys.argv[2].startswith("-"):  # runs may stand before flags
+            sys.argv[2:] = [*sys.argv[3:], f"--runs={sys.argv[2]}"]
+        return plot_main(parse_config(PlotConfig, __doc__, command))
+    cfg = parse_config(Config, __doc__)
+    if cfg.overlong not in ("drop", "cut"):
+        refuse(f"--overlong: expected drop or cut, got {cfg.overlong}")
+    if cfg.label_smoothing >= 0.5 or cfg.adam_beta2 >= 1 or cfg.max_length == 1:
+        refuse(
+            "--label_smoothing: expected less than 0.5; --adam_beta2: 1; --max_length: 2 or more"
+        )
+    if min(cfg.batch_size, cfg.max_new_tokens, cfg.log_every) < 1 or not cfg.clip_norm > 0:
+        refuse("--batch_size, --max_new_tokens, --log_every, --clip_norm: expected more than 0")
+    if not cfg.epsilon > 0:
+        refuse("--epsilon: expected more than 0: training needs U below 0")
+    files = split_names(cfg.data)
+    if not files:
+        refuse("--data: expected a file")
+    names = {"open": cfg.open_utility, "closed": cfg.closed_utility}
+    utilities = {
+        kind: read_utility(f"--{kind}_utility", text, cfg.epsilon) for kind, text in names.items()
+    }
+    device, dtype, rank, world = start_process(cfg)
+
+    # The model: a language model's trunk under a new scalar head.
+    try:
+        model = load_model(cfg.init)
+        tokenizer = load_tokenizer(cfg.tokenizer or cfg.init)
+        tokenizer_files(tokenizer)  # one that can't be saved is refused now, not after training
+        check_tokenizer(tokenizer, cfg.init, load_config(cfg.init))
+    except (OSError, ValueError) as error:
+        refuse(error)
+    if model.score is None:
+        torch.manual_seed(cfg.seed)
+        model = add_scalar_head(model)
+    elif not cfg.normalise_with:
+        refuse(f"--init {cfg.init}: a reward model: --normalise_with must name a policy, or none")
+    set_dropout(model, 0.0)
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    model.to(device, precision)
+    max_length = min(cfg.max_length or model.config.n_positions, model.config.n_positions)
+
+    # The data, all of it on every rank, so that all agree on every batch.
+    data, n = {"train": [], "eval": []}, 0
+    counted = []
+    for path in [*files, *([cfg.validation] if cfg.validation else [])]:
+        found, n, counts = read_rankings(path, tokenizer, max_length, cfg.overlong == "cut", n)
+        data["train" if len(counted) < len(files) else "eval"] += found
+        counted.append((path, len(found), counts))
+    examples = data["train"]
+    optima = {kind: optimal_rewards(n, U).tolist() for kind, U in utilities.items()}
+    lengths = [example["length"] for example in examples]
+    steps_an_epoch = math.ceil(len(examples) / cfg.batch_size)
+    total = cfg.steps or math.ceil(cfg.epochs * steps_an_epoch)
+    normalise = cfg.normalise_with != "none"
+    inputs = [path for path, _, _ in counted]
+    reference, prompts, models = None, [], [cfg.init]
+    if normalise:
+        reference = load_reference(cfg, tokenizer, max_length, device)
+        prompts = [line for _, line in read_jsonl(cfg.prompts, {"prompt": True})]
+        inputs.append(cfg.prompts)
+        models.append(cfg.normalise_with or cfg.init)
+    inputs += [path for directory in models for path in weight_files(Path(directory))]
+    checkpoint = open_run(cfg, inputs, device, rank, world)
+    out_dir = Path(cfg.out_dir)
+    if rank == 0:
+        size = sum(parameter.numel() for parameter in model.parameters())
+        print(f"reward model: {size / 1e6:.2f}M parameters; {device}, {dtype}, {world} rank(s)")
+        for path, number, counts in counted:
+            what = ", ".join(f"{count} {name}" for name, count in counts.items())
+            print(f"{path}: {number} lines of {n} responses kept; {what}")
+        print(f"open: {names['open']}, closed: {names['closed']}; {total} steps", flush=True)
+
+    mixed = dtype in (torch.bfloat16, torch.float16)
+    autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
+    yardstick = []
+    if normalise:  # now, since bad flags had better be seen before training than after
+        yardstick = reference_rows(
+            reference, tokenizer, prompts[: cfg.num_prompts], cfg, device, max_length, rank, world
+        )
+        if yardstick is None:
+            print("stopped by SIGTERM before the first step", flush=True)
+            sys.exit(128 + signal.SIGTERM)
+    del reference
+
+    decayed = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others}],
+        lr=cfg.lr,
+        betas=(0.9, cfg.adam_beta2),
+        eps=cfg.adam_eps,
+        weight_decay=0.0,
+        fused=True,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step = saved_step = 0
+    interpolated = -1  # the first evaluation whose training pairs were all in order, but for 1%
+    window = dict.fromkeys(("loss", "prompts", "tokens", "cells"), 0.0)  # since the last line
+    if checkpoint:
+        state = load_checkpoint(checkpoint, {"reward": model}, {"adam": optimizer}, device, rank)
+        step, interpolated = state["step"], state["interpolated"]
+        saved_step = step
+        scaler.load_state_dict(state["scaler"])
+        if rank == 0:
+            window = dict(zip(window, state["window"], strict=True))
+            print(f"resumed at step {step} from {checkpoint}", flush=True)
+    # Losses go through `parallel`: DDP averages the gradients over the ranks in its backward pass.
+    parallel = torch.compile(model) if cfg.compile else model
+    if world > 1:
+        parallel = DistributedDataParallel(
+            parallel, device_ids=[device] if device.type == "cuda" else None
+        )
+
+    def save():
+        nonlocal saved_step
+        if step > saved_step:
+            state = {"scaler": scaler.state_dict(), "window": all_reduce(window.values(), device)}
+            state["interpolated"] = interpolated
+            save_checkpoint(cfg, step, {"reward": model}, {"adam": optimizer}, state, device, rank)
+            saved_step = step
+
+    def stop():
+        """SIGTERM: what was done is saved, and --resume goes on from here to the same weights."""
+        save()
+        all_reduce([0.0], device)  # when one rank ends, torchrun ends the others: let rank 0 finish
+        if rank == 0:
+            print(f"stopped by SIGTERM at step {step}; --resume goes on from there", flush=True)
+        sys.exit(128 + signal.SIGTERM)
+
+    started = last_time = time.time()
+    first_step, epoch, batches, report = step, None, None, {}
+    while True:
+        if step == total or (cfg.save_every and step % cfg.save_every == 0):
+            save()
+        if stop_requested(device):
+            stop()
+
+        if step == total or (cfg.eval_every and step % cfg.eval_every == 0):
+            record = {"step": step, "seconds": round(time.time() - started, 1)}
+            for name, some in data.items():
+                if not some:
+                    continue
+                raw = score_examples(model, some, cfg, device, autocast, rank, world)
+                if raw is None:
+                    stop()
+                rewards = torch.tensor(raw, dtype=torch.float64).sigmoid().tolist()
+                report[name] = describe_rewards(some, rewards, optima)
+                record |= flat(report[name], f"{name}_")
+            accuracy = [report["train"][k]["accuracy"][0] for k in KINDS if k in report["train"]]
+            if min(accuracy) >= 0.99 and interpolated < 0:
+                interpolated = step
+            if rank == 0:
+                append_line(out_dir / "metrics.jsonl", record)
+                line = "  ".join(
+                    f"{name}: W1 {report[name]['w1'] or 0:.3f}, accuracy "
+                    + "/".join(
+                        f"{report[name][k]['accuracy'][0]:.3f}" for k in KINDS if k in report[name]
+                    )
+                    for name in report
+                )
+                print(f"step {step}/{total}  {line}", flush=True)
+        if step == total:
+            break
+
+        # One step: gradients of the mean over the batch's prompts, over micro-batches and ranks.
+        if epoch != step // steps_an_epoch:
+            epoch = step // steps_an_epoch
+            batches = grouped_batches(lengths, cfg.batch_size, [cfg.seed, epoch])
+        batch = batches[step % steps_an_epoch]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, cfg)
+        parallel.train()
+        shares = rank_share(batch, rank, world, cfg.micro_batch_size)
+        for micro, indices in enumerate(shares):
+            # A rank without lines left runs too, with weight 0: the others wait for its gradients.
+            some = [examples[i] for i in indices or batch[:1]]
+            tokens, mask, closed = (tensor.to(device) for tensor in collate_rankings(some))
+            last = micro == len(shares) - 1
+            with parallel.no_sync() if world > 1 and not last else nullcontext():
+                with autocast:
+                    output = parallel(tokens)  # (B * n, T)
+                raw = at_least_float32(last_score(output, mask))
+                rewards = raw.view(-1, n).sigmoid()  # (B, n), best first
+                label = 1 - cfg.label_smoothing
+                losses = torch.where(
+                    closed,
+                    ranking_loss(rewards, utilities["closed"], label=label),
+                    ranking_loss(rewards, utilities["open"], label=label),
+                )  # (B,)
+                loss = losses.sum() * (1.0 if indices else 0.0)
+                # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
+                scaler.scale(loss * world / len(batch)).backward()
+            if indices:
+                window["tokens"] += mask.sum().item() + n * sum(len(e["prompt"]) for e in some)
+            window["loss"] += loss.item()
+            window["prompts"] += len(indices)
+            window["cells"] += tokens.numel()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).item()
+        # The norm is of the summed gradients, the same on all ranks: all stop, or none. float16 may
+        # overflow: the scaler then skips the step and halves its scale.
+        if not math.isfinite(norm) and scaler.get_scale() <= 1:
+            lines = ", ".join(str(i + 1) for i in batch[:8])
+            if rank == 0:
+                print(
+                    f"step {step}: the gradient is {norm} on the batch of lines {lines}, ... (as "
+                    f"numbered among those kept); stopped before the update, nothing is changed",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            sys.exit(1)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        if step % cfg.log_every == 0 or step == total:
+            sums = dict(zip(window, all_reduce(window.values(), device), strict=True))
+            now = time.time()
+            left = (now - started) / (step - first_step) * (total - step)
+            record = {
+                "step": step,
+                "seconds": round(now - started, 1),
+                "loss": sums["loss"] / sums["prompts"],  # -U a pair, mean since the last line
+                "lr": optimizer.param_groups[0]["lr"],
+                "grad_norm": norm if math.isfinite(norm) else None,
+                "tokens_per_s": sums["tokens"] / (now - last_time),
+                "padding": 1 - sums["tokens"] / sums["cells"],
+            }
+            last_time, window = now, dict.fromkeys(window, 0.0)
+            if rank == 0:
+                append_line(out_dir / "metrics.jsonl", record)
+                print(
+                    f"step {step}/{total}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad "
+                    f"norm {norm:.2f}  {record['tokens_per_s']:.0f} tokens/s  "
+                    f"{left // 60:.0f}:{left % 60:02.0f} left",
+                    flush=True,
+                )
+
+    # Normalised scores, then the finished model and what it is worth.
+    statistics = {}
+    if normalise:
+        raw = score_rows(model, yardstick, cfg, device, autocast, rank, world)
+        if raw is None:
+            stop()
+        try:
+            statistics = score_statistics(torch.tensor(raw, dtype=torch.float64), "sigmoid")
+        except ValueError as error:  # the model is saved nevertheless, and refused by its readers
+            if rank == 0:
+                print(f"{out_dir}: not normalised: {error}", file=sys.stderr, flush=True)
+    report |= statistics | {"step": step, "seconds": round(time.time() - started, 1)}
+    report["interpolated_at"] = interpolated if interpolated >= 0 else None
+    report["peak_memory_gib"] = round(peak_memory(device) / 2**30, 2)
+    if rank == 0:
+        save_model(out_dir, model, tokenizer, {"stage": "reward"} | statistics)
+        for name in data:
+            if name in report:
+                print_rewards({"train": "training", "eval": "held out"}[name], report[name])
+        when = "never" if interpolated < 0 else f"at step {interpolated}"
+        print(f"training pairs in order, but for 1%: {when}")
+        write_json(out_dir / "report.json", report)
+        for path in out_dir.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        print(f"{out_dir}: finished in {report['seconds']:.0f} s, {report['peak_memory_gib']} GiB")
+    del parallel  # DDP is part of a reference cycle and keeps the group
+    end_process(device)
+    return None
+
+
+def set_dropout(model, rate):
+    """Sets all dropout rates: a checkpoint's own is its pre-training's."""
+    model.config = dataclasses.replace(model.config, dropout=rate)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = rate
+        elif hasattr(module, "dropout"):
+            module.dropout = rate
+
+
+def peak_memory(device):
+    """The most memory this process has held, bytes: on the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:  # a full disk, a folder that can't be written
+        sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

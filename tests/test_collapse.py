@@ -1,0 +1,541 @@
+"""collapse.py: utilities and optimal rewards against vectors, brute force, closed forms; the whole
+script."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import gradient, metrics, read_lines, run_script, weights, write_jsonl
+from ranks import on_ranks
+
+import collapse
+import reward
+from collapse import distance_to_limit, limit_law, optimal_rewards, utility, wasserstein
+from model import load_config
+
+SMOOTH = {"log": 0.1, "inverse_power": 0.1, "power": 0.1, "linear": 0.0, "log_sigmoid": 0.0}
+
+
+def run(monkeypatch, *args):
+    return run_script(collapse, monkeypatch, *args)
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def total(rewards, U):
+    """S, pair by pair."""
+    r = rewards.tolist()
+    return sum(U(tensor(a - b)).item() for a, b in itertools.combinations(r, 2))
+
+
+# --- utilities ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, parameter, loss, slopes",
+    [
+        ("log", None, -1.691725, [-1.25, 0.166667, 1.083333]),
+        ("inverse_power", None, 1.916667, [-2.604167, 0.75, 1.854167]),
+        ("linear", None, -0.466667, [-0.666667, 0.0, 0.666667]),
+        ("log_sigmoid", 0.25, 0.168739, [-0.385066, 0.084658, 0.300408]),
+    ],
+)
+def test_loss_vectors(name, parameter, loss, slopes):
+    """methods.md H: the authors' smoothed utilities at rewards .9, .6, .2."""
+    rewards = tensor(0.9, 0.6, 0.2)[None].requires_grad_()
+    found = collapse.ranking_loss(rewards, utility(name, parameter, SMOOTH[name]))
+    assert found.item() == pytest.approx(loss, abs=1e-6)
+    found.sum().backward()
+    assert rewards.grad[0].tolist() == pytest.approx(slopes, abs=1e-6)
+
+
+def test_straight_below_zero():
+    """methods.md H: U(-.2), and slopes of 10 and 100 there."""
+    for name, value, slope in (("log", -2, 10), ("inverse_power", -30, 100)):
+        x = tensor(-0.2).requires_grad_()
+        found = utility(name, None, 0.1)(x)
+        assert found.item() == pytest.approx(value, abs=1e-9)
+        found.backward()
+        assert x.grad.item() == pytest.approx(slope, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name, parameter", [(name, None) for name in SMOOTH] + [("power", 0.9), ("inverse_power", 3.0)]
+)
+@pytest.mark.parametrize("smooth", [True, False])
+def test_utilities_increase_and_are_concave(name, parameter, smooth):
+    U = utility(name, parameter, 0.1 if smooth else 0.0)
+    x = torch.linspace(-1 if smooth else 1e-3, 1, 4001, dtype=torch.float64).requires_grad_()
+    (slope,) = torch.autograd.grad(U(x).sum(), x)
+    assert (slope > 0).all() and (slope.diff() <= 1e-9).all()
+    if smooth:  # and continuous, with its slope, where the straight line begins
+        h = 1e-7
+        below, at, above = U(tensor(-h, 0.0, h))
+        assert (above - at).item() == pytest.approx((at - below).item(), rel=1e-4)
+    elif name in ("log", "power", "inverse_power"):
+        assert not U(tensor(-0.1)).isfinite().all() or name == "inverse_power"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("cubic",), "expected linear, log, power, inverse_power or log_sigmoid"),
+        (("power", 1.0), "power: below 1 too"),
+        (("inverse_power", 0.0), "expected a parameter above 0"),
+        (("log_sigmoid", -1.0), "expected a parameter above 0"),
+        (("log_sigmoid", math.nan), "expected a parameter above 0"),
+        (("linear", 2.0), "has no parameter"),
+        (("log", None, -0.1), "epsilon: expected at least 0"),
+    ],
+)
+def test_bad_utilities(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        utility(*arguments)
+
+
+# --- optimal rewards ------------------------------------------------------------------------------
+
+# methods.md H: the first half, S; n = 4, 8, 10.
+OPTIMA = [
+    ("log", None, [1, 0.723607], -4.023595),
+    ("log", None, [1, 0.935870, 0.795850, 0.604650], -27.484918),
+    ("log", None, [1, 0.959767, 0.869387, 0.738962, 0.582639], -47.132223),
+    ("power", 0.5, [1, 0.819705], 4.459606),
+    ("power", 0.5, [1, 0.988854, 0.902483, 0.664678], 18.686144),
+    ("power", 0.5, [1, 0.995488, 0.959342, 0.845910, 0.631851], 29.410213),
+    ("power", 0.9, [1, 0.999025], 4.000390),
+    ("inverse_power", 0.5, [1, 0.693376], -8.621667),
+    ("inverse_power", 0.5, [1, 0.898791, 0.752625, 0.586247], -48.875859),
+    ("inverse_power", 0.5, [1, 0.927985, 0.822451, 0.699516, 0.567463], -82.205146),
+    ("inverse_power", None, [1, 0.680740], -12.968871),
+    ("inverse_power", None, [1, 0.879241, 0.733439, 0.578651], -95.419246),
+    ("inverse_power", None, [1, 0.909746, 0.800065, 0.682488, 0.561201], -171.984204),
+    ("log_sigmoid", None, [1, 1], -2.639341),
+    ("log_sigmoid", None, [1, 1, 1, 0.764270], -13.228799),
+    ("log_sigmoid", None, [1, 1, 1, 1, 0.711237], -21.503003),
+    ("log_sigmoid", 0.25, [1, 0.696996], -0.846607),
+    ("log_sigmoid", 0.25, [1, 1, 0.804833, 0.599959], -5.753621),
+    ("log_sigmoid", 0.25, [1, 1, 0.911083, 0.740051, 0.579231], -9.785830),
+    ("log_sigmoid", 0.5, [1, 1, 0.963823, 0.649268], None),
+    ("log_sigmoid", 0.1, [1, 0.881784, 0.727930, 0.575966], None),
+    ("linear", None, [1, 1, 1, 1], 16),
+]
+
+
+@pytest.mark.parametrize("name, parameter, half, value", OPTIMA)
+def test_optimum_vectors(name, parameter, half, value):
+    n, U = 2 * len(half), utility(name, parameter)
+    found = optimal_rewards(n, U)
+    assert found[: n // 2].tolist() == pytest.approx(half, abs=1e-6)
+    assert (found + found.flip(0)).tolist() == pytest.approx([1.0] * n, abs=1e-12)
+    if value is not None:
+        assert total(found, U) == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, half",
+    [
+        ("log", [1, 0.749072]),
+        ("log", [1, 1, 0.853696, 0.627212]),
+        ("log", [1, 1, 0.934852, 0.788211, 0.600766]),
+        ("inverse_power", [1, 0.689910]),
+        ("inverse_power", [1, 0.910867, 0.758740, 0.587972]),
+        ("inverse_power", [1, 0.947634, 0.836669, 0.707587, 0.570039]),
+    ],
+)
+def test_optimum_vectors_of_smoothed_utilities(name, half):
+    found = optimal_rewards(2 * len(half), utility(name, None, 0.1))
+    assert found[: len(half)].tolist() == pytest.approx(half, abs=1e-6)
+
+
+def test_larger_optimum_vectors():
+    """methods.md H at n = 50: S and the variance; the share at the end points at n = 200."""
+    for name, parameter, value, variance in [
+        ("log", None, -1582.597182, 0.126289),
+        ("power", 0.5, 747.613029, 0.166849),
+        ("inverse_power", 0.5, -2737.909071, 0.104836),
+        ("inverse_power", None, -8481.472691, 0.094280),
+        ("log_sigmoid", None, -606.028768, None),
+    ]:
+        found, U = optimal_rewards(50, utility(name, parameter)), utility(name, parameter)
+        assert total(found, U) == pytest.approx(value, abs=1e-5)
+        if variance:
+            assert found.var(correction=0).item() == pytest.approx(variance, abs=1e-6)
+    for scale, share in ((1, 0.385), (0.5, 0.3), (0.25, 0.205), (0.1, 0.105)):
+        found = optimal_rewards(200, utility("log_sigmoid", scale))
+        assert (found == 1).double().mean().item() == pytest.approx(share, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize(
+    "name, parameter, epsilon",
+    [
+        ("log", None, 0.0),
+        ("power", 0.5, 0.0),
+        ("inverse_power", None, 0.0),
+        ("log_sigmoid", 0.25, 0.0),
+        ("inverse_power", 2.0, 0.1),
+    ],
+)
+def test_optimum_equals_brute_force(n, name, parameter, epsilon):
+    """Grids of all ordered rewards, the ends free too, each 20 times finer than the one before."""
+    U, low, high = utility(name, parameter, epsilon), torch.zeros(n), torch.ones(n)
+    for _ in range(6):
+        axes = [torch.linspace(a, b, 11) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+        grid = torch.cartesian_prod(*axes).double().view(-1, n)
+        grid = grid[(grid[:, :-1] >= grid[:, 1:]).all(1)]
+        i, j = torch.triu_indices(n, n, 1)
+        best = grid[U(grid[:, i] - grid[:, j]).sum(1).nan_to_num(-math.inf).argmax()]
+        width = (high - low) / 6
+        low, high = (best - width).clamp(0, 1), (best + width).clamp(0, 1)
+    assert optimal_rewards(n, U).tolist() == pytest.approx(best.tolist(), abs=2e-3)
+
+
+@pytest.mark.parametrize("n", [3, 5, 8, 13, 50])
+def test_log_has_gauss_lobatto_points(n):
+    """Its optima are 1, -1 and the zeros of the derivative of Legendre's polynomial, on [0, 1]."""
+    zeros = np.polynomial.legendre.Legendre.basis(n - 1).deriv().roots()
+    points = (1 + np.sort(np.concatenate([[-1, 1], zeros.real]))[::-1]) / 2
+    found = optimal_rewards(n, utility("log"))
+    assert found.tolist() == pytest.approx(points.tolist(), abs=1e-8)
+    assert found.var(correction=0).item() == pytest.approx((n - 1) / (4 * (2 * n - 3)), abs=1e-9)
+
+
+def test_newton_step_is_nothing_at_a_thousand():
+    """From all rewards, not by symmetry: gradient and Hessian of S over r_2 .. r_999."""
+    n = 1000
+    for name, first, second in [
+        ("log", lambda x: 1 / x, lambda x: -1 / x**2),
+        ("inverse_power", lambda x: 1 / x**2, lambda x: -2 / x**3),
+    ]:
+        r = optimal_rewards(n, utility(name)).numpy()
+        gap = np.abs(r[:, None] - r) + np.eye(n)
+        gradient = (first(gap) * np.sign(np.arange(n) - np.arange(n)[:, None])).sum(1)
+        curve = second(gap) * (1 - np.eye(n))
+        hessian = np.diag(curve.sum(1)) - curve
+        step = np.linalg.solve(hessian[1:-1, 1:-1], gradient[1:-1])
+        assert np.abs(step).max() < 1e-10, name
+        assert gradient[0] > 0 > gradient[-1]  # held at their bounds
+
+
+def test_a_utility_that_is_not_concave():
+    with pytest.raises(RuntimeError, match="not concave"):
+        optimal_rewards(6, lambda x: x**3)
+    with pytest.raises(ValueError, match="n of at least 2"):
+        optimal_rewards(1, utility("linear"))
+    assert optimal_rewards(7, utility("linear")).tolist() == [1, 1, 1, 0.5, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "name, parameter, distances",
+    [
+        ("log", None, [0.07114, 0.02675, 0.00525, 0.00131]),
+        ("power", 0.5, [0.0633, 0.0251, 0.0050, 0.00125]),
+        ("inverse_power", 0.5, [0.0854, 0.0330, 0.0085, 0.0034]),
+        ("inverse_power", None, [0.1000, 0.0443, 0.0183, 0.0117]),
+    ],
+)
+def test_distances_to_the_limit_laws(name, parameter, distances):
+    """methods.md H: n = 4, 10, 50, 200."""
+    a = limit_law(name, parameter)
+    for n, expected in zip((4, 10, 50, 200), distances, strict=True):
+        found = distance_to_limit(optimal_rewards(n, utility(name, parameter)), a)
+        assert found == pytest.approx(expected, abs=1e-4 if expected > 0.02 else 5e-5), n
+
+
+def test_limit_laws():
+    assert [limit_law("power", 0.5), limit_law("log"), limit_law("inverse_power")] == [0.25, 0.5, 1]
+    assert limit_law("linear") == 0 and limit_law("log_sigmoid") is None
+    assert limit_law("inverse_power", 2.0) is None
+    assert distance_to_limit(optimal_rewards(40, utility("linear")), 0) == 0
+    for a in (0.25, 0.5, 1.0, 0.75):  # the variance of Beta(a, a); the arcsine law's quantiles
+        found = collapse.beta_quantiles(a, 100_000)
+        assert found.var(correction=0).item() == pytest.approx(1 / (4 * (2 * a + 1)), abs=1e-5)
+        assert (found.diff() >= 0).all() and (found + found.flip(0) - 1).abs().max() < 1e-9
+    levels = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    arcsine = torch.sin(math.pi * levels / 2) ** 2
+    assert (collapse.beta_quantiles(0.5, 1000) - arcsine).abs().max() < 1e-6
+
+
+def test_reference_distances():
+    """methods.md H at n = 8, between optima; what the prompt-aware loss should reach."""
+    found = {
+        (name, e): optimal_rewards(8, utility(name, None, e))
+        for name, e in [("log", 0), ("log", 0.1), ("inverse_power", 0), ("inverse_power", 0.1)]
+    }
+    step, even = optimal_rewards(8, utility("linear")), torch.linspace(1, 0, 8).double()
+    for a, b, expected in [
+        (found["log", 0], found["log", 0.1], 0.036135),
+        (found["inverse_power", 0], found["inverse_power", 0.1], 0.016562),
+        (found["log", 0], found["inverse_power", 0], 0.036260),
+        (even, found["inverse_power", 0.1], 0.028680),
+        (step, found["inverse_power", 0.1], 0.1856),
+        (step, found["inverse_power", 0], 0.202167),
+    ]:
+        assert wasserstein(a, b) == pytest.approx(expected, abs=5e-5)
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(toy_data, policy_run, tmp_path_factory):
+    """A folder with 21 rankings of 4 responses, 8 held out, 100 prompts, and the policy."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, source, count in [
+        ("rankings.jsonl", "rankings_kinds.jsonl", 21),
+        ("held.jsonl", "rankings_kinds_validation.jsonl", 8),
+        ("prompts.jsonl", "prompts_validation.jsonl", 100),
+    ]:
+        lines = read_lines(toy_data / source)[:count]
+        for line in lines if "rankings" in source else ():
+            line["responses"] = line["responses"][::2]
+        write_jsonl(folder / name, lines)
+    shutil.copytree(policy_run, folder / "policy")
+    return folder
+
+
+def flags(data, out, *more):
+    files = ["--data", data / "rankings.jsonl", "--validation", data / "held.jsonl"]
+    files += ["--prompts", data / "prompts.jsonl", "--init", data / "policy"]
+    files += ["--num_prompts", 64, "--max_new_tokens", 8, "--device", "cpu", "--out_dir", out]
+    return list(map(str, [*files, *more]))
+
+
+LONG = ["--epochs", 2, "--batch_size", 6, "--save_every", 3, "--eval_every", 3, "--log_every", 2]
+KEEP = "collapse.shutil.rmtree = lambda *args, **kwargs: None\n"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, *flags(data, out, *LONG)) == 0
+    return out
+
+
+def test_ranks_and_accumulation_take_the_same_gradient(data, tmp_path, monkeypatch):
+    """Both kinds, ragged lengths, 15 lines on 2 ranks, smoothing: equal to 1e-12 relative."""
+    args = ["--steps", 1, "--batch_size", 15, "--dtype", "float64", "--clip_norm", 1e9]
+    args += ["--label_smoothing", 0.1, "--adam_beta2", 0.95, "--eval_every", 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(collapse.shutil, "rmtree", lambda *args, **kwargs: None)
+        assert run(patch, *flags(data, tmp_path / "one", *args)) == 0
+        more = ["--micro_batch_size", 4]
+        assert run(patch, *flags(data, tmp_path / "accumulated", *args, *more)) == 0
+    argv = ["collapse.py", *flags(data, tmp_path / "both", *args, "--micro_batch_size", 3)]
+    done = on_ranks("collapse", f"{KEEP}sys.argv = {argv!r}\ncollapse.main()\n")
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, logged = gradient(tmp_path / "one"), metrics(tmp_path / "one")
+    assert expected.norm() > 0.1
+    for name in ("accumulated", "both"):
+        difference = gradient(tmp_path / name) - expected
+        assert difference.norm() / expected.norm() < 1e-12, name
+        for a, b in zip(metrics(tmp_path / name), logged, strict=True):
+            for key in ("loss", "train_w1", "eval_w1", "eval_open_accuracy"):
+                assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-9), (name, key)
+
+
+def test_the_loss_is_the_formula(data, tmp_path, monkeypatch):
+    """One batch of all lines, pair by pair from the saved initial scores' sigmoids."""
+    seen = []
+    real = collapse.last_score
+
+    def spy(output, mask):
+        found = real(output, mask)
+        seen.append(found.detach().double())
+        return found
+
+    monkeypatch.setattr(collapse, "last_score", spy)
+    args = ["--steps", 1, "--batch_size", 21, "--normalise_with", "none", "--eval_every", 0]
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *args)) == 0
+    rewards = seen[0].sigmoid().view(21, 4)
+    lines = read_lines(data / "rankings.jsonl")
+    batch = collapse.grouped_batches([0] * 21, 21, [0, 0])  # one batch: every line once
+    assert sorted(batch[0]) == list(range(21))
+    # Lines of a batch stand in the order of their lengths; all losses are compared as a sum.
+    tokenizer_lengths = metrics(tmp_path / "run")[0]["loss"]
+    examples, _, _ = collapse.read_rankings(
+        data / "rankings.jsonl", collapse.load_tokenizer(data / "policy"), 96, False, 0
+    )
+    order = collapse.grouped_batches([e["length"] for e in examples], 21, [0, 0])[0]
+    losses = []
+    for row, i in zip(rewards.tolist(), order, strict=True):
+        pairs = [a - b for a, b in itertools.combinations(row, 2)]
+        if lines[i]["kind"] == "closed":
+            losses.append(-sum(pairs) / 6)
+        else:
+            losses.append(sum(1 / (x + 0.1) if x > 0 else 10 - 100 * x for x in pairs) / 6)
+    assert tokenizer_lengths == pytest.approx(sum(losses) / 21, rel=1e-5)
+
+
+@pytest.mark.parametrize("moment", [2, 5])
+def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
+    args = flags(data, tmp_path / "run", *LONG, "--resume")
+    code = (
+        "import signal\nreal = collapse.learning_rate\n"
+        "def rate(step, total, cfg):\n"
+        f"    if step + 1 == {moment}:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(step, total, cfg)\n"
+        f"collapse.learning_rate = rate\nsys.argv = {['collapse.py', *args]!r}\ncollapse.main()\n"
+    )
+    first = on_ranks("collapse", code, 1)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, *args) == 0
+    assert weights(tmp_path / "run") == weights(uninterrupted)
+    assert metrics(tmp_path / "run") == metrics(uninterrupted)
+
+
+@pytest.mark.parametrize("where, call", [("learning_rate", 4), ("score_rows", 3)])
+def test_sigterm_saves_and_resumes(data, tmp_path, monkeypatch, uninterrupted, where, call):
+    args = flags(data, tmp_path / "run", *LONG, "--resume")
+    with monkeypatch.context() as patch:
+        real, calls = getattr(collapse, where), []
+
+        def interrupted(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+
+        patch.setattr(collapse, where, interrupted)
+        assert run(patch, *args) == 128 + signal.SIGTERM
+    assert run(monkeypatch, *args) == 0
+    assert weights(tmp_path / "run") == weights(uninterrupted)
+    assert metrics(tmp_path / "run")[-1] == metrics(uninterrupted)[-1]
+
+
+def test_nan_stops_before_the_update(data, tmp_path):
+    argv = ["collapse.py", *flags(data, tmp_path / "run", *LONG)]
+    code = (
+        "real, calls = collapse.ranking_loss, []\n"
+        "def poisoned(*args, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    bad = len(calls) > 4 and os.environ['RANK'] == '1'\n"
+        "    return real(*args, **kwargs) * (float('nan') if bad else 1)\n"
+        f"collapse.ranking_loss = poisoned\nsys.argv = {argv!r}\ncollapse.main()\n"
+    )
+    done = on_ranks("collapse", code)
+    assert done.returncode == 1
+    assert "step 2: the gradient is nan on the batch of lines" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_precisions(data, tmp_path, monkeypatch, dtype, uninterrupted):
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *LONG, "--dtype", dtype)) == 0
+    found, expected = metrics(tmp_path / "run")[-1], metrics(uninterrupted)[-1]
+    tolerance = 1e-4 if dtype == "float64" else 0.05
+    for kind in collapse.KINDS:
+        assert found[f"train_{kind}"] == pytest.approx(expected[f"train_{kind}"], abs=tolerance)
+
+
+def test_a_run_is_a_reward_model(data, uninterrupted, monkeypatch, tmp_path, capsys):
+    """Its statistics are of sigmoids, and reward.py scores with it."""
+    config = load_config(uninterrupted)
+    assert config["score_transform"] == "sigmoid" and config["stage"] == "reward"
+    assert 0 < config["reward_mean"] < 1
+    report = json.loads((uninterrupted / "report.json").read_text())
+    assert set(report["train"]) == {"open", "closed", "w1"} and report["step"] == 8
+    assert sum(report["train"]["open"]["histogram"]) == 4 * 11
+    assert not list(uninterrupted.glob("checkpoint-*"))
+    out = tmp_path / "scored.jsonl"
+    args = ["score", "--init", uninterrupted, "--data", data / "held.jsonl", "--out", out]
+    assert run_script(reward, monkeypatch, *args, "--device", "cpu") == 0
+    mean, std = config["reward_mean"], config["reward_std"]
+    rewards = np.array([line["scores"] for line in read_lines(out)]) * std + mean
+    held = read_lines(data / "held.jsonl")
+    for kind in collapse.KINDS:
+        rows = [r for r, line in zip(rewards, held, strict=True) if line["kind"] == kind]
+        assert np.mean(rows, 0).tolist() == pytest.approx(report["eval"][kind]["mean"], abs=1e-4)
+
+
+def test_describe():
+    """Two prompts a kind by hand."""
+    examples = [{"kind": kind} for kind in ("open", "closed", "open", "closed")]
+    rewards = [[0.9, 0.5, 0.2], [1.0, 1.0, 0.0], [0.7, 0.8, 0.0], [1.0, 0.0, 0.0]]
+    optima = {"open": [1.0, 0.5, 0.0], "closed": [1.0, 0.5, 0.0]}
+    found = collapse.describe_rewards(examples, rewards, optima)
+    assert found["open"]["mean"] == pytest.approx([0.8, 0.65, 0.1])
+    assert found["open"]["std"] == pytest.approx([0.1, 0.15, 0.1])
+    assert found["open"]["accuracy"][0] == pytest.approx(5 / 6)
+    assert found["closed"]["accuracy"][0] == pytest.approx(5 / 6)  # two ties
+    assert found["open"]["deviation"] == pytest.approx(0.2)
+    assert found["w1"] == pytest.approx((0.2 + 0.15 + 0.1) / 3)
+    assert found["closed"]["histogram"] == [3, 0, 0, 0, 0, 0, 0, 0, 0, 3]
+    assert collapse.describe_rewards(examples[:1], rewards[:1], optima)["w1"] is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kind": "both"}, ":2: kind: expected open or closed, got 'both'"),
+        ({"kind": None}, ":2: kind: expected open or closed, got None"),
+        ({"responses": [" a", " b"]}, ":2: responses: expected 4, as in the lines before, got 2"),
+        ({"responses": [" a", ""]}, ":2: responses"),
+        ({"responses": 3}, ":2: responses"),
+    ],
+)
+def test_bad_lines(data, tmp_path, monkeypatch, capsys, change, message):
+    lines = read_lines(data / "rankings.jsonl")[:3]
+    lines[1] |= change
+    bad = write_jsonl(tmp_path / "bad.jsonl", lines)
+    assert run(monkeypatch, *flags(data, tmp_path / "run", "--data", bad)) == 2
+    assert f"{bad}{message}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--open_utility", "cubic"], "--open_utility cubic: expected linear, log"),
+        (["--closed_utility", "power:2"], "--closed_utility power:2: expected a parameter"),
+        (["--closed_utility", "power:x"], "--closed_utility power:x: "),
+        (["--epsilon", "0"], "--epsilon: expected more than 0"),
+        (["--data", ""], "--data: expected a file"),
+        (["--init", "nowhere"], "nowhere"),
+        (["--label_smoothing", "0.5"], "--label_smoothing: expected less than 0.5"),
+        (["--batch_size", "0"], "expected more than 0"),
+        (["--overlong", "keep"], "--overlong: expected drop or cut"),
+    ],
+)
+def test_bad_flags(data, tmp_path, monkeypatch, capsys, args, message):
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *args)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_optimum_command(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "figures/optima"
+    args = ["--utilities", "linear,log,log_sigmoid:0.25", "--sizes", "4,50", "--out", out]
+    assert run(monkeypatch, "optimum", *args) == 0
+    rows = json.loads((tmp_path / "figures/optima.json").read_text())["optima"]
+    assert [(row["utility"], row["n"]) for row in rows[:3]] == [
+        ("linear", 4),
+        ("linear", 50),
+        ("log", 4),
+    ]
+    assert rows[2]["rewards"][1] == pytest.approx(0.723607, abs=1e-6)
+    assert rows[2]["limit"] == "Beta(0.5, 0.5)" and rows[5]["limit"] is None
+    assert "| log | 4 | 0.1500 | 0.2500 |" in (tmp_path / "figures/optima.md").read_text()
+    assert run(monkeypatch, "optimum", "--sizes", "4,x", "--out", out) == 2
+    assert run(monkeypatch, "optimum", "--utilities", "cubic", "--out", out) == 2
+
+
+def test_plot_command(uninterrupted, data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "figures/collapse"
+    assert run(monkeypatch, "plot", uninterrupted, "--out", out) == 0
+    text = (tmp_path / "figures/collapse.md").read_text()
+    assert text.count(f"| {uninterrupted} | inverse_power | linear |") == 2
+    assert run(monkeypatch, "plot", data, "--out", out) == 2
+    assert "not a finished run of collapse.py" in capsys.readouterr().err
+    assert run(monkeypatch, "plot", "--runs", "", "--out", out) == 2
