@@ -5,8 +5,9 @@
 #   make test-faults     kills every script at random moments (QUICK=1: two each)
 #   make test-peers      installs transformers and TRL beside torch, runs the tests that compare
 #   make bench           measures against peers
-#   make all             the pipeline, and AI feedback: judge, Constitutional AI, RLAIF
-#   make reward-scaling, reward-margins, best-of-n, online-dpo, rlaif     experiments, three seeds each
+#   make all             the pipeline, AI feedback (judge, Constitutional AI, RLAIF), reward collapse
+#   make reward-scaling, reward-margins, best-of-n, online-dpo, rlaif, collapse, collapse-ppo
+#                        experiments, three seeds each
 # QUICK=1 makes the experiments with one seed.
 # LAUNCH="torchrun --nproc_per_node=8" runs the stages on several GPUs; INIT=gpt2/ DATA=mine/ on a
 # model and data of your own, into runs/own/mine (see below, and SFT_FLAGS, REWARD_FLAGS, PPO_FLAGS, DPO_FLAGS,
@@ -31,7 +32,8 @@ comma := ,
 space := $() $()
 list = $(subst $(space),$(comma),$(strip $(1)))
 
-.PHONY: all report check test test-mutations test-faults test-peers bench lint clean reward-scaling reward-margins best-of-n online-dpo rlaif ai-report
+.PHONY: all report check test test-mutations test-faults test-peers bench lint clean reward-scaling reward-margins best-of-n online-dpo rlaif ai-report \
+  collapse collapse-report collapse-ppo
 .DELETE_ON_ERROR:
 
 report: $(RUNS)/evaluation/report.json
@@ -44,7 +46,7 @@ check: report
 	$(PYTHON) evaluate.py check --report $(RUNS)/evaluation/report.json --judge $(if $(GOLD),gold,$(RUNS)/reward) --better \
 	  "$(RUNS)/sft@best_of=4:$(RUNS)/reward > $(RUNS)/sft,$(RUNS)/ppo > $(RUNS)/sft,$(RUNS)/ppo@temperature=0 > $(RUNS)/sft@temperature=0,$(RUNS)/dpo > $(RUNS)/sft,$(RUNS)/dpo@temperature=0 > $(RUNS)/sft@temperature=0"
 
-all: report ai-report
+all: report ai-report collapse-report
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON3) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON3=python3.12')"
@@ -185,6 +187,21 @@ else
 ai-report:
 endif
 
+# --- reward collapse: one utility for all prompts, and one for each kind ---
+
+COLLAPSE = $(RUN) collapse.py --prompts data/toy/prompts_train.jsonl
+
+ifeq ($(DATA),data/toy)
+$(RUNS)/collapse/report.json: $(RUNS)/sft/report.json collapse.py
+	$(call go,$(COLLAPSE) --init $(RUNS)/sft --closed_utility inverse_power,collapse.py,$(@D))
+$(RUNS)/prompt_aware/report.json: $(RUNS)/sft/report.json collapse.py
+	$(call go,$(COLLAPSE) --init $(RUNS)/sft,collapse.py,$(@D))
+collapse-report: $(RUNS)/collapse/report.json $(RUNS)/prompt_aware/report.json
+	$(PYTHON) collapse.py plot $(^D) --out $(RUNS)/figures/collapse
+else
+collapse-report:
+endif
+
 # --- experiments with reward models: everything again in each seed ---
 
 SIZES := small medium large
@@ -283,6 +300,47 @@ $(foreach seed,$(SEEDS),$(eval $(call people,$(seed))) $(eval \
   $(call ai_feedback,$(E),-$(seed),$(seed),$(E)/sft-medium-$(seed),$(E)/feedback-$(seed),$(E)/feedback-test-$(seed))))
 
 rlaif: $(foreach run,ai-evaluation ppo dpo,$(SEEDS:%=$(E)/$(run)-%/report.json))
+
+# Reward collapse under four utilities, with labels smoothed, and by kind; in every seed.
+UTILITIES := inverse_power log linear log_sigmoid:0.25
+plain = $(subst :,_,$(1))
+# $(1) the run's name, $(2) seed, $(3) flags
+define collapse_run
+$(E)/$(1)-$(2)/report.json: $(E)/sft-medium-$(2)/report.json collapse.py
+	$$(call go,$$(COLLAPSE) --init $(E)/sft-medium-$(2) --seed $(2) $(3),collapse.py,$$(@D))
+endef
+$(foreach seed,$(SEEDS),$(foreach u,$(UTILITIES),$(eval $(call collapse_run,collapse-$(call \
+  plain,$(u)),$(seed),--open_utility $(u) --closed_utility $(u)))) \
+  $(eval $(call collapse_run,prompt_aware,$(seed),)) $(eval $(call collapse_run,smoothed,$(seed),\
+  --closed_utility inverse_power --label_smoothing 0.1)))
+collapsed := $(foreach u,$(UTILITIES),collapse-$(call plain,$(u))) smoothed prompt_aware
+
+collapse: $(foreach run,$(collapsed),$(SEEDS:%=$(E)/$(run)-%/report.json))
+	$(PYTHON) collapse.py optimum --out runs/figures/optimal_rewards
+	$(PYTHON) collapse.py plot $(^D) --out runs/figures/collapse_seeds
+	$(PYTHON) collapse.py plot $(foreach run,$(collapsed),$(E)/$(run)-0) --out runs/figures/collapse
+
+# Does it matter to a policy? Eight responses each to prompts of all tasks, ranked by simulated
+# annotators; both reward models, two passes; ppo.py.
+define collapse_ppo
+$(E)/eight-$(1)/report.json: $(E)/sft-medium-$(1)/report.json annotate.py
+	$$(call go,$(ANNOTATE) --policy $(E)/sft-medium-$(1) --seed $(1) --num_responses 8 \
+	  --num_prompts 3000,annotate.py,$$(@D))
+$(foreach kind,one by_kind,$(E)/collapse-$(kind)-$(1)/report.json): $(E)/eight-$(1)/report.json collapse.py
+	$$(call go,$$(COLLAPSE) --init $(E)/sft-medium-$(1) --seed $(1) --data $$(<D)/rankings.jsonl \
+	  --validation "" --epochs 2 --batch_size 16 --lr 5e-4 --eval_every 0 \
+	  $$(if $$(findstring by_kind,$$@),,--closed_utility inverse_power),collapse.py,$$(@D))
+$(foreach kind,one by_kind,$(E)/ppo-$(kind)-$(1)/report.json): $(E)/ppo-%-$(1)/report.json: \
+  $(E)/collapse-%-$(1)/report.json ppo.py
+	$$(call go,$$(PPO) --init $(E)/sft-medium-$(1) --reward $$(<D) --seed $(1),ppo.py,$$(@D))
+$(E)/collapse-evaluation-$(1)/report.json: $(foreach kind,one by_kind,$(E)/ppo-$(kind)-$(1)/report.json)
+	$(RUN) evaluate.py --policies $$(call list,$(E)/sft-medium-$(1) $$(^D)) --gold data/toy.py \
+	  --judges $$(call list,$(foreach kind,one by_kind,$(E)/collapse-$(kind)-$(1))) --seed $(1) \
+	  --prompts data/toy/prompts_test.jsonl --out_dir $$(@D) --overwrite
+endef
+$(foreach seed,$(SEEDS),$(eval $(call collapse_ppo,$(seed))))
+
+collapse-ppo: $(SEEDS:%=$(E)/collapse-evaluation-%/report.json)
 
 # --- tests ---
 

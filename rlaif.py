@@ -216,7 +216,7 @@ class DirectConfig:
     template: Annotated[str, "how to ask, with sections rate and ratings"] = "data/prompts/toy.txt"
     gold: Annotated[str, "Python file whose score(prompt, response, **fields) is the truth"] = ""
     out_dir: Annotated[str, "run directory"] = "runs/direct"
-    beta: Annotated[float, "KL coefficient (Lee et al.: 0.05)"] = 0.05
+    beta: Annotated[float, "KL coefficient (Lee et al.: 0.05)"] = 0.1
     missing_eos_score: Annotated[
         str,
         "if a response did not end, the smaller of this and the batch's lowest; none: its own",
@@ -224,7 +224,7 @@ class DirectConfig:
     steps: Annotated[int, "iterations, each of batch_size episodes and one update"] = 100
     batch_size: Annotated[int, "episodes an iteration, over all ranks (Lee et al.: 128)"] = 64
     micro_batch_size: Annotated[int, "episodes a forward on one rank; 0: all of its share"] = 0
-    lr: Annotated[float, "the policy's peak learning rate (Lee et al.: 1e-5)"] = 5e-4
+    lr: Annotated[float, "the policy's peak learning rate (Lee et al.: 1e-5)"] = 1e-4
     value_lr: Annotated[float, "the value network's"] = 1e-3
     warmup: Annotated[int, "iterations of linear warm-up"] = 4
     final_lr: Annotated[float, "last rate over peak rate, by a cosine"] = 0.1

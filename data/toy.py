@@ -550,7 +550,7 @@ def kind_rankings(rng, stream):
     ranked by gold, and where gold is equal by lot."""
     records = []
     for record in stream:
-        if len(records) == 128:
+        if len(records) == 64:
             return records
         kind = ("open", "closed")[len(records) % 2]
         if record["task"] == "benign" and record["kind"] == kind:

@@ -597,6 +597,118 @@ MUTATIONS = {
             'group["lr"] = peak',
         ),
     ],
+    "collapse": [
+        (
+            "no sigmoid",
+            "collapse.py",
+            "rewards = raw.view(-1, n).sigmoid()",
+            "rewards = raw.view(-1, n)",
+        ),
+        (
+            "the kinds' utilities swapped",
+            "collapse.py",
+            'ranking_loss(rewards, utilities["closed"], label=label),\n'
+            '                    ranking_loss(rewards, utilities["open"], label=label),',
+            'ranking_loss(rewards, utilities["open"], label=label),\n'
+            '                    ranking_loss(rewards, utilities["closed"], label=label),',
+        ),
+        (
+            "a straight line of slope 1 below 0",
+            "collapse.py",
+            "slope * (x - inside)",
+            "(x - inside)",
+        ),
+        (
+            "epsilon forgotten above 0",
+            "collapse.py",
+            "lambda x: -((x + epsilon) ** -g)",
+            "lambda x: -(x ** -g)",
+        ),
+        (
+            "the scale multiplies",
+            "collapse.py",
+            "F.logsigmoid(x / g)",
+            "F.logsigmoid(x * g)",
+        ),
+        (
+            "pairs of one half counted once",
+            "collapse.py",
+            "gradient = 2 * (slopes.sum(0) - slopes.sum(1) - across[1].sum(1)",
+            "gradient = 2 * (slopes.sum(0) / 2 - slopes.sum(1) / 2 - across[1].sum(1)",
+        ),
+        (
+            "the middle one of an odd n forgotten",
+            "collapse.py",
+            "- n % 2 * middle[1])",
+            "- 0 * middle[1])",
+        ),
+        (
+            "what is at its bound never leaves",
+            "collapse.py",
+            "free = (s > 0) | (gradient > 0)",
+            "free = s > 0",
+        ),
+        (
+            "a step may close a gap",
+            "collapse.py",
+            "length = min(1.0, 0.9 / max(closing.max().item(), 1e-300))",
+            "length = 1.0",
+        ),
+        (
+            "distance of unsorted rewards",
+            "collapse.py",
+            "(a.sort().values - b.sort().values)",
+            "(a - b.flip(0))",
+        ),
+        (
+            "the limit law of another power",
+            "collapse.py",
+            '"inverse_power": (1 + g) / 2}',
+            '"inverse_power": g / 2}',
+        ),
+        (
+            "the upper half of the law is the lower one",
+            "collapse.py",
+            "torch.where(levels < 0.5, torch.tensor(lower), 1 - torch.tensor(lower))",
+            "torch.tensor(lower)",
+        ),
+        (
+            "the mean over each rank's own lines",
+            "collapse.py",
+            "scaler.scale(loss * world / len(batch))",
+            "scaler.scale(loss / max(len(indices), 1))",
+        ),
+        (
+            "a rank without lines counts one",
+            "collapse.py",
+            "loss = losses.sum() * (1.0 if indices else 0.0)",
+            "loss = losses.sum()",
+        ),
+        (
+            "statistics of raw scores",
+            "collapse.py",
+            'score_statistics(torch.tensor(raw, dtype=torch.float64), "sigmoid")',
+            "score_statistics(torch.tensor(raw, dtype=torch.float64))",
+        ),
+        (
+            "means over ranks, not by rank",
+            "collapse.py",
+            "mean, optimum = found.mean(0)",
+            "mean, optimum = found.mean(1)[: found.shape[1]]",
+        ),
+        (
+            "ties count as right",
+            "collapse.py",
+            "hits = 0.5 + 0.5 * (found[:, i] - found[:, j]).sign()",
+            "hits = (found[:, i] >= found[:, j]).double()",
+        ),
+        (
+            "the interpolation's step is not saved",
+            "collapse.py",
+            'state["interpolated"] = interpolated',
+            'state["interpolated"] = -1',
+        ),
+    ],
 }
 
 
