@@ -301,7 +301,7 @@ $(foreach seed,$(SEEDS),$(eval $(call people,$(seed))) $(eval \
 
 rlaif: $(foreach run,ai-evaluation ppo dpo,$(SEEDS:%=$(E)/$(run)-%/report.json))
 
-# Reward collapse under four utilities, with labels smoothed, and by kind; in every seed.
+# Reward collapse under four utilities, with labels smoothed or noisy, and by kind; in every seed.
 UTILITIES := inverse_power log linear log_sigmoid:0.25
 plain = $(subst :,_,$(1))
 # $(1) the run's name, $(2) seed, $(3) flags
@@ -312,13 +312,15 @@ endef
 $(foreach seed,$(SEEDS),$(foreach u,$(UTILITIES),$(eval $(call collapse_run,collapse-$(call \
   plain,$(u)),$(seed),--open_utility $(u) --closed_utility $(u)))) \
   $(eval $(call collapse_run,prompt_aware,$(seed),)) $(eval $(call collapse_run,smoothed,$(seed),\
-  --closed_utility inverse_power --label_smoothing 0.1)))
-collapsed := $(foreach u,$(UTILITIES),collapse-$(call plain,$(u))) smoothed prompt_aware
+  --closed_utility inverse_power --label_smoothing 0.1)) $(eval $(call collapse_run,noisy,$(seed),\
+  --closed_utility inverse_power --label_noise 0.25)))
+collapsed := $(foreach u,$(UTILITIES),collapse-$(call plain,$(u))) smoothed noisy prompt_aware
 
 collapse: $(foreach run,$(collapsed),$(SEEDS:%=$(E)/$(run)-%/report.json))
 	$(PYTHON) collapse.py optimum --out runs/figures/optimal_rewards
 	$(PYTHON) collapse.py plot $(^D) --out runs/figures/collapse_seeds
-	$(PYTHON) collapse.py plot $(foreach run,$(collapsed),$(E)/$(run)-0) --out runs/figures/collapse
+	$(PYTHON) collapse.py plot $(foreach run,$(wordlist 1,3,$(collapsed)) prompt_aware,$(E)/$(run)-0) \
+	  --out runs/figures/collapse_utilities
 
 # Does it matter to a policy? Eight responses each to prompts of all tasks, ranked by simulated
 # annotators; both reward models, two passes; ppo.py.
@@ -328,7 +330,7 @@ $(E)/eight-$(1)/report.json: $(E)/sft-medium-$(1)/report.json annotate.py
 	  --num_prompts 3000,annotate.py,$$(@D))
 $(foreach kind,one by_kind,$(E)/collapse-$(kind)-$(1)/report.json): $(E)/eight-$(1)/report.json collapse.py
 	$$(call go,$$(COLLAPSE) --init $(E)/sft-medium-$(1) --seed $(1) --data $$(<D)/rankings.jsonl \
-	  --validation "" --epochs 2 --batch_size 16 --lr 5e-4 --eval_every 0 \
+	  --num_responses 8 --validation "" --epochs 2 --batch_size 16 --lr 5e-4 --eval_every 0 \
 	  $$(if $$(findstring by_kind,$$@),,--closed_utility inverse_power),collapse.py,$$(@D))
 $(foreach kind,one by_kind,$(E)/ppo-$(kind)-$(1)/report.json): $(E)/ppo-%-$(1)/report.json: \
   $(E)/collapse-%-$(1)/report.json ppo.py

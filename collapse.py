@@ -12,15 +12,17 @@ Trained until it interpolates them, every prompt's rewards r_1 >= ... >= r_n are
 which knows n and U and nothing of the prompt: a question with one right answer and one with many
 get the same rewards. That is the collapse. The remedy is to choose U by the kind of the prompt:
 U(x) = x makes rewards 0 or 1, for closed-ended prompts; U(x) = -1/x spreads them evenly, for
-open-ended ones.
+open-ended ones. A U that is infinitely steep at 0 is smoothed there by epsilon, and goes on as a
+straight line below 0; trained rewards are held to the maximiser under that U.
 
-Simplified against the paper: one head on the whole trunk; kinds are given, not guessed.
+Simplified against the paper: the kinds are fields of the data, and nothing has to guess them.
 
     python collapse.py --closed_utility inverse_power           # one U for all prompts: collapse
     python collapse.py --out_dir runs/prompt_aware              # U by kind: linear, inverse_power
     python collapse.py plot runs/collapse runs/prompt_aware     # both during their training
     python collapse.py optimum                                  # the theory: n = 8, 50, 1000
-    torchrun --nproc_per_node=8 collapse.py --init runs/sft --data rankings.jsonl --lr 1e-5
+    torchrun --nproc_per_node=8 collapse.py --init runs/sft --data rankings.jsonl \\
+        --validation held.jsonl --prompts prompts.jsonl --epochs 2 --lr 1e-5 --out_dir runs/aware
 """
 
 import argparse
@@ -91,8 +93,14 @@ class Config:
     ] = "inverse_power"
     closed_utility: Annotated[str, "of closed-ended prompts"] = "linear"
     epsilon: Annotated[float, "added to differences where U is steep at 0 (their code: 0.1)"] = 0.1
+    num_responses: Annotated[
+        int, "n: lines with more lose some in between, those with fewer are dropped; 0: line 1's"
+    ] = 0
     label_smoothing: Annotated[float, "probability that a pair's order is taken to be wrong"] = 0.0
-    init: Annotated[str, "trunk to start from: a run or Hugging Face GPT-2 directory"] = "runs/sft"
+    label_noise: Annotated[float, "share of the training lines whose order is drawn by lot"] = 0.0
+    init: Annotated[
+        str, "trunk to start from: a run or Hugging Face GPT-2 directory; a reward model goes on"
+    ] = "runs/sft"
     tokenizer: Annotated[str, "gpt2, FILE.tiktoken or directory; empty: --init's"] = ""
     normalise_with: Annotated[
         str, "policy on whose samples scores get mean 0, std 1; empty: --init; none: don't"
@@ -121,7 +129,8 @@ class Config:
     ] = ""
     compile: Annotated[bool, "torch.compile the model"] = False
     log_every: Annotated[int, "steps between printed lines"] = 50
-    eval_every: Annotated[int, "steps between evaluations; 0: only at the end"] = 100
+    eval_every: Annotated[int, "steps between evaluations; 0: only at the end"] = 40
+    eval_lines: Annotated[int, "training lines in an evaluation, from the first; 0: all"] = 512
     save_every: Annotated[int, "steps between checkpoints; 0: only at the end"] = 200
     timeout_s: Annotated[int, "a collective that takes longer ends the job, seconds"] = 600
     resume: Annotated[bool, "go on from out_dir's last checkpoint, or start if none"] = False
@@ -145,7 +154,9 @@ class PlotConfig:
     runs: Annotated[str, "runs of collapse.py, by commas, or before the flags"] = (
         "runs/collapse,runs/prompt_aware"
     )
-    out: Annotated[str, "writes OUT.md and, with matplotlib, OUT.png"] = "runs/figures/collapse"
+    out: Annotated[str, "writes OUT.json, OUT.md and, of six runs or fewer, OUT.png"] = (
+        "runs/figures/collapse"
+    )
 
 
 # --- plumbing: the same text in every script (tests/test_copies.py) ---
@@ -457,42 +468,53 @@ def read_rankings(path, tokenizer, max_length, cut_response, n):
     """-> examples, n, and counts of what was cut and dropped.
 
     An example: `prompt` and `responses` (token ids, best first, n of them: as many as the file's
-    first line has, where n is 0), `kind`, `length` (of its longest row), `line`. The order is taken
-    as it stands, ties in `scores` too. Lines with a response that is too long, or equal to another,
-    are dropped.
+    first line has, where n is 0), `kind`, `length` (of its longest row). The order is taken as it
+    stands, ties in `scores` too. Of more than n responses, n are kept, the best and the worst among
+    them; lines with fewer, or one that is too long, or two that are equal, are dropped.
     """
     examples, lines = [], 0
-    counts = {"cut": 0, "lines with one too long": 0, "lines with equal ones": 0}
+    counts = {"texts cut": 0, "lines with fewer": 0, "with one too long": 0, "with equal ones": 0}
     for where, record in read_jsonl(path, {"prompt": True}):
         texts, lines = read_responses(where, record), lines + 1
         n = n or len(texts)
-        if len(texts) != n:
-            refuse(f"{where}: responses: expected {n}, as in the lines before, got {len(texts)}")
         if record.get("kind") not in KINDS:
             refuse(f"{where}: kind: expected open or closed, got {record.get('kind')!r}")
+        if len(texts) < n:
+            counts["lines with fewer"] += 1
+            continue
+        texts = [texts[k * (len(texts) - 1) // (n - 1)] for k in range(n)]
         prompt = encode(tokenizer, record["prompt"], None, sys.maxsize)[0]
         responses = [encode(tokenizer, "", text, sys.maxsize)[1] for text in texts]
         limit = max_length - 1
         longest = max(map(len, responses))
         if longest > limit and not cut_response:
-            counts["lines with one too long"] += 1
+            counts["with one too long"] += 1
             continue
-        counts["cut"] += sum(len(ids) > limit for ids in responses)
         responses = [array("i", ids[:limit]) for ids in responses]  # 4 bytes a token
         if len({ids.tobytes() for ids in responses}) < n:
-            counts["lines with equal ones"] += 1
+            counts["with equal ones"] += 1
             continue
         # One cut for the prompt: all of a line's responses are read after the same text.
         room = max_length - min(longest, limit)
-        counts["cut"] += n * (len(prompt) > room)
+        counts["texts cut"] += sum(len(ids) == limit for ids in responses) * (longest > limit)
+        counts["texts cut"] += len(prompt) > room
         example = {"prompt": array("i", prompt[-room:]), "responses": responses}
-        example |= {"kind": record["kind"], "texts": texts, "text": record["prompt"]}
+        example |= {"kind": record["kind"]}
         example["length"] = min(longest, limit) + min(len(prompt), room)
         examples.append(example)
     if not examples:
-        what = ", ".join(f"{n} {name}" for name, n in counts.items())
+        what = ", ".join(f"{count} {name}" for name, count in counts.items())
         refuse(f"{path}:0: file: none of its {lines} lines can be learnt from ({what})")
     return examples, n, counts
+
+
+def with_noise(examples, share, seed):
+    """Examples of which a share, drawn at random, have their responses in a random order."""
+    rng, noisy = np.random.default_rng([seed, 1]), list(examples)
+    for i in rng.permutation(len(examples))[: round(share * len(examples))].tolist():
+        order = rng.permutation(len(examples[i]["responses"]))
+        noisy[i] = examples[i] | {"responses": [examples[i]["responses"][k] for k in order]}
+    return noisy
 
 
 def collate_rankings(examples):
@@ -508,8 +530,16 @@ def read_utility(flag, text, epsilon):
     name, _, number = text.partition(":")
     try:
         return utility(name, float(number) if number else None, epsilon)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         refuse(f"{flag} {text}: {error}")
+
+
+def optimum_of(flag, text, n, U):
+    """`optimal_rewards`, or the script ends."""
+    try:
+        return optimal_rewards(n, U)
+    except (ValueError, RuntimeError) as error:
+        refuse(f"{flag} {text}: n = {n}: {error}")
 
 
 def grouped_batches(lengths, batch_size, seed):
@@ -552,7 +582,7 @@ def utility(name, parameter=None, epsilon=0.0):
     log, power and inverse_power are infinitely steep at 0. With epsilon > 0 they are functions of
     x + epsilon, log of 1 + x / epsilon, and go on below 0 as straight lines of the slope at 0, as
     in the authors' code, for responses that training still has in the wrong order. Without, they
-    are NaN or infinite at x <= 0. Raises ValueError: unknown name, a parameter out of its range.
+    are meant for x > 0 alone. Raises ValueError: unknown name, a parameter out of its range.
     """
     g = {"power": 0.5}.get(name, 1.0) if parameter is None else float(parameter)
     if not epsilon >= 0:
@@ -578,29 +608,28 @@ def utility(name, parameter=None, epsilon=0.0):
         return form
     slope = epsilon ** slopes[name] * (1.0 if name == "log" else g)
 
-    def extended(x):
-        inside = x.clamp(min=0)
-        return form(inside) + slope * (x - inside)
-
-    return extended
+    # The line adds nothing above 0: slope may be 1e8, and no digits of U' are lost to it there.
+    return lambda x: form(x.clamp(min=0)) - slope * F.relu(-x)
 
 
 def optimal_rewards(n, utility):
     """The maximiser of sum_{i<j} U(r_i - r_j) over 1 >= r_1 >= ... >= r_n >= 0, (n,) float64, best
-    first: what a reward model collapses to. The paper's eq. 1.
+    first: what a reward model collapses to.
 
-    U is increasing and concave, any function on float64 tensors with two derivatives. Then there is
-    a maximiser with r_k + r_{n+1-k} = 1, and the only one if U is strictly concave; for U(x) = x
-    the middle one of an odd n may lie anywhere, and is 1/2 here.
+    U is concave, any function on float64 tensors with two derivatives. Then there is a maximiser
+    with r_k + r_{n+1-k} = 1, and the only one if U is strictly concave and increasing; for U(x) = x
+    the middle one of an odd n may lie anywhere, and is 1/2 here; if U falls at large x, what does
+    not reach 0 and 1 may be shifted.
 
     By that symmetry only s_k = 1 - r_k = r_{n+1-k}, k up to n/2, are sought, and small ones keep
     all their digits:
 
         S = 2 sum_{i<j} U(s_j - s_i) + sum_{i,j} U(1 - s_i - s_j) + 2 [n odd] sum_i U(1/2 - s_i)
 
-    s_1 = 0, for U increases. Newton's method: those at 0 that the gradient holds there are left
-    out of a step. Where U is infinitely steep at 0 no two rewards may be equal, and a step closes
-    no gap by more than nine tenths. RuntimeError if it does not converge: U is not concave.
+    Newton's method: those at 0 that the gradient holds there are left out of a step, as s_1 is
+    where U increases. Where U is infinitely steep at 0 no two rewards may be equal, and a step
+    closes no gap by more than nine tenths. RuntimeError if it does not converge: U is not concave,
+    or too steep for float64.
     """
     if n < 2:
         raise ValueError(f"expected n of at least 2, got {n}")
@@ -635,7 +664,6 @@ def optimal_rewards(n, utility):
         own = -2 * across[2].sum(1) - 2 * (n % 2) * middle[2]
         hessian.diagonal().add_(own)
         free = (s > 0) | (gradient > 0)
-        free[0] = False
         free = free.nonzero().squeeze(1)
         if not len(free):
             break
@@ -646,7 +674,7 @@ def optimal_rewards(n, utility):
         part.diagonal().add_(1e-13)
         factor, failed = torch.linalg.cholesky_ex(part)
         if failed:
-            raise RuntimeError("the utility is not concave")
+            raise RuntimeError("the utility is not concave, or too steep for float64")
         step = torch.zeros_like(s)
         step[free] = scale * torch.cholesky_solve((scale * gradient[free])[:, None], factor)[:, 0]
         length = 1.0
@@ -663,10 +691,19 @@ def optimal_rewards(n, utility):
             length /= 2
         moved, s = (new - s).abs().max().item(), new
         if moved < 1e-13:
+            if step.abs().max() > 1e-8:  # a step is wanted, and none is found that rises
+                raise RuntimeError("no maximiser found: the utility is too steep for float64")
             break
     else:
         raise RuntimeError(f"no maximiser found in 500 steps, the last of {moved:.1e}")
     return torch.cat([1 - s, torch.full((n % 2,), 0.5, dtype=torch.float64), s.flip(0)])
+
+
+def with_smoothing(U, smoothing):
+    """The utility that is expected when a pair's order is wrong with probability `smoothing`."""
+    if not smoothing:
+        return U  # which need not be defined below 0
+    return lambda x: (1 - smoothing) * U(x) + smoothing * U(-x)
 
 
 def wasserstein(a, b):
@@ -967,12 +1004,13 @@ def describe_rewards(examples, rewards, optima):
 
 
 def flat(report, prefix):
-    """The numbers of `describe_rewards` that a run logs; means by rank are lists."""
+    """What a run logs of `describe_rewards`; by rank, and histograms, are lists."""
     record = {f"{prefix}w1": report["w1"]} if report["w1"] is not None else {}
     for kind in set(KINDS) & set(report):
         row = report[kind]
         record |= {f"{prefix}{kind}_accuracy": row["accuracy"][0]}
         record |= {f"{prefix}{kind}_deviation": row["deviation"], f"{prefix}{kind}": row["mean"]}
+        record |= {f"{prefix}{kind}_std": row["std"], f"{prefix}{kind}_histogram": row["histogram"]}
     return dict(sorted(record.items()))
 
 
@@ -1031,7 +1069,7 @@ def optimum_main(cfg):
         base, _, number = name.partition(":")
         a = None if cfg.epsilon else limit_law(base, float(number) if number else None)
         for n in sizes:
-            rewards = optimal_rewards(n, U)
+            rewards = optimum_of("--utilities", name, n, U)
             row = {"utility": name, "n": n, "variance": rewards.var(correction=0).item()}
             row["share at 1"] = (rewards > 1 - 1e-9).double().mean().item()
             row["limit"] = None if a is None else "two atoms" if a == 0 else f"Beta({a:g}, {a:g})"
@@ -1067,13 +1105,12 @@ def optimum_main(cfg):
             panel.set_xlim(-0.02, 1.02)
             panel.set_yticks([])
             panel.tick_params(labelsize=7)
-            if row is panels[0]:
-                panel.set_title(f"n = {n}", fontsize=9)
-            if row is panels[-1]:
-                panel.set_xlabel("reward", fontsize=8)
         row[0].set_ylabel(name.replace("_", " ").replace(":", ", "), fontsize=8)
+    for top, bottom, n in zip(panels[0], panels[-1], sizes, strict=True):
+        top.set_title(f"n = {n}", fontsize=9)
+        bottom.set_xlabel("reward", fontsize=8)
     figure.suptitle(
-        "Optimal rewards by utility: share in twentieths; dashed: limit law", fontsize=9
+        "Optimal rewards by utility: histogram in twentieths, ticks; dashed: limit law", fontsize=9
     )
     save_figure(figure, f"{cfg.out}.png")
 
@@ -1098,7 +1135,7 @@ def plot_main(cfg):
             report = read_json(Path(name) / "report.json")
             found.append((name, settings, report, [r for r in records if "train_w1" in r]))
             _ = report["train"]["open"], report["train"]["closed"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             refuse(f"{name}: not a finished run of collapse.py with both kinds: {error!r}")
     if not found:
         refuse("--runs: expected run directories, by commas")
@@ -1106,53 +1143,74 @@ def plot_main(cfg):
         "| run | utility, open | closed | prompts | W1 | deviation, open | closed | accuracy |"
     ]
     lines.append("|---" * 8 + "|")
-    for name, settings, report, _ in found:
-        for where in ("train", "eval"):
-            if where not in report or report[where]["w1"] is None:
-                continue
-            row = report[where]
-            accuracy = np.mean([row[kind]["accuracy"][0] for kind in KINDS])
+    for name, settings, report, records in found:
+        rows = [("training, end", report["train"]), ("held out, end", report.get("eval"))]
+        rows = [(where, flat(row, "")) for where, row in rows if row and row["w1"] is not None]
+        if len(rows) == 2:  # stopped early: where held-out accuracy was best
+            best = max(records, key=lambda r: sum(r[f"eval_{kind}_accuracy"] for kind in KINDS))
+            for where, prefix in (("training", "train_"), ("held out", "eval_")):
+                early = {k.removeprefix(prefix): v for k, v in best.items() if k.startswith(prefix)}
+                rows.append((f"{where}, step {best['step']}", early))
+        for where, row in rows:
+            accuracy = np.mean([row[f"{kind}_accuracy"] for kind in KINDS])
             lines.append(
                 f"| {name} | {settings['open_utility']} | {settings['closed_utility']} | {where} | "
-                f"{row['w1']:.3f} | {row['open']['deviation']:.3f} | "
-                f"{row['closed']['deviation']:.3f} | {accuracy:.3f} |"
+                f"{row['w1']:.3f} | {row['open_deviation']:.3f} | {row['closed_deviation']:.3f} | "
+                f"{accuracy:.3f} |"
             )
     write_table(cfg.out, lines, {name: report for name, _, report, _ in found})
-    plt = matplotlib_pyplot() if len(found) <= 6 else None  # more are for the table alone
+    if len(found) > 6:
+        print("no figure of more than six runs")
+        return
+    plt = matplotlib_pyplot()
     if plt is None:
         return
     figure, panels = plt.subplots(
-        3, len(found), figsize=(4 * len(found), 8), squeeze=False, sharey="row"
+        4, len(found), figsize=(4 * len(found), 11), squeeze=False, sharey="row"
     )
-    styles = {"open": ("k", "o"), "closed": ("0.55", "s")}
+    styles = {"open": ("k", "o"), "closed": ("0.6", "s")}
     for column, (name, settings, report, records) in zip(panels.T, found, strict=True):
         ranks = range(1, len(report["train"]["open"]["mean"]) + 1)
         for kind, (colour, marker) in styles.items():
             row = report["train"][kind]
             label = f"{kind}: {settings[f'{kind}_utility'].replace('_', ' ')}"
+            # Hollow, and of two sizes: one can be seen behind the other.
+            look = {"marker": marker, "fillstyle": "none", "markersize": 5 if kind == "open" else 9}
+            spread = {"capsize": 2, "linestyle": "--" if kind == "open" else "-"}
             column[0].errorbar(
-                ranks, row["mean"], row["std"], color=colour, marker=marker, capsize=2, label=label
+                ranks, row["mean"], row["std"], color=colour, label=label, **look, **spread
             )
-            column[0].plot(ranks, row["optimum"], "--", color=colour, linewidth=1)
+            column[0].plot(ranks, row["optimum"], "x", color="k", markersize=4)
+            if "eval" in report and kind in report["eval"]:
+                held = report["eval"][kind]["mean"]
+                column[0].plot(ranks, held, ":", color=colour, label=f"{kind}, held out")
         column[0].set_title(Path(name).name.replace("_", " "), fontsize=10)
-        column[0].set_xlabel("rank of the response, best first (dashed: optimum)", fontsize=8)
-        column[0].legend(fontsize=8)
+        column[0].set_xlabel("rank of the response, best first (x: optimum)", fontsize=8)
         steps = [r["step"] for r in records]
+        for kind, (colour, _) in styles.items():
+            curves = np.array([r[f"train_{kind}"] for r in records])
+            line = "--" if kind == "open" else "-"
+            column[1].plot(steps, curves[:, 0], line, color=colour, label=f"{kind}, each rank")
+            column[1].plot(steps, curves[:, 1:], line, color=colour)
         for where, style in (("train", "-"), ("eval", ":")):
             if f"{where}_w1" in records[-1]:
                 label = "training prompts" if where == "train" else "held out"
-                column[1].plot(steps, [r[f"{where}_w1"] for r in records], f"k{style}", label=label)
+                column[2].plot(steps, [r[f"{where}_w1"] for r in records], f"k{style}", label=label)
                 for kind, (colour, _) in styles.items():
                     values = [r[f"{where}_{kind}_accuracy"] for r in records]
-                    column[2].plot(steps, values, style, color=colour, label=f"{kind}, {label}")
+                    column[3].plot(steps, values, style, color=colour, label=f"{kind}, {label}")
         for panel in column[1:]:
             panel.set_xlabel("step", fontsize=8)
-            panel.legend(fontsize=7)
         for panel in column:
             panel.grid(alpha=0.3)
-    for panel, label in zip(
-        panels[:, 0], ("reward (mean, std)", "W1 of the kinds", "accuracy"), strict=True
-    ):
+            panel.legend(fontsize=7)
+    labels = (
+        "reward after training (mean, std)",
+        "mean reward, training prompts",
+        "W1 between the kinds' means",
+        "accuracy (share of pairs)",
+    )
+    for panel, label in zip(panels[:, 0], labels, strict=True):
         panel.set_ylabel(label, fontsize=9)
     save_figure(figure, f"{cfg.out}.png")
 
@@ -1165,16 +1223,18 @@ def main():
     if command == "optimum":
         return optimum_main(parse_config(OptimumConfig, __doc__, command))
     if command == "plot":
-        while len(sys.argv) > 2 and not sys.argv[2].startswith("-"):  # runs may stand before flags
-            sys.argv[2:] = [*sys.argv[3:], f"--runs={sys.argv[2]}"]
+        # Runs may stand before the flags.
+        names = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[2:]))
+        if names:
+            sys.argv[2:] = ["--runs", ",".join(names), *sys.argv[2 + len(names) :]]
         return plot_main(parse_config(PlotConfig, __doc__, command))
     cfg = parse_config(Config, __doc__)
     if cfg.overlong not in ("drop", "cut"):
         refuse(f"--overlong: expected drop or cut, got {cfg.overlong}")
-    if cfg.label_smoothing >= 0.5 or cfg.adam_beta2 >= 1 or cfg.max_length == 1:
-        refuse(
-            "--label_smoothing: expected less than 0.5; --adam_beta2: 1; --max_length: 2 or more"
-        )
+    if cfg.label_smoothing >= 0.5 or cfg.label_noise > 1 or cfg.adam_beta2 >= 1:
+        refuse("--label_smoothing: less than 0.5, --label_noise: 1 at most, --adam_beta2: below 1")
+    if 1 in (cfg.max_length, cfg.num_responses):
+        refuse("--max_length, --num_responses: expected 0, or 2 or more")
     if min(cfg.batch_size, cfg.max_new_tokens, cfg.log_every) < 1 or not cfg.clip_norm > 0:
         refuse("--batch_size, --max_new_tokens, --log_every, --clip_norm: expected more than 0")
     if not cfg.epsilon > 0:
@@ -1182,6 +1242,9 @@ def main():
     files = split_names(cfg.data)
     if not files:
         refuse("--data: expected a file")
+    normalise = cfg.normalise_with != "none"
+    if normalise and cfg.num_prompts < 2:
+        refuse("--num_prompts: expected 2 or more, or --normalise_with none")
     names = {"open": cfg.open_utility, "closed": cfg.closed_utility}
     utilities = {
         kind: read_utility(f"--{kind}_utility", text, cfg.epsilon) for kind, text in names.items()
@@ -1207,18 +1270,21 @@ def main():
     max_length = min(cfg.max_length or model.config.n_positions, model.config.n_positions)
 
     # The data, all of it on every rank, so that all agree on every batch.
-    data, n = {"train": [], "eval": []}, 0
-    counted = []
+    data, counted, n = {"train": [], "eval": []}, [], cfg.num_responses
     for path in [*files, *([cfg.validation] if cfg.validation else [])]:
         found, n, counts = read_rankings(path, tokenizer, max_length, cfg.overlong == "cut", n)
         data["train" if len(counted) < len(files) else "eval"] += found
         counted.append((path, len(found), counts))
-    examples = data["train"]
-    optima = {kind: optimal_rewards(n, U).tolist() for kind, U in utilities.items()}
+    examples = with_noise(data["train"], cfg.label_noise, cfg.seed)
+    data["train"] = examples[: cfg.eval_lines or len(examples)]
+    utilities = {kind: with_smoothing(U, cfg.label_smoothing) for kind, U in utilities.items()}
+    optima = {
+        kind: optimum_of(f"--{kind}_utility", names[kind], n, U).tolist()
+        for kind, U in utilities.items()
+    }
     lengths = [example["length"] for example in examples]
     steps_an_epoch = math.ceil(len(examples) / cfg.batch_size)
     total = cfg.steps or math.ceil(cfg.epochs * steps_an_epoch)
-    normalise = cfg.normalise_with != "none"
     inputs = [path for path, _, _ in counted]
     reference, prompts, models = None, [], [cfg.init]
     if normalise:
@@ -1318,14 +1384,16 @@ def main():
                 interpolated = step
             if rank == 0:
                 append_line(out_dir / "metrics.jsonl", record)
-                line = "  ".join(
-                    f"{name}: W1 {report[name]['w1'] or 0:.3f}, accuracy "
-                    + "/".join(
+                line = ""
+                for name in report:
+                    w1 = report[name]["w1"]
+                    line += (
+                        f"  {name}:" + (f" W1 {w1:.3f}" if w1 is not None else "") + " accuracy "
+                    )
+                    line += "/".join(
                         f"{report[name][k]['accuracy'][0]:.3f}" for k in KINDS if k in report[name]
                     )
-                    for name in report
-                )
-                print(f"step {step}/{total}  {line}", flush=True)
+                print(f"step {step}/{total}{line}", flush=True)
         if step == total:
             break
 
@@ -1348,11 +1416,10 @@ def main():
                     output = parallel(tokens)  # (B * n, T)
                 raw = at_least_float32(last_score(output, mask))
                 rewards = raw.view(-1, n).sigmoid()  # (B, n), best first
-                label = 1 - cfg.label_smoothing
                 losses = torch.where(
                     closed,
-                    ranking_loss(rewards, utilities["closed"], label=label),
-                    ranking_loss(rewards, utilities["open"], label=label),
+                    ranking_loss(rewards, utilities["closed"]),
+                    ranking_loss(rewards, utilities["open"]),
                 )  # (B,)
                 loss = losses.sum() * (1.0 if indices else 0.0)
                 # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.

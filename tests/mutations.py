@@ -607,16 +607,16 @@ MUTATIONS = {
         (
             "the kinds' utilities swapped",
             "collapse.py",
-            'ranking_loss(rewards, utilities["closed"], label=label),\n'
-            '                    ranking_loss(rewards, utilities["open"], label=label),',
-            'ranking_loss(rewards, utilities["open"], label=label),\n'
-            '                    ranking_loss(rewards, utilities["closed"], label=label),',
+            'ranking_loss(rewards, utilities["closed"]),\n'
+            '                    ranking_loss(rewards, utilities["open"]),',
+            'ranking_loss(rewards, utilities["open"]),\n'
+            '                    ranking_loss(rewards, utilities["closed"]),',
         ),
         (
             "a straight line of slope 1 below 0",
             "collapse.py",
-            "slope * (x - inside)",
-            "(x - inside)",
+            "- slope * F.relu(-x)",
+            "- F.relu(-x)",
         ),
         (
             "epsilon forgotten above 0",
@@ -701,6 +701,12 @@ MUTATIONS = {
             "collapse.py",
             "hits = 0.5 + 0.5 * (found[:, i] - found[:, j]).sign()",
             "hits = (found[:, i] >= found[:, j]).double()",
+        ),
+        (
+            "smoothing forgotten in the loss",
+            "collapse.py",
+            "return lambda x: (1 - smoothing) * U(x) + smoothing * U(-x)",
+            "return U",
         ),
         (
             "the interpolation's step is not saved",

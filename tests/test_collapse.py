@@ -82,6 +82,27 @@ def test_utilities_increase_and_are_concave(name, parameter, smooth):
         assert (above - at).item() == pytest.approx((at - below).item(), rel=1e-4)
 
 
+def test_slopes_keep_their_digits():
+    """In float32, with a line of slope 1e8 below 0."""
+    x = torch.tensor([0.5, 0.9, 1e-3, -0.1], requires_grad=True)
+    (slope,) = torch.autograd.grad(utility("inverse_power", None, 1e-4)(x).sum(), x)
+    expected = [(value + 1e-4) ** -2 for value in (0.5, 0.9, 1e-3)] + [1e8]
+    assert slope.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_smoothing():
+    """p U(x) + (1 - p) U(-x); the optimum where U falls at large differences: by brute force."""
+    U = utility("inverse_power", None, 0.1)
+    smooth = collapse.with_smoothing(U, 0.1)
+    assert smooth(tensor(0.3)).item() == pytest.approx(0.9 * -2.5 + 0.1 * (-10 - 30))
+    assert collapse.with_smoothing(U, 0) is U
+    found = optimal_rewards(3, smooth)
+    grid = torch.linspace(0, 0.5, 50001, dtype=torch.float64)
+    value = 2 * smooth(0.5 - grid) + smooth(1 - 2 * grid)
+    assert found[2].item() == pytest.approx(grid[value.argmax()].item(), abs=2e-5)
+    assert found[2] > 0.1
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -222,11 +243,17 @@ def test_newton_step_is_nothing_at_a_thousand():
         step = np.linalg.solve(hessian[1:-1, 1:-1], gradient[1:-1])
         assert np.abs(step).max() < 1e-10, name
         assert gradient[0] > 0 > gradient[-1]  # held at their bounds
+    found = optimal_rewards(3000, utility("log"))
+    assert found.var(correction=0).item() == pytest.approx(2999 / (4 * 5997), abs=1e-10)
 
 
 def test_a_utility_that_is_not_concave():
     with pytest.raises(RuntimeError, match="not concave"):
         optimal_rewards(6, lambda x: x**3)
+    with pytest.raises(RuntimeError, match="too steep"):
+        optimal_rewards(50, utility("power", 0.999))
+    steep = optimal_rewards(8, utility("inverse_power", 40.0, 0.1))  # nearly evenly spaced
+    assert steep.tolist() == pytest.approx([k / 7 for k in reversed(range(8))], abs=0.03)
     with pytest.raises(ValueError, match="n of at least 2"):
         optimal_rewards(1, utility("linear"))
     assert optimal_rewards(7, utility("linear")).tolist() == [1, 1, 1, 0.5, 0, 0, 0]
@@ -355,6 +382,7 @@ def test_the_loss_is_the_formula(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(collapse, "last_score", spy)
     args = ["--steps", 1, "--batch_size", 21, "--normalise_with", "none", "--eval_every", 0]
+    args += ["--label_smoothing", 0.1]
     assert run(monkeypatch, *flags(data, tmp_path / "run", *args)) == 0
     rewards = seen[0].sigmoid().view(21, 4)
     examples, _, _ = collapse.read_rankings(
@@ -364,10 +392,10 @@ def test_the_loss_is_the_formula(data, tmp_path, monkeypatch):
     losses = []
     for row, i in zip(rewards.tolist(), order, strict=True):
         pairs = [a - b for a, b in itertools.combinations(row, 2)]
+        U = lambda x: -1 / (x + 0.1) if x > 0 else 100 * x - 10  # noqa: E731
         if examples[i]["kind"] == "closed":
-            losses.append(-sum(pairs) / 6)
-        else:
-            losses.append(sum(1 / (x + 0.1) if x > 0 else 10 - 100 * x for x in pairs) / 6)
+            U = lambda x: x  # noqa: E731
+        losses.append(-sum(0.9 * U(x) + 0.1 * U(-x) for x in pairs) / 6)
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(sum(losses) / 21, rel=1e-5)
 
 
@@ -436,6 +464,26 @@ def test_two_lines_are_interpolated(data, tmp_path, monkeypatch):
     assert again["train"] == report["train"]
 
 
+def test_sigterm_to_one_of_two_ranks(data, tmp_path):
+    """Both stop at the same step; resumed, the weights are those of an unbroken run."""
+    whole = ["collapse.py", *flags(data, tmp_path / "whole", *LONG)]
+    broken = ["collapse.py", *flags(data, tmp_path / "run", *LONG, "--resume")]
+    interrupt = (
+        "import signal\nreal = collapse.learning_rate\n"
+        "def rate(step, total, cfg):\n"
+        "    if step == 4 and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return real(step, total, cfg)\n"
+        "collapse.learning_rate = rate\n"
+    )
+    done = on_ranks("collapse", f"{interrupt}sys.argv = {broken!r}\ncollapse.main()\n")
+    assert done.returncode == 1 and "stopped by SIGTERM at step 5" in done.stdout
+    for argv in (broken, whole):
+        done = on_ranks("collapse", f"sys.argv = {argv!r}\ncollapse.main()\n")
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
 def test_nan_stops_before_the_update(data, tmp_path):
     argv = ["collapse.py", *flags(data, tmp_path / "run", *LONG)]
     code = (
@@ -447,7 +495,8 @@ def test_nan_stops_before_the_update(data, tmp_path):
         f"collapse.ranking_loss = poisoned\nsys.argv = {argv!r}\ncollapse.main()\n"
     )
     done = on_ranks("collapse", code)
-    assert done.returncode == 1
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "run/report.json").exists()
     assert "step 2: the gradient is nan on the batch of lines" in done.stderr
 
 
@@ -458,6 +507,7 @@ def test_precisions(data, tmp_path, monkeypatch, dtype, uninterrupted):
     tolerance = 1e-4 if dtype == "float64" else 0.05
     for kind in collapse.KINDS:
         assert found[f"train_{kind}"] == pytest.approx(expected[f"train_{kind}"], abs=tolerance)
+    assert metrics(tmp_path / "run")[-1]["train_open"] != metrics(tmp_path / "run")[0]["train_open"]
 
 
 def test_a_run_is_a_reward_model(data, uninterrupted, monkeypatch, tmp_path, capsys):
@@ -501,7 +551,6 @@ def test_describe():
     [
         ({"kind": "both"}, ":2: kind: expected open or closed, got 'both'"),
         ({"kind": None}, ":2: kind: expected open or closed, got None"),
-        ({"responses": [" a", " b"]}, ":2: responses: expected 4, as in the lines before, got 2"),
         ({"responses": [" a", ""]}, ":2: responses"),
         ({"responses": 3}, ":2: responses"),
     ],
@@ -515,6 +564,53 @@ def test_bad_lines(data, tmp_path, monkeypatch, capsys, change, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_which_lines_are_read(data, tmp_path, capsys):
+    """Thinned, dropped, cut: each counted."""
+    tokenizer = collapse.load_tokenizer(data / "policy")
+    line = {"prompt": "How do I make tea?", "kind": "open"}
+    words = [" a", " bb", " cc", " d", " e", " f"]
+    lines = [
+        line | {"responses": words[:4]},
+        line | {"responses": words},
+        line | {"responses": words[:3]},
+        line | {"responses": [" a", " b", " a", " c"]},
+        line | {"responses": [" a", " b", " tea" * 40, " c"]},
+        line | {"prompt": "My cousin sold my lamp. " * 20, "responses": words[:4]},
+    ]
+    path = write_jsonl(tmp_path / "some.jsonl", lines)
+    found, n, counts = collapse.read_rankings(path, tokenizer, 32, False, 0)
+    assert (len(found), n) == (3, 4)
+    assert counts == {
+        "texts cut": 1,
+        "lines with fewer": 1,
+        "with one too long": 1,
+        "with equal ones": 1,
+    }
+    thin = [collapse.text_of(tokenizer, list(ids)[:-1]) for ids in found[1]["responses"]]
+    assert thin == [" a", " bb", " d", " f"]
+    longest = max(map(len, found[2]["responses"]))
+    assert len(found[2]["prompt"]) + longest == found[2]["length"] == 32
+    found, _, counts = collapse.read_rankings(path, tokenizer, 32, True, 4)
+    assert len(found) == 4 and counts["texts cut"] == 3  # a response, and its prompt
+    assert max(map(len, found[2]["responses"])) == 31 and len(found[2]["prompt"]) == 1
+    with pytest.raises(SystemExit):
+        collapse.read_rankings(path, tokenizer, 32, False, 7)
+    assert "none of its 6 lines can be learnt from (0 texts cut, 6" in capsys.readouterr().err
+
+
+def test_noise():
+    """A share of the lines, always the same, are in another order; no response is lost."""
+    examples = [{"kind": "open", "responses": list(range(8)), "n": i} for i in range(40)]
+    found = collapse.with_noise(examples, 0.25, 3)
+    other = [i for i, e in enumerate(found) if e["responses"] != list(range(8))]
+    assert len(other) == 10 and found == collapse.with_noise(examples, 0.25, 3)
+    assert all(
+        sorted(e["responses"]) == list(range(8)) and e["n"] == i for i, e in enumerate(found)
+    )
+    assert collapse.with_noise(examples, 0, 3) == examples
+    assert found != collapse.with_noise(examples, 0.25, 4)
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -524,8 +620,13 @@ def test_bad_lines(data, tmp_path, monkeypatch, capsys, change, message):
         (["--epsilon", "0"], "--epsilon: expected more than 0"),
         (["--data", ""], "--data: expected a file"),
         (["--init", "nowhere"], "nowhere"),
-        (["--label_smoothing", "0.5"], "--label_smoothing: expected less than 0.5"),
+        (["--label_smoothing", "0.5"], "--label_smoothing: less than 0.5"),
         (["--batch_size", "0"], "expected more than 0"),
+        (["--open_utility", "inverse_power:400"], "--open_utility inverse_power:400: "),
+        (["--num_responses", "1"], "--num_responses: expected 0, or 2 or more"),
+        (["--num_responses", "5"], "can be learnt from"),
+        (["--num_prompts", "1"], "--num_prompts: expected 2 or more"),
+        (["--label_noise", "1.1"], "--label_noise: 1 at most"),
         (["--overlong", "keep"], "--overlong: expected drop or cut"),
     ],
 )
@@ -547,16 +648,24 @@ def test_optimum_command(tmp_path, monkeypatch, capsys):
     ]
     assert rows[2]["rewards"][1] == pytest.approx(0.723607, abs=1e-6)
     assert rows[2]["limit"] == "Beta(0.5, 0.5)" and rows[5]["limit"] is None
+    assert (tmp_path / "figures/optima.png").stat().st_size > 10_000
     assert "| log | 4 | 0.1500 | 0.2500 |" in (tmp_path / "figures/optima.md").read_text()
     assert run(monkeypatch, "optimum", "--sizes", "4,x", "--out", out) == 2
     assert run(monkeypatch, "optimum", "--utilities", "cubic", "--out", out) == 2
+    capsys.readouterr()
+    assert run(monkeypatch, "optimum", "--utilities", "power:0.999", "--out", out) == 2
+    assert "--utilities power:0.999: n = 8: the utility is not" in capsys.readouterr().err
 
 
 def test_plot_command(uninterrupted, data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "figures/collapse"
     assert run(monkeypatch, "plot", uninterrupted, "--out", out) == 0
     text = (tmp_path / "figures/collapse.md").read_text()
-    assert text.count(f"| {uninterrupted} | inverse_power | linear |") == 2
+    assert text.count(f"| {uninterrupted} | inverse_power | linear |") == 4  # two of them early
+    assert (tmp_path / "figures/collapse.png").stat().st_size > 10_000
+    assert run(monkeypatch, "plot", uninterrupted, uninterrupted, "--out", out) == 0
+    text = (tmp_path / "figures/collapse.md").read_text()
+    assert text.count(f"| {uninterrupted} | inverse_power | linear |") == 8
     assert run(monkeypatch, "plot", data, "--out", out) == 2
     assert "not a finished run of collapse.py" in capsys.readouterr().err
     assert run(monkeypatch, "plot", "--runs", "", "--out", out) == 2
