@@ -299,7 +299,17 @@ endef
 $(foreach seed,$(SEEDS),$(eval $(call people,$(seed))) $(eval \
   $(call ai_feedback,$(E),-$(seed),$(seed),$(E)/sft-medium-$(seed),$(E)/feedback-$(seed),$(E)/feedback-test-$(seed))))
 
-rlaif: $(foreach run,ai-evaluation ppo dpo,$(SEEDS:%=$(E)/$(run)-%/report.json))
+# What `label --hard` would write, without asking again.
+define hard_labels
+$(E)/hard-$(1).jsonl: $(E)/labels-$(1)/report.json
+	sed 's/"label": [0-9.e-]*/"label": 1.0/' $$(<D)/comparisons.jsonl > $$@
+$(E)/reward-hard-$(1)/report.json: $(E)/hard-$(1).jsonl reward.py
+	$$(call go,$$(REWARD) --init $(E)/sft-medium-$(1) --data $$< --seed $(1) \
+	  --validation $(E)/feedback-test-$(1)/rankings.jsonl,reward.py,$$(@D))
+endef
+$(foreach seed,$(SEEDS),$(eval $(call hard_labels,$(seed))))
+
+rlaif: $(foreach run,ai-evaluation reward-hard ppo dpo,$(SEEDS:%=$(E)/$(run)-%/report.json))
 
 # Reward collapse under four utilities, with labels smoothed or noisy, and by kind; in every seed.
 UTILITIES := inverse_power log linear log_sigmoid:0.25
