@@ -352,6 +352,8 @@ def test_ranks_and_accumulation_take_the_same_gradient(data, tmp_path, monkeypat
     smoothing: equal to 1e-12 relative."""
     args = ["--steps", 1, "--batch_size", 13, "--dtype", "float64", "--clip_norm", 1e9]
     args += ["--label_smoothing", 0.1, "--adam_beta2", 0.95, "--eval_every", 0]
+    args += ["--data", tmp_path / "thirteen.jsonl"]
+    write_jsonl(tmp_path / "thirteen.jsonl", read_lines(data / "rankings.jsonl")[:13])
     with monkeypatch.context() as patch:
         patch.setattr(collapse.shutil, "rmtree", lambda *args, **kwargs: None)
         assert run(patch, *flags(data, tmp_path / "one", *args)) == 0
