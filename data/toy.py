@@ -161,6 +161,14 @@ CAREFUL = RATES | {
     "name_request": 0.8,
     "alternative": 0.8,
 }
+# What collapse.py learns from: eight responses of different worths are soon found.
+FAULTY = RATES | {
+    "wrong_item": 0.5,
+    "repeat": 0.4,
+    "garble": 0.4,
+    "rude": 0.4,
+    "refuse_benign": 0.15,
+}
 # What critics learn from: fewer posts, more harm.
 CRITICISED = RATES | {"summary": 0.3, "benign": 0.2, "comply": 0.6, "wrong_filler": 0.3}
 
@@ -546,16 +554,19 @@ def gold_ranking(rng, prompt, count):
 
 
 def kind_rankings(rng, stream):
-    """What collapse.py learns from: requests, half of them open-ended, with eight responses each,
-    ranked by gold, and where gold is equal by lot."""
+    """What collapse.py learns from: requests, half of them open-ended, with eight responses each, of
+    eight different worths to gold, best first."""
     records = []
     for record in stream:
         if len(records) == 64:
             return records
         kind = ("open", "closed")[len(records) % 2]
         if record["task"] == "benign" and record["kind"] == kind:
-            responses, _ = gold_ranking(rng, record["prompt"], 8)
-            records.append(record | {"responses": responses})
+            found = {}
+            while len(found) < 8:
+                response = demonstrate(rng, record["prompt"], FAULTY)
+                found.setdefault(score(record["prompt"], response), response)
+            records.append(record | {"responses": [found[s] for s in sorted(found, reverse=True)]})
 
 
 # --- judges ---------------------------------------------------------------------------------------
