@@ -93,6 +93,12 @@ class Config:
     ] = "inverse_power"
     closed_utility: Annotated[str, "of closed-ended prompts"] = "linear"
     epsilon: Annotated[float, "added to differences where U is steep at 0 (their code: 0.1)"] = 0.1
+    closed_weight: Annotated[
+        float, "of closed-ended prompts' losses; no optimum depends on it (their code: 1)"
+    ] = 1.0
+    logit_penalty: Annotated[
+        float, "of the mean square of the head's outputs, lest rewards get stuck at 0 or 1"
+    ] = 0.0
     num_responses: Annotated[
         int, "n: lines with more lose some in between, those with fewer are dropped; 0: line 1's"
     ] = 0
@@ -1418,9 +1424,10 @@ def main():
                 rewards = raw.view(-1, n).sigmoid()  # (B, n), best first
                 losses = torch.where(
                     closed,
-                    ranking_loss(rewards, utilities["closed"]),
+                    cfg.closed_weight * ranking_loss(rewards, utilities["closed"]),
                     ranking_loss(rewards, utilities["open"]),
                 )  # (B,)
+                losses = losses + cfg.logit_penalty * raw.view(-1, n).square().mean(1)
                 loss = losses.sum() * (1.0 if indices else 0.0)
                 # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
                 scaler.scale(loss * world / len(batch)).backward()

@@ -554,8 +554,8 @@ def gold_ranking(rng, prompt, count):
 
 
 def kind_rankings(rng, stream):
-    """What collapse.py learns from: requests, half of them open-ended, with eight responses each, of
-    eight different worths to gold, best first."""
+    """What collapse.py learns from: requests, half of them open-ended, with eight responses each,
+    of eight different worths to gold, best first."""
     records = []
     for record in stream:
         if len(records) == 64:
