@@ -311,6 +311,38 @@ def test_revisions(data, tmp_path, monkeypatch, capsys):
     assert len(read_lines(tmp_path / "run/answers.jsonl")) == prompts * 4
 
 
+def test_what_a_critic_is_asked(data, tmp_path, monkeypatch):
+    """Each revision is of the one before it, by a principle drawn anew, after its critique."""
+    asked = []
+
+    def ask(self, requests):
+        for i, request in enumerate(requests):
+            asked.append(request["prompt"])
+            yield [(i, f" text {len(asked)}.")]
+
+    monkeypatch.setattr(rlaif.LocalJudge, "ask", ask)
+    prompts = [{"prompt": f"Question {i}?"} for i in range(12)]
+    args = revise_flags(data, tmp_path / "run", "--revisions", 3, "--prompts")
+    args += [str(write_jsonl(tmp_path / "prompts.jsonl", prompts))]
+    assert run(monkeypatch, *args) == 0
+    template = rlaif.read_template(args[args.index("--template") + 1])
+    records = read_lines(tmp_path / "run/revisions.jsonl")
+    assert len(records) == 4 * 12 and len(asked) == 12 * 7
+    before = {r["prompt"]: r["response"] for r in records if r["revision"] == 0}
+    principles = {line["prompt"]: [] for line in prompts}
+    for record in records[12:]:
+        fields = record | {"response": before[record["prompt"]]}
+        question = rlaif.filled(template["critique"], fields)
+        critique = asked.index(question) + 1
+        assert record["critique"] == f"text {critique}."
+        question += rlaif.filled(template["revision"], {"critique": f" text {critique}."})
+        assert record["response"] == f" text {asked.index(question) + 1}."
+        before[record["prompt"]] = record["response"]
+        principles[record["prompt"]].append(record["principle"])
+    assert len({tuple(drawn) for drawn in principles.values()}) > 3
+    assert any(len(set(drawn)) > 1 for drawn in principles.values())
+
+
 @pytest.mark.parametrize("moment", [2, 5])
 def test_a_revision_that_was_killed_goes_on(data, tmp_path, monkeypatch, moment):
     monkeypatch.setattr(rlaif, "BLOCK", 2)
@@ -329,6 +361,10 @@ def test_a_revision_that_was_killed_goes_on(data, tmp_path, monkeypatch, moment)
     )
     first = on_ranks("rlaif", code, 1)
     assert first.returncode == -signal.SIGKILL, first.stderr
+    # The machine died too, and the last block is half there: it is asked again as a whole.
+    answers = [tmp_path / "run" / name for name in ("answers.jsonl", "responses.jsonl")]
+    answers = next(path for path in answers if path.exists() and path.stat().st_size)
+    answers.write_bytes(answers.read_bytes()[:-20])
     assert run(monkeypatch, *args) == 0
     assert run(monkeypatch, *revise_flags(data, tmp_path / "whole", "--revisions", 2)) == 0
     for name in ("revisions.jsonl", "demonstrations.jsonl"):
@@ -375,6 +411,8 @@ def test_kill_asks_nothing_twice(data, tmp_path, monkeypatch, moment):
     assert run(monkeypatch, *args) == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["asked"] == 54 - 8 * (moment - 1)
+    known = rlaif.Judge("").remember(tmp_path / "run/answers.jsonl").known
+    assert len(known) == 54  # what followed the torn line is there too
     assert run(monkeypatch, *label_flags(data, tmp_path / "whole", "--pairs", 0)) == 0
     both = [(tmp_path / name / "comparisons.jsonl").read_bytes() for name in ("run", "whole")]
     assert both[0] == both[1]
