@@ -13,7 +13,9 @@ which knows n and U and nothing of the prompt: a question with one right answer 
 get the same rewards. That is the collapse. The remedy is to choose U by the kind of the prompt:
 U(x) = x makes rewards 0 or 1, for closed-ended prompts; U(x) = -1/x spreads them evenly, for
 open-ended ones. A U that is infinitely steep at 0 is smoothed there by epsilon, and goes on as a
-straight line below 0; trained rewards are held to the maximiser under that U.
+straight line below 0; trained rewards are held to the maximiser under that U. All are scaled to
+U(1) - U(0) = 1, and a small penalty on the head's outputs keeps rewards from being stuck at 0 or 1
+on the wrong side, where a sigmoid has no gradient.
 
 Simplified against the paper: the kinds are fields of the data, and nothing has to guess them.
 
@@ -93,12 +95,9 @@ class Config:
     ] = "inverse_power"
     closed_utility: Annotated[str, "of closed-ended prompts"] = "linear"
     epsilon: Annotated[float, "added to differences where U is steep at 0 (their code: 0.1)"] = 0.1
-    closed_weight: Annotated[
-        float, "of closed-ended prompts' losses; no optimum depends on it (their code: 1)"
-    ] = 1.0
     logit_penalty: Annotated[
         float, "of the mean square of the head's outputs, lest rewards get stuck at 0 or 1"
-    ] = 0.0
+    ] = 3e-3
     num_responses: Annotated[
         int, "n: lines with more lose some in between, those with fewer are dropped; 0: line 1's"
     ] = 0
@@ -705,6 +704,15 @@ def optimal_rewards(n, utility):
     return torch.cat([1 - s, torch.full((n % 2,), 0.5, dtype=torch.float64), s.flip(0)])
 
 
+def scaled(U):
+    """U / (U(1) - U(0)): the optimum is the same, and kinds with different utilities weigh alike:
+    without it, those under -1 / (x + 0.1) have gradients up to a hundred times those under x, and
+    the others' ranks are hardly learnt."""
+    ends = U(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    height = (ends[1] - ends[0]).item()
+    return lambda x: U(x) / height
+
+
 def with_smoothing(U, smoothing):
     """The utility that is expected when a pair's order is wrong with probability `smoothing`."""
     if not smoothing:
@@ -1283,7 +1291,9 @@ def main():
         counted.append((path, len(found), counts))
     examples = with_noise(data["train"], cfg.label_noise, cfg.seed)
     data["train"] = examples[: cfg.eval_lines or len(examples)]
-    utilities = {kind: with_smoothing(U, cfg.label_smoothing) for kind, U in utilities.items()}
+    utilities = {
+        kind: with_smoothing(scaled(U), cfg.label_smoothing) for kind, U in utilities.items()
+    }
     optima = {
         kind: optimum_of(f"--{kind}_utility", names[kind], n, U).tolist()
         for kind, U in utilities.items()
@@ -1424,7 +1434,7 @@ def main():
                 rewards = raw.view(-1, n).sigmoid()  # (B, n), best first
                 losses = torch.where(
                     closed,
-                    cfg.closed_weight * ranking_loss(rewards, utilities["closed"]),
+                    ranking_loss(rewards, utilities["closed"]),
                     ranking_loss(rewards, utilities["open"]),
                 )  # (B,)
                 losses = losses + cfg.logit_penalty * raw.view(-1, n).square().mean(1)

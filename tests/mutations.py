@@ -703,6 +703,18 @@ MUTATIONS = {
             "hits = (found[:, i] >= found[:, j]).double()",
         ),
         (
+            "utilities as they are",
+            "collapse.py",
+            "return lambda x: U(x) / height",
+            "return U",
+        ),
+        (
+            "no penalty",
+            "collapse.py",
+            "losses = losses + cfg.logit_penalty * raw.view(-1, n).square().mean(1)",
+            "losses = losses + 0",
+        ),
+        (
             "smoothing forgotten in the loss",
             "collapse.py",
             "return lambda x: (1 - smoothing) * U(x) + smoothing * U(-x)",

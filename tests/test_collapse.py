@@ -384,7 +384,7 @@ def test_the_loss_is_the_formula(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(collapse, "last_score", spy)
     args = ["--steps", 1, "--batch_size", 21, "--normalise_with", "none", "--eval_every", 0]
-    args += ["--label_smoothing", 0.1]
+    args += ["--label_smoothing", 0.1, "--logit_penalty", 0.02]
     assert run(monkeypatch, *flags(data, tmp_path / "run", *args)) == 0
     rewards = seen[0].sigmoid().view(21, 4)
     examples, _, _ = collapse.read_rankings(
@@ -394,10 +394,12 @@ def test_the_loss_is_the_formula(data, tmp_path, monkeypatch):
     losses = []
     for row, i in zip(rewards.tolist(), order, strict=True):
         pairs = [a - b for a, b in itertools.combinations(row, 2)]
-        U = lambda x: -1 / (x + 0.1) if x > 0 else 100 * x - 10  # noqa: E731
+        height = 10 - 1 / 1.1  # of U from 0 to 1
+        U = lambda x: (-1 / (x + 0.1) if x > 0 else 100 * x - 10) / height  # noqa: E731, B023
         if examples[i]["kind"] == "closed":
             U = lambda x: x  # noqa: E731
         losses.append(-sum(0.9 * U(x) + 0.1 * U(-x) for x in pairs) / 6)
+        losses[-1] += 0.02 * sum(math.log(r / (1 - r)) ** 2 for r in row) / 4
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(sum(losses) / 21, rel=1e-5)
 
 
@@ -444,6 +446,7 @@ def test_two_lines_are_interpolated(data, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "two.jsonl", read_lines(data / "rankings.jsonl")[:2])
     args = ["--data", tmp_path / "two.jsonl", "--steps", 150, "--lr", 0.02, "--eval_every", 10]
     args += ["--validation", "", "--closed_utility", "log", "--save_every", 50]
+    args += ["--logit_penalty", 1e-4]
     assert run(monkeypatch, *flags(data, tmp_path / "whole", *args)) == 0
     report = json.loads((tmp_path / "whole/report.json").read_text())
     assert 0 < report["interpolated_at"] < 100 and "eval" not in report
