@@ -504,9 +504,8 @@ def read_rankings(path, tokenizer, max_length, cut_response, n):
         counts["texts cut"] += sum(len(ids) == limit for ids in responses) * (longest > limit)
         counts["texts cut"] += len(prompt) > room
         example = {"prompt": array("i", prompt[-room:]), "responses": responses}
-        example |= {"kind": record["kind"]}
-        example["length"] = min(longest, limit) + min(len(prompt), room)
-        examples.append(example)
+        length = min(longest, limit) + min(len(prompt), room)
+        examples.append(example | {"kind": record["kind"], "length": length})
     if not examples:
         what = ", ".join(f"{count} {name}" for name, count in counts.items())
         refuse(f"{path}:0: file: none of its {lines} lines can be learnt from ({what})")
@@ -605,14 +604,13 @@ def utility(name, parameter=None, epsilon=0.0):
         "power": lambda x: (x + epsilon) ** g,
         "inverse_power": lambda x: -((x + epsilon) ** -g),
     }
-    slopes = {"log": -1.0, "power": g - 1, "inverse_power": -g - 1}  # U' = factor * (x + eps)^this
     if name not in forms:
         raise ValueError("expected linear, log, power, inverse_power or log_sigmoid")
     form = forms[name]
     if not epsilon:
         return form
-    slope = epsilon ** slopes[name] * (1.0 if name == "log" else g)
-
+    at_zero = {"log": 1, "power": g * epsilon**g, "inverse_power": g * epsilon**-g}
+    slope = at_zero[name] / epsilon  # U'(0)
     # The line adds nothing above 0: slope may be 1e8, and no digits of U' are lost to it there.
     return lambda x: form(x.clamp(min=0)) - slope * F.relu(-x)
 
@@ -643,30 +641,29 @@ def optimal_rewards(n, utility):
     s = (1 - torch.cos(math.pi * torch.arange(h, dtype=torch.float64) / (n - 1))) / 2
 
     def derivatives(x):
-        """U, U' and U'' at x."""
+        """U' and U'' at x."""
         x = x.detach().requires_grad_()
-        value = utility(x)
-        (first,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        (first,) = torch.autograd.grad(utility(x).sum(), x, create_graph=True)
         if not first.requires_grad:  # a straight line
-            return value.detach(), first, torch.zeros_like(x)
+            return first, torch.zeros_like(x)
         (second,) = torch.autograd.grad(first.sum(), x)
-        return value.detach(), first.detach(), second
+        return first.detach(), second
 
     def total(s):
         value = 2 * utility(s[j] - s[i]).sum() + utility(1 - s[:, None] - s).sum()
         value = (value + 2 * (n % 2) * utility(0.5 - s).sum()).item()
         return -math.inf if math.isnan(value) else value
 
-    steep = not derivatives(torch.zeros(1, dtype=torch.float64))[1].isfinite().all()
+    steep = not derivatives(torch.zeros(1, dtype=torch.float64))[0].isfinite().all()
     for _ in range(500):
         near, across = derivatives(s[j] - s[i]), derivatives(1 - s[:, None] - s)
         middle = derivatives(0.5 - s)
         slopes, curves = torch.zeros(2, h, h, dtype=torch.float64)
-        slopes[i, j], curves[i, j] = near[1], -near[2]
-        gradient = 2 * (slopes.sum(0) - slopes.sum(1) - across[1].sum(1) - n % 2 * middle[1])
+        slopes[i, j], curves[i, j] = near[0], -near[1]
+        gradient = 2 * (slopes.sum(0) - slopes.sum(1) - across[0].sum(1) - n % 2 * middle[0])
         curves = curves + curves.T
-        hessian = 2 * (torch.diag(curves.sum(1)) - curves - across[2])  # of -S
-        own = -2 * across[2].sum(1) - 2 * (n % 2) * middle[2]
+        hessian = 2 * (torch.diag(curves.sum(1)) - curves - across[1])  # of -S
+        own = -2 * across[1].sum(1) - 2 * (n % 2) * middle[1]
         hessian.diagonal().add_(own)
         free = (s > 0) | (gradient > 0)
         free = free.nonzero().squeeze(1)

@@ -633,14 +633,14 @@ MUTATIONS = {
         (
             "pairs of one half counted once",
             "collapse.py",
-            "gradient = 2 * (slopes.sum(0) - slopes.sum(1) - across[1].sum(1)",
-            "gradient = 2 * (slopes.sum(0) / 2 - slopes.sum(1) / 2 - across[1].sum(1)",
+            "gradient = 2 * (slopes.sum(0) - slopes.sum(1) - across[0].sum(1)",
+            "gradient = 2 * (slopes.sum(0) / 2 - slopes.sum(1) / 2 - across[0].sum(1)",
         ),
         (
             "the middle one of an odd n forgotten",
             "collapse.py",
-            "- n % 2 * middle[1])",
-            "- 0 * middle[1])",
+            "- n % 2 * middle[0])",
+            "- 0 * middle[0])",
         ),
         (
             "what is at its bound never leaves",

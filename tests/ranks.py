@@ -1,5 +1,5 @@
-"""Runs code on several ranks as torchrun does, in a second rather than ten: the ranks are forked
-from a process that has imported torch and the scripts.
+"""Runs code on several ranks as torchrun does, in two seconds rather than seven: the ranks are
+forked from a process that has imported torch and the scripts.
 
     on_ranks("sft", "sys.argv = [...]\\nsft.main()\\n")
 """

@@ -603,6 +603,25 @@ def test_which_lines_are_read(data, tmp_path, capsys):
     assert "none of its 6 lines can be learnt from (0 texts cut, 6" in capsys.readouterr().err
 
 
+def test_other_ways_to_train(data, tmp_path, monkeypatch, capsys):
+    """Noise, cut responses, few lines evaluated, another n, a reward model that goes on."""
+    more = ["--label_noise", 0.5, "--overlong", "cut", "--max_length", 24, "--eval_lines", 4]
+    assert run(monkeypatch, *flags(data, tmp_path / "run", *LONG, *more)) == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert sum(report["train"][kind]["prompts"] for kind in collapse.KINDS) == 4
+    again = ["--init", tmp_path / "run", "--num_responses", 3]
+    assert run(monkeypatch, *flags(data, tmp_path / "on", *LONG, *again)) == 2
+    assert "--normalise_with must name a policy, or none" in capsys.readouterr().err
+    again += ["--normalise_with", data / "policy"]
+    assert run(monkeypatch, *flags(data, tmp_path / "on", *LONG, *again)) == 0
+    report = json.loads((tmp_path / "on/report.json").read_text())
+    assert len(report["train"]["open"]["mean"]) == 3
+    runs = [tmp_path / "on"] * 7
+    assert run(monkeypatch, "plot", *runs, "--out", tmp_path / "seven") == 0
+    assert "no figure of more than six runs" in capsys.readouterr().out
+    assert not (tmp_path / "seven.png").exists()
+
+
 def test_noise():
     """A share of the lines, always the same, are in another order; no response is lost."""
     examples = [{"kind": "open", "responses": list(range(8)), "n": i} for i in range(40)]
