@@ -151,7 +151,7 @@ $(1)/agreement$(2)/report.json: $(1)/judge$(2)/report.json $(6)/report.json rlai
 	  --gold data/toy.py --seed $(3),rlaif.py,$$(@D))
 $(1)/labels$(2)/report.json: $(1)/judge$(2)/report.json $(5)/report.json rlaif.py
 	$$(call go,$$(PYTHON) rlaif.py label --judge $(1)/judge$(2) --samples $(5)/samples.jsonl \
-	  --variant $(VARIANT) --seed $(3),rlaif.py,$$(@D))
+	  --seed $(3),rlaif.py,$$(@D))
 $(1)/reward-ai$(2)/report.json: $(1)/labels$(2)/report.json $(4)/report.json reward.py
 	$$(call go,$$(REWARD) --init $(4) --data $(1)/labels$(2)/comparisons.jsonl --seed $(3) \
 	  --validation $(6)/rankings.jsonl,reward.py,$$(@D))
@@ -176,7 +176,6 @@ $(1)/ai-evaluation$(2)/report.json: $(foreach p,cai ppo-ai dpo-ai direct,$(1)/$(
 	  $(1)/$(p)$(2) $(1)/$(p)$(2)@temperature=0)) --gold data/toy.py --seed $(3) \
 	  --prompts data/toy/prompts_test.jsonl --out_dir $$(@D) --overwrite
 endef
-VARIANT := base+cot
 ifeq ($(DATA),data/toy)
 $(eval $(call ai_feedback,$(RUNS),,0,$(RUNS)/sft,$(RUNS)/feedback,$(RUNS)/feedback_validation))
 $(RUNS)/feedback/report.json: $(RUNS)/feedback/rankings.jsonl

@@ -117,7 +117,7 @@ class LabelConfig:
     template: Annotated[str, "how to ask"] = "data/prompts/toy.txt"
     variant: Annotated[
         str, "base or detailed, with +cot (reasons first), +2shot, +8samples, +t0.7"
-    ] = "detailed+cot"
+    ] = "base+cot"
     constitution: Annotated[str, "JSON list of principles, one drawn a pair; empty: none"] = ""
     clamp: Annotated[
         str, "probabilities no nearer to 0 and 1, low,high (CAI with rationales: 0.4,0.6)"
