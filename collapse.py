@@ -14,8 +14,8 @@ get the same rewards. That is the collapse. The remedy is to choose U by the kin
 U(x) = x makes rewards 0 or 1, for closed-ended prompts; U(x) = -1/x spreads them evenly, for
 open-ended ones. A U that is infinitely steep at 0 is smoothed there by epsilon, and goes on as a
 straight line below 0; trained rewards are held to the maximiser under that U. All are scaled to
-U(1) - U(0) = 1, and a small penalty on the head's outputs keeps rewards from being stuck at 0 or 1
-on the wrong side, where a sigmoid has no gradient.
+U(1) - U(0) = 1, and a small penalty on the head's outputs, which falls as the learning rate does,
+keeps rewards from being stuck early at 0 or 1 on the wrong side, where a sigmoid has no gradient.
 
 Simplified against the paper: the kinds are fields of the data, and nothing has to guess them.
 
@@ -96,8 +96,8 @@ class Config:
     closed_utility: Annotated[str, "of closed-ended prompts"] = "linear"
     epsilon: Annotated[float, "added to differences where U is steep at 0 (their code: 0.1)"] = 0.1
     logit_penalty: Annotated[
-        float, "of the mean square of the head's outputs, lest rewards get stuck at 0 or 1"
-    ] = 3e-3
+        float, "of the mean square of the head's outputs, lest rewards get stuck; falls as lr does"
+    ] = 1e-2
     num_responses: Annotated[
         int, "n: lines with more lose some in between, those with fewer are dropped; 0: line 1's"
     ] = 0
@@ -116,7 +116,7 @@ class Config:
     out_dir: Annotated[str, "run directory"] = "runs/collapse"
     max_length: Annotated[int, "tokens of prompt and response; 0: the model's positions"] = 0
     overlong: Annotated[str, "response over max_length: drop its line, or cut its end"] = "drop"
-    epochs: Annotated[float, "passes over the data; the collapse comes when they are many"] = 60.0
+    epochs: Annotated[float, "passes over the data; the collapse comes when they are many"] = 80.0
     steps: Annotated[int, "optimiser steps, in the place of --epochs; 0: as --epochs says"] = 0
     batch_size: Annotated[int, "prompts a step, over all ranks (their code: 8)"] = 8
     micro_batch_size: Annotated[int, "prompts a forward on one rank; 0: all of its share"] = 0
@@ -1417,6 +1417,7 @@ def main():
         batch = batches[step % steps_an_epoch]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, cfg)
+        penalty = cfg.logit_penalty * group["lr"] / cfg.lr  # about none at the end
         parallel.train()
         shares = rank_share(batch, rank, world, cfg.micro_batch_size)
         for micro, indices in enumerate(shares):
@@ -1434,7 +1435,7 @@ def main():
                     ranking_loss(rewards, utilities["closed"]),
                     ranking_loss(rewards, utilities["open"]),
                 )  # (B,)
-                losses = losses + cfg.logit_penalty * raw.view(-1, n).square().mean(1)
+                losses = losses + penalty * raw.view(-1, n).square().mean(1)
                 loss = losses.sum() * (1.0 if indices else 0.0)
                 # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
                 scaler.scale(loss * world / len(batch)).backward()

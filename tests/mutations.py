@@ -711,8 +711,14 @@ MUTATIONS = {
         (
             "no penalty",
             "collapse.py",
-            "losses = losses + cfg.logit_penalty * raw.view(-1, n).square().mean(1)",
+            "losses = losses + penalty * raw.view(-1, n).square().mean(1)",
             "losses = losses + 0",
+        ),
+        (
+            "the penalty does not fall",
+            "collapse.py",
+            'penalty = cfg.logit_penalty * group["lr"] / cfg.lr',
+            "penalty = cfg.logit_penalty",
         ),
         (
             "smoothing forgotten in the loss",

@@ -373,7 +373,8 @@ def test_ranks_and_accumulation_take_the_same_gradient(data, tmp_path, monkeypat
 
 
 def test_the_loss_is_the_formula(data, tmp_path, monkeypatch):
-    """One batch of all lines: the logged loss, pair by pair from the head's outputs."""
+    """One batch of all lines: the logged loss, pair by pair from the head's outputs; half of the
+    penalty, as of the learning rate, at the first of two steps of warm-up."""
     seen = []
     real = collapse.last_score
 
@@ -384,7 +385,7 @@ def test_the_loss_is_the_formula(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(collapse, "last_score", spy)
     args = ["--steps", 1, "--batch_size", 21, "--normalise_with", "none", "--eval_every", 0]
-    args += ["--label_smoothing", 0.1, "--logit_penalty", 0.02]
+    args += ["--label_smoothing", 0.1, "--logit_penalty", 0.04, "--warmup", 2]
     assert run(monkeypatch, *flags(data, tmp_path / "run", *args)) == 0
     rewards = seen[0].sigmoid().view(21, 4)
     examples, _, _ = collapse.read_rankings(
