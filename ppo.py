@@ -11,11 +11,18 @@ policy and the value network learn, the reference (the policy as it was) and the
 
 One iteration is a rollout, its scores, advantages, a few epochs of minibatches: see `main`.
 
+Its relatives are flags: advantages of whole responses, without a value network, by a moving mean
+(`--advantage reinforce`), by the other responses to the prompt (rloo) or the mean and spread of all
+(grpo); a KL to the old policy in the place of clipping (`--surrogate kl`); the likelihood of
+demonstrations beside the reward (`--ptx_coef`, PPO-ptx).
+
 Simplified against the papers: one optimiser step size for all weights of a network, no buffer of
-older rollouts, no pre-training gradients.
+older rollouts. Every variant's ratio is a token's, and its loss the mean over all tokens of a
+minibatch; of the sources, RLOO's ratio is a response's and GRPO's means are a response's.
 
     python ppo.py --gold data/toy.py                    # the embedded task, against runs/reward
     python ppo.py --reward data/toy.py --out_dir runs/ppo-gold       # a reward of your own
+    python ppo.py --advantage rloo --num_samples 4 --no-whiten_advantages --out_dir runs/rloo
     torchrun --nproc_per_node=8 ppo.py --init runs/sft --reward runs/reward --prompts p.jsonl \
         --validation held.jsonl --lr 3e-6 --value_lr 1e-5 --batch_size 512 --minibatch_size 64 \
         --micro_batch_size 8 --max_new_tokens 128
@@ -94,7 +101,17 @@ class Config:
         "runs/reward"
     )
     reward_weights: Annotated[str, "weight of each, by commas; empty: equal ones"] = ""
-    combine: Annotated[str, "of several rewards: mean, or min (Coste et al. 2023)"] = "mean"
+    combine: Annotated[
+        str,
+        "of several rewards: mean; min (Coste et al. 2023); or llama2: of helpful,safe, the safe "
+        "one's raw score where a prompt is `unsafe` or its sigmoid is below 0.15, else the other's",
+    ] = "mean"
+    shaping: Annotated[
+        str,
+        "of scores, to learn from: none; clip (to --score_clip); whiten (mean 0, std 1 over a "
+        "batch; Llama 2); par (sigmoid of the score less that of the prompt's `reference`)",
+    ] = "none"
+    score_clip: Annotated[float, "largest score under --shaping clip, either way"] = 1.0
     value_init: Annotated[
         str, "reward model that the value network starts as; empty: --reward's, or the policy"
     ] = ""
@@ -114,15 +131,46 @@ class Config:
         str,
         "if a response did not end, the smaller of this and the batch's lowest; none: its own",
     ] = "-1"
+    advantage: Annotated[
+        str,
+        "gae, by a value network; or without one, of whole responses: reinforce, rloo, grpo",
+    ] = "gae"
+    num_samples: Annotated[
+        int, "responses to each prompt of an iteration (rloo: 2 to 4; grpo: 64)"
+    ] = 1
+    baseline_decay: Annotated[float, "of reinforce's moving mean return, an iteration"] = 0.9
+    group_std: Annotated[bool, "grpo divides by the std over a prompt's responses"] = True
+    kl_in_loss: Annotated[
+        bool, "beta's KL stands in the loss, not in the rewards (GRPO: with --kl_estimator k3)"
+    ] = False
     whiten_rewards: Annotated[
         bool, "rewards of std 1 over a batch, their mean kept (Ziegler et al.)"
     ] = False
-    whiten_advantages: Annotated[bool, "advantages of mean 0 and std 1 over a batch"] = True
+    whiten_advantages: Annotated[
+        bool, "advantages of mean 0 and std 1 over a batch (PPO; RLOO and GRPO: not)"
+    ] = True
+    surrogate: Annotated[
+        str, "clip, or kl: the ratio unclipped, and KL from the old policy at a steered price"
+    ] = "clip"
+    step_kl_target: Annotated[
+        float, "mean nats a token of an iteration's last epoch, which that price is steered to"
+    ] = 0.01
     gamma: Annotated[float, "discount a token (all sources: 1)"] = 1.0
     lam: Annotated[float, "GAE's lambda (all sources: 0.95)"] = 0.95
     clip: Annotated[float, "largest change of a ratio that is rewarded (sources: 0.2)"] = 0.2
     value_clip: Annotated[float, "largest change of a value that is rewarded (sources: 0.2)"] = 0.2
     entropy_coef: Annotated[float, "bonus a nat of entropy, a token (sources: 0)"] = 0.0
+    ptx_coef: Annotated[
+        float, "weight of demonstrations' nats a token in the policy's loss (InstructGPT: 27.8)"
+    ] = 0.0
+    ptx_data: Annotated[str, "those demonstrations; pre-training text: an empty prompt"] = ""
+    ptx_batch_size: Annotated[int, "of them an update (InstructGPT: 8 an episode)"] = 32
+    ptx_validation: Annotated[
+        str, "held-out demonstrations, whose nats a token each evaluation tells; empty: none"
+    ] = ""
+    trainable_layers: Annotated[
+        int, "blocks of the policy that learn, the last ones, and the final norm; 0: everything"
+    ] = 0
     steps: Annotated[int, "iterations, each of batch_size episodes"] = 50
     batch_size: Annotated[int, "episodes an iteration, over all ranks (sources: 512)"] = 128
     minibatch_size: Annotated[
@@ -486,6 +534,29 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, (advantages + values) * inside
 
 
+def reinforce_advantages(returns, baseline):
+    """R - b, (B,): b must not know these responses. Williams 1992."""
+    return returns - baseline
+
+
+def rloo_advantages(returns, num_samples):
+    """R_i - mean of the other responses' to its prompt, (B,), a prompt's being adjacent. REINFORCE
+    leave-one-out, arXiv:2402.14740 eq. 8."""
+    groups = returns.view(-1, num_samples)  # (prompts, K)
+    others = (groups.sum(1, keepdim=True) - groups) / (num_samples - 1)
+    return (groups - others).flatten()
+
+
+def grpo_advantages(returns, num_samples, divide_by_std=True):
+    """(R_i - mean) / std over the responses to its prompt, (B,), a prompt's being adjacent; where
+    they are alike, about 0. arXiv:2402.03300 section 4.1.2; without the division 2503.20783."""
+    groups = returns.view(-1, num_samples)  # (prompts, K)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if divide_by_std:
+        advantages = advantages / groups.std(1, keepdim=True, correction=0).clamp(min=1e-4)
+    return advantages.flatten()
+
+
 def whiten(x, mask, shift_mean=True, all_reduce=None):
     """(x - mean) / sqrt(var + 1e-8) over the mask, (B, T), 0 outside it; var is the biased one.
 
@@ -509,6 +580,21 @@ def policy_loss(new_logprobs, logprobs, advantages, clip):
     """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), (B, T). arXiv:1707.06347 eq. 7."""
     ratio = (new_logprobs - logprobs).exp()  # 1 in the first minibatch: main checks it
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+def kl_penalty_loss(new_logprobs, logprobs, advantages, coef):
+    """-A ratio + coef KL(old policy, new), (B, T), the ratio unclipped. arXiv:1707.06347 eq. 8.
+
+    The KL is k3 of the sampled tokens. They are the old policy's, so not only its mean but also its
+    gradient's is that of the KL.
+    """
+    kl = kl_estimate(logprobs, new_logprobs, "k3")
+    return -advantages * (new_logprobs - logprobs).exp() + coef * kl
+
+
+def adaptive_coefficient(coef, kl, target):
+    """Half where kl < target / 1.5, twice where kl > 1.5 target. arXiv:1707.06347 section 4."""
+    return coef / 2 if kl < target / 1.5 else coef * 2 if kl > target * 1.5 else coef
 
 
 def value_loss(new_values, values, returns, clip):
@@ -535,6 +621,21 @@ def adaptive_beta(beta, kl, target, batch_size, horizon):
     sequence. arXiv:1909.08593 section 2.2, with their code's step."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * batch_size / horizon)
+
+
+def helpful_or_safe(helpful, safe, unsafe, threshold=0.15):
+    """Llama 2's reward (arXiv:2307.09288 section 3.4.1) of two heads' raw outputs, (B,): the safe
+    one's where the prompt is unsafe or sigmoid(safe) < threshold, else the helpful one's. Raw
+    outputs are the logits of the scores, which is what it whitens."""
+    return torch.where(unsafe | (safe.sigmoid() < threshold), safe, helpful)
+
+
+def par_scores(scores, reference_scores):
+    """mean_m sigmoid(score - reference score_m), (B,): preference as reward, arXiv:2502.18770.
+
+    scores (B,); reference_scores (M, B).
+    """
+    return (scores - reference_scores).sigmoid().mean(0)
 
 
 def combine_scores(scores, weights, combine):
@@ -571,6 +672,15 @@ def read_prompts(path):
             refuse(f"{where}: task: expected a string, got {json.dumps(record['task'])[:40]}")
         prompts.append(record)
     return prompts
+
+
+def check_field(field, kind, default, files):
+    """Ends the script unless `field` is a `kind` on all lines of prompts of {path: lines}."""
+    for path, prompts in files.items():
+        for n, line in enumerate(prompts, 1):
+            if not isinstance(line.get(field, default), kind):
+                found = json.dumps(line[field])[:40] if field in line else "none"
+                refuse(f"{path}: prompt {n}: {field}: expected a {kind.__name__}, got {found}")
 
 
 def load_gold(path):
@@ -672,6 +782,23 @@ def load_reward(name, tokenizer, device):
     return "model", model, statistics
 
 
+def read_ptx(flag, path, tokenizer, positions):
+    """Demonstrations -> (prompt ids, response ids), those that are too long cut."""
+    fields = {"prompt": True, "response": False}
+    lines = [line for _, line in read_jsonl(path, fields)] if path else []
+    if not lines and flag == "--ptx_data":
+        refuse("--ptx_coef: of which demonstrations? --ptx_data FILE")
+    return [encode(tokenizer, x["prompt"], x["response"], positions, True) for x in lines]
+
+
+def freeze(policy, trainable_layers):
+    """Leaves the last blocks and the final norm to learn; the embeddings, which are the head, and
+    the blocks before stay as they are."""
+    policy.requires_grad_(False)
+    for module in (*policy.h[-trainable_layers:], policy.ln_f):
+        module.requires_grad_(True)
+
+
 def prompts_of_step(count, batch_size, step, seed):
     """Numbers of the prompts of one iteration: whole epochs of `count` prompts in random orders run
     on from iteration to iteration."""
@@ -680,6 +807,47 @@ def prompts_of_step(count, batch_size, step, seed):
     orders = [np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs]
     skip = begin - epochs[0] * count
     return np.concatenate(orders)[skip : skip + batch_size].tolist()
+
+
+# --- demonstrations beside the reward (PPO-ptx) ---------------------------------------------------
+
+
+def demonstration_nll(model, some, device, autocast):
+    """Sum of -log pi over the response tokens of demonstrations, nats, and their number."""
+    tokens, mask = (x.to(device) for x in pad(*zip(*some, strict=True)))
+    with autocast:
+        logits = model(tokens, at=predicts(mask))  # (N, V)
+    return -token_logprobs(logits, tokens, mask).sum(), mask.sum()
+
+
+def add_ptx_gradient(model, ptx, update, size, cfg, scaler, autocast, device, rank, world):
+    """Adds the gradient of ptx_coef times the nats a token of an update's demonstrations, a mean
+    over all ranks' tokens; -> this rank's nats and tokens, (2,)."""
+    lines = prompts_of_step(len(ptx), cfg.ptx_batch_size, update, cfg.seed)
+    lines = sorted(lines, key=lambda i: sum(map(len, ptx[i])))
+    mine = lines[rank::world]
+    total = all_reduce([sum(len(ptx[i][1]) for i in mine)], device)[0]
+    sums, shares = torch.zeros(2, device=device), micro_batches(math.ceil(len(lines) / world), size)
+    for rows in shares:
+        some, real = mine[rows] or lines[:1], float(bool(mine[rows]))
+        last = rows is shares[-1]
+        with model.no_sync() if world > 1 and not last else nullcontext():
+            nll, count = demonstration_nll(model, [ptx[i] for i in some], device, autocast)
+            scaler.scale(nll * (cfg.ptx_coef * real * world / total)).backward()
+        sums += real * torch.stack([nll.detach(), count])
+    return sums
+
+
+def held_out_nll(model, examples, size, device, autocast, rank, world):
+    """Nats a token of held-out demonstrations, over all ranks."""
+    mine = sorted(examples[rank::world], key=lambda example: sum(map(len, example)))
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for rows in micro_batches(len(mine), size):
+        with torch.no_grad():
+            nll, count = demonstration_nll(model, mine[rows], device, autocast)
+        total += torch.stack([nll.double(), count.double()])
+    nll, count = all_reduce(total.tolist(), device)
+    return nll / count
 
 
 # --- rollouts -------------------------------------------------------------------------------------
@@ -706,6 +874,13 @@ def sample_batch(sampler, prompts, prompt_ids, cfg, eos, seed, device):
     batch = {"lines": prompts, "tokens": tokens, "mask": mask, "lengths": lengths}
     ended = [response[-1] == eos for response in responses]
     return batch | {"responses": responses, "ended": torch.tensor(ended, device=device)}
+
+
+def reference_batch(lines, prompt_ids, responses, device):
+    """The prompts' own responses as a batch to be scored."""
+    tokens, mask = (x.to(device) for x in pad(prompt_ids, responses))
+    lengths = [len(p) + len(r) for p, r in zip(prompt_ids, responses, strict=True)]
+    return {"lines": lines, "tokens": tokens, "mask": mask, "lengths": lengths}
 
 
 def texts_of(batch, tokenizer):
@@ -749,6 +924,9 @@ def scores_of(reward, batch, texts, size, autocast):
 def score_batch(rewards, weights, batch, texts, size, cfg, autocast):
     """Every reward's scores, combined, (B,) float64."""
     scores = [scores_of(reward, batch, texts, size, autocast) for reward in rewards]
+    if cfg.combine == "llama2":
+        unsafe = [line.get("unsafe", False) for line in batch["lines"]]
+        return helpful_or_safe(*scores, torch.tensor(unsafe, device=scores[0].device))
     return combine_scores(torch.stack(scores), weights, cfg.combine)
 
 
@@ -922,16 +1100,33 @@ def warnings_of(record, before, cfg):
 
 def main():
     cfg = parse_config(Config, __doc__)
-    if cfg.combine not in ("mean", "min") or cfg.kl_estimator not in ("k1", "k2", "k3"):
-        refuse("--combine: expected mean or min; --kl_estimator: k1, k2 or k3")
+    for name, choices in {
+        "combine": ("mean", "min", "llama2"),
+        "shaping": ("none", "clip", "whiten", "par"),
+        "advantage": ("gae", "reinforce", "rloo", "grpo"),
+        "kl_estimator": ("k1", "k2", "k3"),
+        "surrogate": ("clip", "kl"),
+    }.items():
+        if getattr(cfg, name) not in choices:
+            refuse(f"--{name} {getattr(cfg, name)}: expected one of {', '.join(choices)}")
     if max(cfg.gamma, cfg.lam) > 1 or cfg.adam_beta2 >= 1 or not cfg.temperature > 0:
         refuse("--gamma, --lam: expected at most 1; --adam_beta2: less; --temperature: above 0")
     counts = (cfg.batch_size, cfg.minibatch_size, cfg.update_epochs, cfg.max_new_tokens)
-    if min(*counts, cfg.log_every, cfg.kl_horizon) < 1 or not cfg.clip_norm > 0:
+    counts += (cfg.num_samples, cfg.ptx_batch_size, cfg.log_every, cfg.kl_horizon)
+    if min(counts) < 1 or not min(cfg.clip_norm, cfg.step_kl_target, cfg.score_clip) > 0:
         refuse(
-            "--batch_size, --minibatch_size, --update_epochs, --max_new_tokens, --log_every, "
-            "--kl_horizon, --clip_norm: expected more than 0"
+            "--batch_size, --minibatch_size, --update_epochs, --max_new_tokens, --num_samples, "
+            "--ptx_batch_size, --log_every, --kl_horizon, --clip_norm, --step_kl_target, "
+            "--score_clip: expected more than 0"
         )
+    if cfg.batch_size % cfg.num_samples:
+        refuse(f"--num_samples: {cfg.batch_size} episodes are no whole groups of {cfg.num_samples}")
+    if cfg.advantage in ("rloo", "grpo") and cfg.num_samples < 2:
+        refuse(f"--advantage {cfg.advantage}: compares a prompt's responses: --num_samples 4")
+    if cfg.baseline_decay >= 1:
+        refuse("--baseline_decay: expected less than 1")
+    if cfg.kl_in_loss and cfg.kl_estimator == "k1":
+        refuse("--kl_in_loss: the gradient of k1 is 0 on average: --kl_estimator k2 or k3")
     try:
         if cfg.missing_eos_score != "none" and not math.isfinite(float(cfg.missing_eos_score)):
             raise ValueError
@@ -949,6 +1144,8 @@ def main():
         refuse("--kl_horizon: expected at least --batch_size, or beta could fall below 0")
     if cfg.value_init.endswith(".py"):
         refuse("--value_init: expected a reward model's run directory")
+    if cfg.combine == "llama2" and (len(names) != 2 or cfg.reward_weights):
+        refuse("--combine llama2: expected two rewards, helpful,safe, without weights")
     if not names or len(weights) != len(names) or not sum(weights) > 0:
         refuse(f"--reward_weights: expected {len(names)} numbers, one a --reward, not all 0")
     device, dtype, rank, world = start_process(cfg)
@@ -964,26 +1161,31 @@ def main():
     if policy.score is not None:
         refuse(f"--init {cfg.init}: has a scalar head, no language model's")
     reference = copy.deepcopy(policy).to(device, precision).requires_grad_(False)
+    if cfg.trainable_layers > policy.config.n_layer:
+        refuse(f"--trainable_layers: --init {cfg.init} has {policy.config.n_layer}")
+    if cfg.trainable_layers:
+        freeze(policy, cfg.trainable_layers)
     rewards = [load_reward(name, tokenizer, device) for name in names]
     models = [name for name, reward in zip(names, rewards, strict=True) if reward[0] == "model"]
-    for reward in rewards:
-        if reward[0] == "model":
-            reward[1].to(precision).requires_grad_(False)
+    raw = dict(zip(STATISTICS, (0.0, 1.0, "identity"), strict=True))  # scores as they are
+    for n, (kind, model, *_) in enumerate(rewards):
+        if kind == "model":
+            model.to(precision).requires_grad_(False)
+            if cfg.combine == "llama2":
+                rewards[n] = kind, model, raw
     value_init = cfg.value_init or (models[0] if models else "")
     if value_init:  # it starts knowing what a finished response scores (Stiennon et al. 2020)
         _, value_model, statistics = load_reward(value_init, tokenizer, "cpu")
     else:
-        value_model, statistics = (
-            add_scalar_head(policy),
-            dict(zip(STATISTICS, (0.0, 1.0, "identity"), strict=True)),
-        )
+        value_model, statistics = add_scalar_head(policy), raw
         torch.nn.init.zeros_(value_model.score.weight)
-    for model in (policy, value_model):
+    modules = {"policy": policy, "value": value_model}
+    if cfg.advantage != "gae":
+        del modules["value"]
+    for model in modules.values():
         model.eval().to(device, precision)
-    positions = min(
-        m.config.n_positions
-        for m in (policy, value_model, *(r[1] for r in rewards if r[0] == "model"))
-    )
+    read_by = [*modules.values(), *(reward[1] for reward in rewards if reward[0] == "model")]
+    positions = min(model.config.n_positions for model in read_by)
     if cfg.max_new_tokens >= positions:
         refuse(f"--max_new_tokens {cfg.max_new_tokens}: leaves no room in {positions} positions")
 
@@ -995,40 +1197,51 @@ def main():
     ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in prompts]
     cut = sum(len(encode(tokenizer, p["prompt"], None, sys.maxsize)[0]) > room for p in prompts)
     held_out_ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in held_out]
-    inputs = [cfg.prompts, *([cfg.validation] if cfg.validation else [])]
+    if cfg.combine == "llama2":
+        check_field("unsafe", bool, False, {cfg.prompts: prompts, cfg.validation: held_out})
+    reference_ids = []
+    if cfg.shaping == "par":
+        check_field("reference", str, None, {cfg.prompts: prompts})
+        most = cfg.max_new_tokens + 1
+        reference_ids = [encode(tokenizer, "", x["reference"], most, True)[1] for x in prompts]
+    ptx = read_ptx("--ptx_data", cfg.ptx_data, tokenizer, positions) if cfg.ptx_coef else []
+    ptx_held = read_ptx("--ptx_validation", cfg.ptx_validation, tokenizer, positions)
+    files = [cfg.prompts, cfg.validation, cfg.ptx_data if ptx else "", cfg.ptx_validation]
+    inputs = [path for path in files if path]
     for directory in [cfg.init, *models, *([cfg.value_init] if cfg.value_init else [])]:
         inputs += [*weight_files(Path(directory)), Path(directory) / "config.json"]
     inputs += [name for name in [*names, cfg.gold] if name.endswith(".py")]
     checkpoint = open_run(cfg, inputs, device, rank, world)
     out_dir = Path(cfg.out_dir)
     if rank == 0:
-        sizes = [
-            sum(p.numel() for p in model.parameters()) / 1e6 for model in (policy, value_model)
-        ]
+        sizes = {
+            name: sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+            for name, model in modules.items()
+        }
         print(
-            f"policy {sizes[0]:.2f}M, value network {sizes[1]:.2f}M parameters; {device}, {dtype}, "
-            f"{world} rank(s); {len(prompts)} prompts, {cut} cut; {cfg.steps} iterations of "
-            f"{cfg.batch_size} episodes",
+            "parameters that learn: "
+            + ", ".join(f"{name} {size:.2f}M" for name, size in sizes.items())
+            + f"; {device}, {dtype}, {world} rank(s); {len(prompts)} prompts, {cut} cut; "
+            f"{cfg.steps} iterations of {cfg.batch_size} episodes",
             flush=True,
         )
 
     def adam(model, lr):
-        decayed = [p for p in model.parameters() if p.dim() == 2]
-        others = [p for p in model.parameters() if p.dim() != 2]
+        learning = [p for p in model.parameters() if p.requires_grad]
+        decayed = [p for p in learning if p.dim() == 2]
+        others = [p for p in learning if p.dim() != 2]
         groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others}]
         betas = (0.9, cfg.adam_beta2)
         return torch.optim.AdamW(
             groups, lr=lr, betas=betas, eps=cfg.adam_eps, weight_decay=0.0, fused=True
         )
 
-    modules = {"policy": policy, "value": value_model}
-    optimizers = {
-        "adam_policy": adam(policy, cfg.lr),
-        "adam_value": adam(value_model, cfg.value_lr),
-    }
+    peaks = {"policy": cfg.lr, "value": cfg.value_lr}
+    optimizers = {f"adam_{name}": adam(model, peaks[name]) for name, model in modules.items()}
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     mixed = dtype in (torch.bfloat16, torch.float16)
-    share = math.ceil(cfg.batch_size / world)  # episodes of the rank with most
+    groups = cfg.batch_size // cfg.num_samples  # prompts an iteration
+    share = math.ceil(groups / world) * cfg.num_samples  # episodes of the rank with most
     minibatches = min(math.ceil(cfg.batch_size / cfg.minibatch_size), share)
     largest = math.ceil(share / minibatches)  # episodes of a minibatch on one rank
     size = cfg.micro_batch_size or largest
@@ -1036,11 +1249,13 @@ def main():
     rounded = device.type == "cuda" and mixed  # sampling is bound by reading the weights
     step = saved_step = 0
     beta, first = cfg.beta, None  # `first`: the first iteration's numbers, to warn by
+    baseline, step_coef = None, 1.0  # of reinforce; the price of KL to the old policy
     evaluated = -1
     if checkpoint:
         state = load_checkpoint(checkpoint, modules, optimizers, device, rank)
         step = saved_step = state["step"]
         beta, first, evaluated = state["beta"], state["first"], state["evaluated"]
+        baseline, step_coef = state["baseline"], state["step_coef"]
         scaler.load_state_dict(state["scaler"])
         if rank == 0:
             print(f"resumed at iteration {step} from {checkpoint}", flush=True)
@@ -1055,6 +1270,7 @@ def main():
         nonlocal saved_step
         if step > saved_step:
             state = {"scaler": scaler.state_dict(), "beta": beta, "first": first}
+            state |= {"baseline": baseline, "step_coef": step_coef}
             state["evaluated"] = evaluated  # SIGTERM in a rollout saves after it was logged
             save_checkpoint(cfg, step, modules, optimizers, state, device, rank)
             saved_step = step
@@ -1117,7 +1333,14 @@ def main():
         if stop_requested(device):
             stop()
         due = step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0)
-        if few and due and step > evaluated:
+        due = due and step > evaluated
+        if ptx_held and due:
+            nll = held_out_nll(policy, ptx_held, 4 * size, device, autocast, rank, world)
+            if rank == 0:
+                record = {"step": step, "seconds": round(time.time() - started, 1)}
+                append_line(out_dir / "metrics.jsonl", record | {"eval_nll": nll})
+                print(f"iteration {step}/{cfg.steps}  demonstrations: {nll:.4f} nats a token")
+        if few and due:
             samples = responses_of(policy, few, few_ids, cfg.temperature)
             if rank == 0:
                 found = beside(samples, base, cfg.missing_eos_score)
@@ -1147,16 +1370,18 @@ def main():
                     print(
                         f"    score {parts['proxy']:+.2f}  KL {parts['kl']:.2f}  total {total:+.2f}"
                     )
+        if due:
             evaluated = step
         if step == cfg.steps:
             break
 
-        # 1. Rollout: this rank's share of the prompts, a response to each.
+        # 1. Rollout: this rank's share of the prompts, num_samples responses to each.
         begun = time.time()
-        order = prompts_of_step(len(prompts), cfg.batch_size, step, cfg.seed)
+        order = prompts_of_step(len(prompts), groups, step, cfg.seed)
         # By length, so that rows of one forward are alike: pads cost as much as tokens.
         mine = sorted(order[rank::world], key=lambda i: len(ids[i]))
-        some = mine or order[:1]  # a rank without prompts goes along, with weight 0
+        mine = [i for i in mine for _ in range(cfg.num_samples)]
+        some = mine or order[:1] * cfg.num_samples  # a rank without prompts goes along, weighing 0
         sampler = copy.deepcopy(policy).bfloat16() if rounded else policy
         seed = (cfg.seed * 1_000_003 + step) * 4096 + rank
         batch = sample_batch(
@@ -1179,37 +1404,60 @@ def main():
         # 2. Scores of whole responses; log-probabilities and values of tokens, by the forward that
         #    the update will use: the sampler's own differ in their last digits.
         scores = score_batch(rewards, weights, batch, texts, size, cfg, autocast)
+        if cfg.shaping == "clip":
+            scores = scores.clamp(-cfg.score_clip, cfg.score_clip)
+        elif cfg.shaping == "whiten":
+            scores = whiten(scores, counted.any(1), all_reduce=sum_over_ranks)
+        elif cfg.shaping == "par":
+            responses = [reference_ids[i] for i in some]
+            known = reference_batch(batch["lines"], [ids[i] for i in some], responses, device)
+            there = [line["reference"] for line in batch["lines"]]
+            others = score_batch(rewards, weights, known, there, size, cfg, autocast)
+            scores = par_scores(scores, others[None])
         scores = punish_missing_eos(scores, batch["ended"], len(mine), cfg, device)
         logprobs = response_logprobs(compiled["policy"], batch, size, cfg, autocast)
         ref_logprobs = response_logprobs(reference, batch, size, cfg, autocast)
-        values = []
-        for part, inside in trimmed(batch, size):
-            with torch.no_grad(), autocast:
-                output = compiled["value"](part)
-            values.append(response_values(output, inside, statistics))
-        values = joined(values, batch)
+        values = torch.zeros_like(logprobs)
+        if "value" in modules:
+            parts = []
+            for part, inside in trimmed(batch, size):
+                with torch.no_grad(), autocast:
+                    output = compiled["value"](part)
+                parts.append(response_values(output, inside, statistics))
+            values = joined(parts, batch)
         scored = time.time()
 
         if step == 0:
             check_start(logprobs, ref_logprobs, 1e-3 if cfg.compile else 1e-5, device)
 
         # 3. Rewards, advantages and returns.
-        rewarded = token_rewards(scores, logprobs, ref_logprobs, mask, beta, cfg.kl_estimator)
+        paid = 0.0 if cfg.kl_in_loss else beta
+        rewarded = token_rewards(scores, logprobs, ref_logprobs, mask, paid, cfg.kl_estimator)
         if cfg.whiten_rewards:
             rewarded = whiten(rewarded, counted, shift_mean=False, all_reduce=sum_over_ranks)
-        advantages, returns = gae(rewarded, values, mask, cfg.gamma, cfg.lam)
+        if cfg.advantage == "gae":
+            advantages, returns = gae(rewarded, values, mask, cfg.gamma, cfg.lam)
+        else:
+            whole = rewarded.sum(1)  # (B,): all tokens of a response have the same advantage
+            returns = whole[:, None] * mask
+            if cfg.advantage == "reinforce":
+                advantages = reinforce_advantages(returns, baseline or 0.0) * mask
+            elif cfg.advantage == "rloo":
+                advantages = rloo_advantages(whole, cfg.num_samples)[:, None] * mask
+            else:
+                advantages = grpo_advantages(whole, cfg.num_samples, cfg.group_std)[:, None] * mask
         if cfg.whiten_advantages:
             advantages = whiten(advantages, counted, all_reduce=sum_over_ranks)
 
         # 4. The update: epochs of minibatches, the old policy's numbers being constants.
         rate = learning_rate(step, cfg.steps, dataclasses.replace(cfg, lr=1.0))  # of the peak
-        for optimizer, peak in zip(optimizers.values(), (cfg.lr, cfg.value_lr), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * peak
+        for name in modules:
+            for group in optimizers[f"adam_{name}"].param_groups:
+                group["lr"] = rate * peaks[name]
         rollout = {"tokens": tokens, "mask": mask, "logprobs": logprobs, "values": values}
-        rollout |= {"advantages": advantages, "returns": returns}
+        rollout |= {"ref_logprobs": ref_logprobs, "advantages": advantages, "returns": returns}
         window = torch.zeros(len(SUMMED) + 1, dtype=torch.float64, device=device)
-        updates, norms = 0, {"policy": 0.0, "value": 0.0}
+        updates, norms, ptx_sum = 0, dict.fromkeys(modules, 0.0), torch.zeros(2, device=device)
         for epoch in range(cfg.update_epochs):
             shuffle = np.random.default_rng([cfg.seed, step, epoch, rank])
             shuffled = shuffle.permutation(len(mine)).tolist()
@@ -1230,17 +1478,25 @@ def main():
                             waiting.enter_context(model.no_sync())
                         with autocast:
                             logits = parallel["policy"](read, at=predicts(inside))  # (N, V)
-                            output = parallel["value"](read)  # (b, columns)
                         new_logprobs = token_logprobs(logits, read, inside, cfg.temperature)
-                        new_values = response_values(output, inside, statistics)
-                        losses = policy_loss(
-                            new_logprobs, old["logprobs"], old["advantages"], cfg.clip
-                        )
+                        known = new_logprobs, old["logprobs"], old["advantages"]
+                        if cfg.surrogate == "clip":
+                            losses = policy_loss(*known, cfg.clip)
+                        else:
+                            losses = kl_penalty_loss(*known, step_coef)
+                        if cfg.kl_in_loss:
+                            known = new_logprobs, old["ref_logprobs"]
+                            losses = losses + beta * kl_estimate(*known, cfg.kl_estimator)
                         policy_sum = (losses * inside).sum()
-                        losses = value_loss(
-                            new_values, old["values"], old["returns"], cfg.value_clip
-                        )
-                        value_sum = (losses * inside).sum()
+                        value_sum = torch.zeros_like(policy_sum)
+                        if "value" in modules:
+                            with autocast:
+                                output = parallel["value"](read)  # (b, columns)
+                            new_values = response_values(output, inside, statistics)
+                            losses = value_loss(
+                                new_values, old["values"], old["returns"], cfg.value_clip
+                            )
+                            value_sum = (losses * inside).sum()
                         with torch.set_grad_enabled(cfg.entropy_coef > 0):
                             tempered = logits if cfg.temperature == 1 else logits / cfg.temperature
                             bonus = entropy(tempered).sum()
@@ -1254,8 +1510,12 @@ def main():
                     drift = (ratio - 1 - ratio.log()).sum()  # KL of old and new policy, by k3
                     numbers = [policy_sum, value_sum, clipped, drift, bonus, inside.sum()]
                     window += real * torch.stack([x.detach().double() for x in numbers])
-                scaler.unscale_(optimizers["adam_policy"])
-                scaler.unscale_(optimizers["adam_value"])
+                if ptx:  # the policy's gradient is the sum of both, as in InstructGPT
+                    update = (step * cfg.update_epochs + epoch) * minibatches + number
+                    known = update, size, cfg, scaler, autocast, device, rank, world
+                    ptx_sum += add_ptx_gradient(parallel["policy"], ptx, *known)
+                for optimizer in optimizers.values():
+                    scaler.unscale_(optimizer)
                 found = {
                     name: torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).item()
                     for name, model in modules.items()
@@ -1280,7 +1540,8 @@ def main():
                 scaler.update()
                 updates += 1
             moved = all_reduce((window - before).tolist(), device)  # all ranks decide together
-            if cfg.stop_kl and moved[SUMMED.index("update_kl")] / moved[-1] > cfg.stop_kl:
+            update_kl = moved[SUMMED.index("update_kl")] / moved[-1]
+            if cfg.stop_kl and update_kl > cfg.stop_kl:
                 break
 
         # 5. What happened, in numbers over all ranks; beta for the next iteration.
@@ -1292,6 +1553,7 @@ def main():
             "eos": batch["ended"][:real].sum().item(),
             "empty": sum(not text.strip() for text in texts[:real]),
             "tokens": sum(map(len, batch["responses"][:real])),
+            "return": (rewarded * counted).sum().item(),
         }
         sums = dict(zip(sums, all_reduce(sums.values(), device), strict=True))
         *summed, trained = all_reduce(window.tolist(), device)
@@ -1310,15 +1572,28 @@ def main():
             "tokens": sums["tokens"] / episodes,
             # update_kl: old policy to new; it, clip_fraction and entropy are a token's
             **{name: x / trained for name, x in zip(SUMMED, summed, strict=True)},
-            "explained_variance": explained_variance(returns, values, counted, sum_over_ranks),
-            "policy_norm": norms["policy"],
-            "value_norm": norms["value"],
+            **{f"{name}_norm": norm for name, norm in norms.items()},
             "updates": updates,
             "lr": rate * cfg.lr,
             "rollout_share": (sampled - begun) / (done - begun),
             "scoring_share": (scored - sampled) / (done - begun),
             "update_share": (done - scored) / (done - begun),
         }
+        explained = ""
+        if "value" in modules:
+            known = explained_variance(returns, values, counted, sum_over_ranks)
+            record["explained_variance"] = known
+            explained = f"  value loss {record['value_loss']:.3f}  explained {known:.2f}"
+        if ptx:
+            nll, count = all_reduce(ptx_sum.tolist(), device)
+            record["ptx_loss"] = nll / count  # nats a token of demonstrations
+        if cfg.surrogate == "kl":
+            record["step_coef"] = step_coef
+            step_coef = adaptive_coefficient(step_coef, update_kl, cfg.step_kl_target)
+        if cfg.advantage == "reinforce":
+            now, old = sums["return"] / episodes, baseline
+            baseline = now if old is None else old + (1 - cfg.baseline_decay) * (now - old)
+            record["baseline"] = baseline  # of the next iteration
         if first is None:
             first = {name: record[name] for name in ("eos", "value_loss")}
         if cfg.kl_target:
@@ -1330,9 +1605,8 @@ def main():
                 print(
                     f"iteration {step}/{cfg.steps}  score {record['score']:+.3f}  KL "
                     f"{record['kl']:.2f}  EOS {record['eos']:.3f}  tokens {record['tokens']:.1f}  "
-                    f"clipped {record['clip_fraction']:.3f}  entropy {record['entropy']:.2f}  "
-                    f"value loss {record['value_loss']:.3f}  explained "
-                    f"{record['explained_variance']:.2f}  {left // 60:.0f}:{left % 60:02.0f} left",
+                    f"clipped {record['clip_fraction']:.3f}  entropy {record['entropy']:.2f}"
+                    f"{explained}  {left // 60:.0f}:{left % 60:02.0f} left",
                     flush=True,
                 )
                 for warning in warnings_of(record, first, cfg):

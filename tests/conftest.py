@@ -79,12 +79,18 @@ def run_script(module, monkeypatch, *args):
     return 0
 
 
-# A rollout that does not depend on the ranks: each prompt's response is written by its text, and
-# checkpoints are kept. For `on_ranks`, or by can_the_rollout.
+# A rollout that does not depend on the ranks: each prompt's responses are written by its text, the
+# second to one prompt in a row by one letter more, and so on; and checkpoints are kept. For
+# `on_ranks`, or by can_the_rollout.
 CANNED = """import model, torch
 def canned(sampler, prompts, ids, cfg, eos, seed, device):
-    responses = [(list(line['prompt'].encode()) * 2)[: 2 + len(line['prompt']) % 6]
-                 + [eos] * (len(line['prompt']) % 3 > 0) for line in prompts]
+    texts = [line['prompt'] for line in prompts]
+    more = [0] * len(texts)
+    for n in range(1, len(texts)):
+        more[n] = more[n - 1] + 1 if texts[n] == texts[n - 1] else 0
+    lengths = [len(text) + n for text, n in zip(texts, more)]
+    responses = [(list(text.encode()) * 2)[: 2 + n % 6] + [eos] * (n % 3 > 0)
+                 for text, n in zip(texts, lengths)]
     tokens, mask = model.pad(ids, responses)
     ended = torch.tensor([response[-1] == eos for response in responses])
     lengths = [len(p) + len(r) for p, r in zip(ids, responses)]

@@ -63,6 +63,101 @@ def test_reward_and_advantage_vectors():
     assert unclipped.mean().item() == pytest.approx(0.346936, abs=1e-6)
 
 
+def test_variants_vectors():
+    """Cards B7, C3, C6 and 13: Llama 2's reward, J^KL, baselines without a value network, PAR."""
+    safe, helpful = tensor([0.9, 0.1, 0.6, 0.3])[0], tensor([0.2, 0.8, 0.7, 0.95])[0]
+    unsafe = torch.tensor([True, False, False, False])
+    combined = ppo.helpful_or_safe(helpful.logit(), safe.logit(), unsafe)
+    assert combined.tolist() == pytest.approx([2.197225, -2.197225, 0.847298, 2.944439], abs=1e-6)
+    white = ppo.whiten(combined, torch.ones(4))
+    assert white.tolist() == pytest.approx([0.635689, -1.600382, -0.051208, 1.015901], abs=1e-6)
+
+    returns = tensor([1, 0, 0.5, 2])[0]
+    found = ppo.rloo_advantages(returns, 4).tolist()
+    assert found == pytest.approx([1 / 6, -7 / 6, -0.5, 1.5])
+    found = ppo.grpo_advantages(returns, 4).tolist()
+    assert found == pytest.approx([0.169031, -1.183216, -0.507093, 1.521278], abs=1e-6)
+    found = ppo.grpo_advantages(returns, 4, divide_by_std=False).tolist()
+    assert found == pytest.approx([0.125, -0.875, -0.375, 1.125])
+    two = ppo.grpo_advantages(returns.repeat(2) + tensor([0, 0, 0, 0, 5, 5, 5, 5])[0], 4)
+    assert two[:4].tolist() == pytest.approx(two[4:].tolist())  # a prompt's own mean
+    alike = returns.new_full((4,), 0.3) + tensor([0, 1e-7, 0, -1e-7])[0]  # rounding is no reward
+    assert ppo.grpo_advantages(alike, 4).abs().max() < 1e-2
+    assert ppo.reinforce_advantages(returns, 0.5).tolist() == [0.5, -0.5, 0, 1.5]
+    logprobs, bleu = tensor([-3.2, -4.1])[0], tensor([0.35, 0.1])[0]
+    loss = -(ppo.reinforce_advantages(bleu, 0.2) * logprobs).mean()
+    assert loss.item() == pytest.approx(0.035) and loss.item() + 0.017 * 2.5 == pytest.approx(
+        0.0775
+    )
+
+    coef = 1.0
+    for kl, expected in [(0.02, 2), (0.012, 2), (0.004, 1), (0.0066, 0.5), (0.0067, 0.5)]:
+        coef = ppo.adaptive_coefficient(coef, kl, 0.01)
+        assert coef == expected
+    for refs, expected in [([0.9], 0.689974), ([0.9, 0.2, 1.5], 0.685794)]:
+        found = ppo.par_scores(tensor([1.7])[0], tensor(*[[r] for r in refs]))
+        assert found.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_kl_penalty_is_the_kl(small_gpt):
+    """J^KL over all three tokens that could have been drawn, weighted by the old policy: the
+    penalty and its gradient are those of the exact KL, and card C3's numbers come out."""
+    old, new = tensor([0.7, 0.2, 0.1])[0].log(), tensor([0.5, 0.4, 0.1])[0].log().requires_grad_()
+    none = torch.zeros(3)
+    weighted = (old.exp() * ppo.kl_penalty_loss(new.log_softmax(-1), old, none, 1.0)).sum()
+    exact = (old.exp() * (old - new.log_softmax(-1))).sum()
+    assert weighted.item() == pytest.approx(0.096901, abs=1e-6) == exact.item()
+    ours, theirs = torch.autograd.grad(weighted, new)[0], torch.autograd.grad(exact, new)[0]
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    advantages = tensor([1.113625, 0.8775, 0.65])
+    later = tensor([-0.7, -0.9, -1.9])
+    gain = ppo.kl_penalty_loss(later, LOGPROBS, advantages, 0.0).mean()
+    assert -gain.item() - weighted.item() == pytest.approx(0.839700, abs=1e-6)
+
+
+@pytest.mark.parametrize("advantage", ["reinforce", "rloo", "grpo", "kl"])
+def test_expected_gradients_lead_to_the_exact_optimum(advantage):
+    """The bandit of methods.md section 0, with every pair of two responses to the prompt weighted
+    by its probability in the place of samples: within 1e-3 of pi_ref exp(r / beta) / Z. Not so with
+    GRPO's division by the standard deviation."""
+    rewards, ref, beta = tensor([0, 1, 2])[0], tensor([0.5, 0.3, 0.2])[0], 0.5
+    optimum = tensor([0.036667, 0.162559, 0.800774])[0]
+    pairs = torch.tensor(list(itertools.product(range(3), repeat=2)))  # (9, 2)
+
+    def solve(divide=False):
+        logits, baseline, coef = ref.log().requires_grad_(), 0.0, 1.0
+        for _ in range(1500):
+            old = logits.detach().log_softmax(-1)
+            returns = rewards - beta * (old - ref.log())
+            if advantage in ("reinforce", "kl"):
+                gains = [ppo.reinforce_advantages(returns, baseline)[pairs.flatten()]]
+                baseline += 0.1 * ((old.exp() * returns).sum().item() - baseline)
+            elif advantage == "rloo":
+                gains = [ppo.rloo_advantages(returns[pair], 2) for pair in pairs]
+            else:
+                gains = [ppo.grpo_advantages(returns[pair], 2, divide) for pair in pairs]
+            gains = torch.cat(gains).view(9, 2)
+            new, chances = logits.log_softmax(-1), old.exp()[pairs].prod(1, keepdim=True)
+            if advantage == "kl":
+                losses = ppo.kl_penalty_loss(new[pairs], old[pairs], gains, coef)
+            else:
+                losses = ppo.policy_loss(new[pairs], old[pairs], gains, 0.2)
+            (gradient,) = torch.autograd.grad((chances * losses).sum() / 2, logits)
+            with torch.no_grad():
+                logits -= 0.5 * gradient
+        return 0.5 * (logits.softmax(-1) - optimum).abs().sum().item()
+
+    assert solve() < 1e-3
+    assert advantage != "grpo" or solve(divide=True) > 0.01
+
+
+def test_what_is_frozen(small_gpt):
+    policy = small_gpt()
+    ppo.freeze(policy, 1)
+    learning = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert learning == {n for n, _ in policy.named_parameters() if n.startswith(("h.1.", "ln_f."))}
+
+
 def test_adaptive_beta_vector():
     beta = 0.15
     for kl, expected in [(9, 0.15153600), (6.5, 0.15218255), (2, 0.15062420)]:
@@ -263,6 +358,7 @@ def data(toy_data, policy_run, tokenizer, tmp_path_factory):
     for name, source, count in [
         ("prompts.jsonl", "prompts_train.jsonl", 20),
         ("held.jsonl", "prompts_validation.jsonl", 9),
+        ("demonstrations.jsonl", "demonstrations.jsonl", 5),
     ]:
         write_jsonl(folder / name, read_lines(toy_data / source)[:count])
     policy = load_model(policy_run)  # its checkpoint has dropout; the script must turn it off
@@ -286,10 +382,22 @@ def flags(data, out, *more):
     return list(map(str, [*files, *more]))
 
 
-def test_the_bandit_reaches_the_exact_optimum(tmp_path, monkeypatch, tokenizer):
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--lr", 0.003],
+        ["--lr", 0.003, "--surrogate", "kl"],
+        ["--lr", 0.003, "--advantage", "reinforce", "--baseline_decay", 0.5],
+        ["--lr", 0.003, "--advantage", "rloo", "--num_samples", 8],
+        ["--lr", 0.003, "--advantage", "grpo", "--num_samples", 8, "--no-group_std"],
+        ["--lr", 0.003, "--advantage=rloo", "--num_samples=8", "--kl_in_loss", "--kl_estimator=k2"],
+    ],
+    ids=["ppo", "kl", "reinforce", "rloo", "grpo", "kl_in_loss"],
+)
+def test_the_bandit_reaches_the_exact_optimum(tmp_path, monkeypatch, tokenizer, more):
     """methods.md section 0: three one-token responses with reference probabilities .5, .3, .2 and
     rewards 0, 1, 2; at beta 0.5 the optimum is pi_ref exp(r / beta) / Z, and PPO, advantages not
-    whitened, lands within 0.02 of it in total variation."""
+    whitened, lands within 0.02 of it in total variation; its relatives too."""
     arms = policy_of_arms(tmp_path / "policy", tokenizer)
     (tmp_path / "arms.py").write_text(
         "def score(prompt, response, **fields):\n"
@@ -300,7 +408,7 @@ def test_the_bandit_reaches_the_exact_optimum(tmp_path, monkeypatch, tokenizer):
     args += ["--prompts", tmp_path / "prompts.jsonl", "--max_new_tokens", 1, "--device", "cpu"]
     args += ["--missing_eos_score", "none", "--no-whiten_advantages", "--beta", 0.5]
     args += ["--steps", 40, "--batch_size", 512, "--minibatch_size", 512, "--update_epochs", 2]
-    args += ["--lr", 0.003, "--value_lr", 0.03, "--final_lr", 0.01, "--out_dir", tmp_path / "run"]
+    args += ["--value_lr", 0.03, "--final_lr", 0.01, "--out_dir", tmp_path / "run", *more]
     assert run(monkeypatch, *args) == 0
     with torch.no_grad():
         logits = load_model(tmp_path / "run")(torch.tensor([tokenizer.encode_ordinary("Which?")]))
@@ -313,7 +421,8 @@ def test_the_bandit_reaches_the_exact_optimum(tmp_path, monkeypatch, tokenizer):
 
 def iterations_by_hand(data, tokenizer, c):
     """What ppo.py does with the canned rollout, one sequence at a time, without pads, masks or
-    batches: c's number of iterations from the papers' equations and Adam's. -> parameters."""
+    batches: c's number of iterations from the papers' equations and Adam's. -> parameters, and what
+    is carried from one iteration to the next."""
     policy, reward_model = (
         load_model(data / "policy").double(),
         load_model(data / "reward").double(),
@@ -334,15 +443,24 @@ def iterations_by_hand(data, tokenizer, c):
             -(row.exp() * row).sum() for row in logprobs
         ]
 
+    ptx = read_lines(data / "demonstrations.jsonl")
+    ptx = [[tokenizer.encode_ordinary(line[k]) for k in ("prompt", "response")] for line in ptx]
+    fixed = [] if not c.trainable_layers else ["wte", "wpe"]  # the policy has one block
+    named = {"policy": policy, "value": value}
+    if c.advantage != "gae":
+        del named["value"]
+
     moments, adam_steps, beta = {}, 0, c.beta
+    baseline, coef, K = 0.0, 1.0, c.num_samples
     for step in range(c.steps):
         episodes = []
-        chosen = ppo.prompts_of_step(len(lines), c.batch_size, step, c.seed)
-        texts = [lines[i]["prompt"] for i in chosen]
-        for text in sorted(texts, key=lambda text: len(tokenizer.encode_ordinary(text))):
+        chosen = ppo.prompts_of_step(len(lines), c.batch_size // K, step, c.seed)
+        chosen = sorted(chosen, key=lambda i: len(tokenizer.encode_ordinary(lines[i]["prompt"])))
+        for i, n in itertools.product(chosen, range(K)):
+            text = lines[i]["prompt"]
             prompt = tokenizer.encode_ordinary(text)
-            response = (list(text.encode()) * 2)[: 2 + len(text) % 6]
-            response += [tokenizer.eot_token] * (len(text) % 3 > 0)
+            response = (list(text.encode()) * 2)[: 2 + (len(text) + n) % 6]
+            response += [tokenizer.eot_token] * ((len(text) + n) % 3 > 0)
             episode = {"prompt": prompt, "response": response}
             with torch.no_grad():
                 episode["old"] = logprobs_of(policy, prompt, response)[0]
@@ -352,10 +470,26 @@ def iterations_by_hand(data, tokenizer, c):
                     value_after(sequence[: len(prompt) + t]) for t in range(len(response))
                 ]
                 episode["score"] = score_after(sequence)
+                if c.shaping == "par":
+                    there = tokenizer.encode_ordinary(lines[i]["reference"])[:8]
+                    there += [tokenizer.eot_token] * (len(there) < 8)
+                    episode["score"] = 1 / (
+                        1 + (score_after(prompt + there) - episode["score"]).exp()
+                    )
+                if c.shaping == "clip":
+                    episode["score"] = episode["score"].clamp(-c.score_clip, c.score_clip)
+            episode["ref"] = ref
             log_ratios = [r - lp for lp, r in zip(episode["old"], ref, strict=True)]
-            episode["rewards"] = [-beta * (x.exp() - 1 - x) for x in log_ratios]  # k3
+            paid = 0.0 if c.kl_in_loss else beta
+            episode["rewards"] = [-paid * (x.exp() - 1 - x) for x in log_ratios]  # k3
             episode["kl"] = -sum(log_ratios).item()
             episodes.append(episode)
+        if c.shaping == "whiten":
+            scores = [episode["score"] for episode in episodes]
+            for episode in episodes:
+                episode["score"] = (episode["score"] - np.mean(scores)) / math.sqrt(
+                    np.var(scores) + 1e-8
+                )
         least = min(-1.0, *(episode["score"] for episode in episodes))
         everything = []
         for episode in episodes:
@@ -363,8 +497,12 @@ def iterations_by_hand(data, tokenizer, c):
             episode["rewards"][-1] = episode["rewards"][-1] + (episode["score"] if ended else least)
         rewards = [reward.item() for episode in episodes for reward in episode["rewards"]]
         mean, std = np.mean(rewards), math.sqrt(np.var(rewards) + 1e-8)
+        if not c.whiten_rewards:
+            mean, std = 0.0, 1.0
+        wholes = []
         for episode in episodes:
             episode["rewards"] = [(reward - mean) / std + mean for reward in episode["rewards"]]
+            wholes.append(sum(episode["rewards"]).item())
             n, values = len(episode["response"]), [*episode["values"], 0.0]
             deltas = [episode["rewards"][t] + c.gamma * values[t + 1] - values[t] for t in range(n)]
             episode["advantages"] = [
@@ -373,10 +511,27 @@ def iterations_by_hand(data, tokenizer, c):
             episode["returns"] = [
                 a + v for a, v in zip(episode["advantages"], values, strict=False)
             ]
+        for j, episode in enumerate(episodes):
+            group = wholes[j // K * K : j // K * K + K]
+            others = [x for k, x in enumerate(group) if k != j % K]
+            whole = {
+                "gae": lambda: None,
+                "reinforce": lambda: wholes[j] - baseline,  # noqa: B023
+                "rloo": lambda: wholes[j] - np.mean(others),  # noqa: B023
+                "grpo": lambda: (wholes[j] - np.mean(group)) / max(np.std(group), 1e-4),  # noqa: B023
+            }[c.advantage]()
+            if whole is not None:
+                episode["advantages"] = [torch.tensor(whole, dtype=torch.float64)] * len(
+                    episode["response"]
+                )
             everything += episode["advantages"]
+        baseline = np.mean(wholes) if step == 0 else 0.9 * baseline + 0.1 * np.mean(wholes)
         mean, std = np.mean(everything), math.sqrt(np.var(everything) + 1e-8)
+        if not c.whiten_advantages:
+            mean, std = 0.0, 1.0
         minibatches = math.ceil(c.batch_size / c.minibatch_size)
         for epoch in range(c.update_epochs):
+            steps_away = []
             order = np.random.default_rng([c.seed, step, epoch, 0]).permutation(c.batch_size)
             for number in range(minibatches):
                 loss, count, rewarded_changes = 0.0, 0, 0
@@ -389,6 +544,12 @@ def iterations_by_hand(data, tokenizer, c):
                         advantage = (e["advantages"][t] - mean) / std
                         low, high = 1 - c.clip, 1 + c.clip
                         least_gain = min(ratio * advantage, ratio.clamp(low, high) * advantage)
+                        steps_away.append(ratio.item() - 1 - math.log(ratio.item()))
+                        if c.surrogate == "kl":
+                            least_gain = ratio * advantage - coef * (ratio - 1 - ratio.log())
+                        if c.kl_in_loss:
+                            x = e["ref"][t] - new[t]
+                            least_gain = least_gain - beta * (x.exp() - 1 - x)
                         v = value_after(prompt + response[:t])
                         near = e["values"][t] + (v - e["values"][t]).clamp(
                             -c.value_clip, c.value_clip
@@ -397,11 +558,28 @@ def iterations_by_hand(data, tokenizer, c):
                         loss = loss - least_gain + max(errors) / 2 - c.entropy_coef * entropies[t]
                         count += 1
                         rewarded_changes += abs(ratio.item() - 1) > c.clip
+                loss = loss / count
+                if c.ptx_coef:
+                    some = ppo.prompts_of_step(len(ptx), c.ptx_batch_size, adam_steps, c.seed)
+                    nll = []
+                    for prompt, text in (ptx[i] for i in some):
+                        response = [*text, tokenizer.eot_token]
+                        logits = policy(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
+                        nll += [
+                            -row[token]
+                            for row, token in zip(logits.log_softmax(-1), response, strict=True)
+                        ]
+                    loss = loss + c.ptx_coef * sum(nll) / len(nll)
                 adam_steps += 1
-                for model, peak in ((policy, c.lr), (value, c.value_lr)):
+                for name, model in named.items():
+                    peak = c.lr if name == "policy" else c.value_lr
                     rate = peak * (step + 1) / c.warmup  # all steps are of the warm-up
-                    parameters = list(model.parameters())
-                    gradients = torch.autograd.grad(loss / count, parameters, retain_graph=True)
+                    parameters = [
+                        p
+                        for n, p in model.named_parameters()
+                        if name == "value" or n.split(".")[0] not in fixed
+                    ]
+                    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
                     norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
                     scale = min(1.0, c.clip_norm / (norm + 1e-6))
                     for p, g in zip(parameters, gradients, strict=True):
@@ -414,19 +592,44 @@ def iterations_by_hand(data, tokenizer, c):
                             if p.dim() == 2:
                                 p *= 1 - rate * c.weight_decay
                             p -= rate * m / (v.sqrt() + c.adam_eps)
-        assert rewarded_changes > 0  # the clip has something to clip
+        assert rewarded_changes > 0 or c.surrogate == "kl"  # the clip has something to clip
+        if c.surrogate == "kl":
+            away = np.mean(steps_away)  # of the last epoch
+            assert away != 0
+            coef *= 0.5 if away < 0.01 / 1.5 else 2 if away > 0.015 else 1
         kl = np.mean([episode["kl"] for episode in episodes])
-        error = min(max(kl / c.kl_target - 1, -0.2), 0.2)
-        beta = beta * (1 + error * c.batch_size / c.kl_horizon)
-    parameters = {f"policy.{k}": v for k, v in policy.state_dict().items()}
-    return parameters | {f"value.{k}": v for k, v in value.state_dict().items()}, beta
+        if c.kl_target:
+            error = min(max(kl / c.kl_target - 1, -0.2), 0.2)
+            beta = beta * (1 + error * c.batch_size / c.kl_horizon)
+    parameters = {}
+    for name, model in named.items():
+        parameters |= {f"{name}.{k}": v for k, v in model.state_dict().items()}
+    return parameters, {"beta": beta, "baseline": baseline, "step_coef": coef}
 
 
-def test_two_iterations_against_ones_by_hand(data, tmp_path, tokenizer):
+VARIANTS = {
+    "ppo": {"whiten_rewards": True, "kl_target": 0.3, "kl_horizon": 20},
+    "kl": {"surrogate": "kl", "shaping": "whiten", "whiten_advantages": False},
+    "reinforce": {
+        "advantage": "reinforce",
+        "ptx_coef": 0.7,
+        "ptx_batch_size": 3,
+        "trainable_layers": 1,
+        "shaping": "clip",
+        "score_clip": 0.3,
+    },
+    "rloo": {"advantage": "rloo", "num_samples": 3, "shaping": "par", "whiten_advantages": False},
+    "grpo": {"advantage": "grpo", "num_samples": 2, "kl_in_loss": True, "surrogate": "kl"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_iterations_against_ones_by_hand(data, tmp_path, tokenizer, variant):
     """Everything between a rollout and the new weights: both networks equal to 1e-9."""
+    size = {"rloo": 6, "grpo": 6}.get(variant, 7)
     c = ppo.Config(
         steps=2,
-        batch_size=7,
+        batch_size=size,
         minibatch_size=3,
         micro_batch_size=2,
         update_epochs=2,
@@ -444,19 +647,28 @@ def test_two_iterations_against_ones_by_hand(data, tmp_path, tokenizer):
         warmup=2,
         dtype="float64",
         kl_estimator="k3",
-        kl_target=0.3,
-        kl_horizon=20,
-        whiten_rewards=True,
         value_init=str(data / "other"),
+        **VARIANTS[variant],
     )
+    if c.ptx_coef:
+        c = dataclasses.replace(c, ptx_data=str(data / "demonstrations.jsonl"))
     changed = [(k, v) for k, v in vars(c).items() if v != getattr(ppo.Config(), k)]
-    args = [part for k, v in changed for part in ((f"--{k}",) if v is True else (f"--{k}", v))]
+    args = []
+    for name, value in changed:
+        switch = f"--{name}" if value else f"--no-{name}"
+        args += [switch] if isinstance(value, bool) else [f"--{name}", value]
     with can_the_rollout(ppo) as patch:
         assert run(patch, *flags(data, tmp_path / "run", "--validation", "", *args)) == 0
     found = load_file(tmp_path / "run/checkpoint-2/tensors.safetensors")
-    expected_parameters, beta = iterations_by_hand(data, tokenizer, c)
+    expected_parameters, carried = iterations_by_hand(data, tokenizer, c)
     state = json.loads((tmp_path / "run/checkpoint-2/state.json").read_text())
-    assert state["beta"] == pytest.approx(beta, rel=1e-9) and abs(beta / c.beta - 1) > 0.001
+    assert state["beta"] == pytest.approx(carried["beta"], rel=1e-9)
+    assert state["step_coef"] == carried["step_coef"]
+    if c.kl_target:
+        assert abs(carried["beta"] / c.beta - 1) > 0.001
+    if c.advantage == "reinforce":
+        assert state["baseline"] == pytest.approx(carried["baseline"], rel=1e-9)
+    assert any("value." in name for name in found) == (c.advantage == "gae")
     for name, expected in expected_parameters.items():
         difference = (found[name] - expected).norm() / expected.norm().clamp(min=1e-6)
         assert difference < 1e-9, (name, difference)
@@ -741,8 +953,20 @@ def test_precisions(data, tmp_path, monkeypatch, dtype):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--combine", "max"], "--combine: expected mean or min"),
-        (["--kl_estimator", "k4"], "--kl_estimator: k1, k2 or k3"),
+        (["--combine", "max"], "--combine max: expected one of mean, min, llama2"),
+        (["--kl_estimator", "k4"], "--kl_estimator k4: expected one of k1, k2, k3"),
+        (["--shaping", "tanh"], "--shaping tanh: expected one of none, clip"),
+        (["--advantage", "a2c"], "--advantage a2c: expected one of gae, reinforce"),
+        (["--surrogate", "both"], "--surrogate both: expected one of clip, kl"),
+        (["--advantage", "rloo"], "--advantage rloo: compares a prompt's responses"),
+        (["--num_samples", "3"], "--num_samples: 128 episodes are no whole groups of 3"),
+        (["--baseline_decay", "1"], "--baseline_decay: expected less than 1"),
+        (["--kl_in_loss"], "--kl_in_loss: the gradient of k1 is 0"),
+        (["--combine", "llama2"], "--combine llama2: expected two rewards"),
+        (["--ptx_coef", "1"], "--ptx_coef: of which demonstrations?"),
+        (["--ptx_coef", "1", "--ptx_data", "none.jsonl"], "none.jsonl:0: file: can't be read"),
+        (["--trainable_layers", "2"], "--trainable_layers: --init"),
+        (["--score_clip", "0"], "--score_clip: expected more than 0"),
         (["--gamma", "1.1"], "--gamma, --lam: expected at most 1"),
         (["--temperature", "0"], "--temperature: above 0"),
         (["--minibatch_size", "0"], "expected more than 0"),
