@@ -97,7 +97,7 @@ class Config:
     epsilon: Annotated[float, "added to differences where U is steep at 0 (their code: 0.1)"] = 0.1
     logit_penalty: Annotated[
         float, "of the mean square of the head's outputs, lest rewards get stuck; falls as lr does"
-    ] = 1e-2
+    ] = 3e-2
     num_responses: Annotated[
         int, "n: lines with more lose some in between, those with fewer are dropped; 0: line 1's"
     ] = 0

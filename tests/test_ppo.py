@@ -407,7 +407,7 @@ def test_the_bandit_reaches_the_exact_optimum(tmp_path, monkeypatch, tokenizer, 
     args = ["--init", tmp_path / "policy", "--reward", tmp_path / "arms.py", "--validation", ""]
     args += ["--prompts", tmp_path / "prompts.jsonl", "--max_new_tokens", 1, "--device", "cpu"]
     args += ["--missing_eos_score", "none", "--no-whiten_advantages", "--beta", 0.5]
-    args += ["--steps", 40, "--batch_size", 512, "--minibatch_size", 512, "--update_epochs", 2]
+    args += ["--steps", 40, "--batch_size", 128, "--minibatch_size", 128, "--update_epochs", 2]
     args += ["--value_lr", 0.03, "--final_lr", 0.01, "--out_dir", tmp_path / "run", *more]
     assert run(monkeypatch, *args) == 0
     with torch.no_grad():
