@@ -121,6 +121,9 @@ class Config:
         float,
         "KL coefficient (Rafailov et al.: 0.1, summaries 0.5); cpl's alpha; ipo's tau, of sums",
     ] = 0.3
+    divergence: Annotated[
+        str, "from the reference: reverse_kl, forward_kl, js or alpha:A, A from 0 (reverse) to 1"
+    ] = "reverse_kl"
     label_smoothing: Annotated[float, "probability that a label is wrong (dpo, robust: 0.1)"] = 0.0
     gamma: Annotated[float, "discount a token, in cpl"] = 1.0
     cpl_bias: Annotated[float, "weight of the rejected segment in cpl (Hejna et al.: 0.5)"] = 0.5
@@ -625,6 +628,21 @@ def prompts_of_step(count, batch_size, step, seed):
 # --- mathematics ----------------------------------------------------------------------------------
 
 
+def f_derivative(log_ratio, divergence="reverse_kl"):
+    """f'(u) of log u = log(pi / ref) of whole responses, any shape, without its constant; arXiv:
+    2309.16240 table 1. For a policy held by D_f = E_ref f(pi / ref), it is what DPO has log u for.
+
+        reverse_kl log u    forward_kl -1/u    js log(u / (1 + u))    alpha:A -u^-A / A, 0 < A < 1
+    """
+    if divergence == "reverse_kl":
+        return log_ratio
+    if divergence == "js":
+        return F.logsigmoid(log_ratio)
+    name, _, number = divergence.partition(":")
+    alpha = 1.0 if name == "forward_kl" else float(number)
+    return -(-alpha * log_ratio).clamp(max=10).exp() / alpha  # u of long responses can be anything
+
+
 def dpo_loss(
     chosen_logprobs,
     rejected_logprobs,
@@ -634,6 +652,7 @@ def dpo_loss(
     loss="dpo",
     label_smoothing=0.0,
     label=1.0,
+    divergence="reverse_kl",
 ):
     """q f(h) + (1 - q) f(-h) of each pair, (B,), q being the probability that chosen is better.
 
@@ -643,6 +662,7 @@ def dpo_loss(
         ipo     (h - 1 / (2 beta))^2      arXiv:2310.12036 eq. 17, beta being its tau
         hinge   max(0, 1 - beta h)        arXiv:2305.10425, arXiv:2309.06657
         robust  as dpo, with a q that makes up for wrong labels, arXiv:2403.00409
+    divergence: another than the reverse KL puts `f_derivative` of each log-ratio in its place.
     label: P(chosen is better), a number or (B,). label_smoothing: the probability e that a label
     is wrong; q = label (1 - e) + (1 - label) e is conservative DPO; robust takes
     q = (label - e) / (1 - 2 e), of which the loss on clean labels is the mean over wrong ones.
@@ -651,7 +671,8 @@ def dpo_loss(
     # -beta sigmoid(-beta h) (grad log pi(chosen) - grad log pi(rejected)). The weight sigmoid(-beta
     # h) is near 1 for pairs that the implicit reward beta log pi/ref orders wrongly, and near 0
     # for those that it has learnt; without it the language degenerates (the paper's section 4).
-    h = (chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)
+    chosen = f_derivative(chosen_logprobs - ref_chosen_logprobs, divergence)
+    h = chosen - f_derivative(rejected_logprobs - ref_rejected_logprobs, divergence)
     q = label * (1 - label_smoothing) + (1 - label) * label_smoothing
     if loss == "robust":
         q = (label - label_smoothing) / (1 - 2 * label_smoothing)
@@ -668,15 +689,16 @@ def dpo_loss(
     return q * f(h) + (1 - q) * f(-h)
 
 
-def plackett_luce_loss(logprobs, ref_logprobs, beta, beats=None):
+def plackett_luce_loss(logprobs, ref_logprobs, beta, beats=None, divergence="reverse_kl"):
     """-log of the probability of each ranking under the implicit rewards r, (B,), nats.
 
-    r = beta (logprobs - ref_logprobs), (B, K), best response first: the best is drawn first, with
-    probability softmax(r), then the next among those left. arXiv:2305.18290 appendix A.3.
+    r = beta (logprobs - ref_logprobs), (B, K), best response first, or beta `f_derivative` of the
+    log-ratios: the best is drawn first, with probability softmax(r), then the next among those
+    left. arXiv:2305.18290 appendix A.3.
     beats (B, K, K) bool: whether response i (axis 1) is better than j (axis 2). None: all that
     follow. A response of a tie is drawn from itself and those that it beats.
     """
-    r = beta * (logprobs - ref_logprobs)
+    r = beta * f_derivative(logprobs - ref_logprobs, divergence)
     if beats is None:
         beats = torch.ones(*r.shape, r.shape[1], dtype=torch.bool, device=r.device).triu(1)
     own = torch.eye(r.shape[1], dtype=torch.bool, device=r.device)
@@ -713,14 +735,14 @@ def preference_loss(logprobs, ref_logprobs, keep, label, cfg):
     if cfg.loss == "plackett_luce":
         beats = keep.new_zeros(*logprobs.shape, logprobs.shape[1])
         beats[:, i, j] = keep
-        return plackett_luce_loss(logprobs, ref_logprobs, cfg.beta, beats)
+        return plackett_luce_loss(logprobs, ref_logprobs, cfg.beta, beats, cfg.divergence)
     if cfg.loss == "cpl":
         losses = label * cpl_loss(chosen, rejected, cfg.beta, cfg.cpl_bias)
         losses = losses + (1 - label) * cpl_loss(rejected, chosen, cfg.beta, cfg.cpl_bias)
     else:
         references = ref_logprobs[:, i], ref_logprobs[:, j]
-        kind, smoothing = cfg.loss, cfg.label_smoothing
-        losses = dpo_loss(chosen, rejected, *references, cfg.beta, kind, smoothing, label)
+        how = cfg.loss, cfg.label_smoothing, label, cfg.divergence
+        losses = dpo_loss(chosen, rejected, *references, cfg.beta, *how)
     return losses.masked_fill(~keep, 0.0).sum(1) / keep.sum(1)
 
 
@@ -728,7 +750,8 @@ def pair_numbers(logprobs, ref_logprobs, keep, label, cfg):
     """What is logged of a batch, as sums over its pairs: {name: number}. See `preference_loss`."""
     i, j = torch.triu_indices(*[logprobs.shape[1]] * 2, 1, device=logprobs.device)
     logprobs, label = logprobs.detach(), label[keep]
-    rewards = cfg.beta * (logprobs - ref_logprobs)  # implicit, up to a constant of the prompt
+    log_ratios = logprobs - ref_logprobs
+    rewards = cfg.beta * f_derivative(log_ratios, cfg.divergence)  # but for a prompt's constant
     margin = (rewards[:, i] - rewards[:, j])[keep]
     ordered = label > 0.5  # at 0.5 neither is the better one
     if cfg.loss == "cpl":
@@ -1116,6 +1139,18 @@ def main():
         )
     if cfg.label_smoothing and cfg.loss in ("plackett_luce", "cpl"):
         refuse(f"--label_smoothing: --loss {cfg.loss} has none")
+    name, _, number = cfg.divergence.partition(":")
+    try:
+        known = 0 < float(number) < 1 if name == "alpha" else not number
+    except ValueError:
+        known = False
+    if not known or name not in ("reverse_kl", "forward_kl", "js", "alpha"):
+        refuse(
+            f"--divergence {cfg.divergence}: expected reverse_kl, forward_kl, js or alpha:A, "
+            f"0 < A < 1"
+        )
+    if name != "reverse_kl" and cfg.loss not in ("dpo", "robust", "plackett_luce"):
+        refuse(f"--divergence: --loss {cfg.loss} has none")
     if cfg.gamma < 1 and cfg.loss != "cpl":
         refuse("--gamma: only --loss cpl discounts")
     of_rounds = ("rounds", "round_prompts", "num_samples", "refresh_reference", "judge_noise")

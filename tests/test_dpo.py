@@ -10,6 +10,7 @@ import signal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     gradient,
     metrics,
@@ -55,6 +56,43 @@ FOUR = (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED)
 def test_loss_vectors(loss, smoothing, expected):
     losses = dpo.dpo_loss(*FOUR, 0.1, loss, smoothing)
     assert losses.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "divergence, expected",
+    [
+        ("forward_kl", [0.631154, 0.715944]),
+        ("js", [0.660652, 0.707492]),
+        ("alpha:0.5", [0.627691, 0.723423]),
+        ("alpha:1e-9", [0.620957, 0.733947]),  # as the reverse KL
+    ],
+)
+def test_divergence_vectors(divergence, expected):
+    losses = dpo.dpo_loss(*FOUR, 0.1, divergence=divergence)
+    assert losses.tolist() == pytest.approx(expected, abs=1e-6)
+    far = dpo.dpo_loss(
+        tensor(-1e4), tensor(-1), tensor(-1), tensor(-1e4), 0.1, "dpo", 0, 1, divergence
+    )
+    assert far.isfinite().all()
+
+
+def test_lines_and_logs_under_another_divergence():
+    logprobs, ref = tensor([-9, -8, -12]), tensor([-8, -9, -10])  # (1, 3)
+    keep, label = torch.tensor([[True, True, False]]), torch.ones(1, 3, dtype=torch.float64)
+    g = torch.log(torch.sigmoid(logprobs - ref))[0]
+    for loss in ("dpo", "plackett_luce"):
+        c = dpo.Config(loss=loss, beta=0.4, divergence="js")
+        found = dpo.preference_loss(logprobs, ref, keep, label, c).item()
+        r = c.beta * g
+        if loss == "dpo":
+            expected = (F.softplus(r[1] - r[0]) + F.softplus(r[2] - r[0])) / 2
+        else:
+            expected = r.logsumexp(0) - r[0]
+        assert found == pytest.approx(expected.item())
+        numbers = dpo.pair_numbers(logprobs, ref, keep, label, c)
+        assert numbers["margin"] == pytest.approx((2 * r[0] - r[1] - r[2]).item())
+        weight = torch.sigmoid(r[1] - r[0]) + torch.sigmoid(r[2] - r[0])
+        assert numbers["weight"] == pytest.approx(weight.item())
 
 
 def test_ipo_on_length_averages():
@@ -215,6 +253,47 @@ def test_dpo_lands_on_the_optimum(beta, loss):
         return dpo.dpo_loss(*four, beta, loss, e if loss == "robust" else 0.0, label).sum()
 
     assert 0.5 * (descend(loss_of) - optimum).abs().sum().item() < 1e-3
+
+
+DIVERGENCES = {  # f(u), arXiv:2309.16240 table 1
+    "reverse_kl": lambda u: u * u.log(),
+    "forward_kl": lambda u: -u.log(),
+    "js": lambda u: u * u.log() - (u + 1) * ((u + 1) / 2).log(),
+    "alpha:0.3": lambda u: (u**0.7 - 0.7 * u - 0.3) / (0.3 * -0.7),
+}
+
+
+@pytest.mark.parametrize("loss", ["dpo", "plackett_luce"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergences_have_their_own_optimum(divergence, loss):
+    """The policy that maximises E r - beta E_ref f(pi / ref), found without DPO, is where the loss
+    leads with the exact probabilities of pairs, or of rankings, as labels."""
+    beta, f = 0.8, DIVERGENCES[divergence]
+
+    def objective(logprobs):
+        pi = logprobs.exp()
+        return -(pi * REWARDS).sum() + beta * (PI_REF * f(pi / PI_REF)).sum()
+
+    i, j = torch.triu_indices(3, 3, 1)
+    label = torch.sigmoid(REWARDS[i] - REWARDS[j])
+    orders = torch.tensor(list(itertools.permutations(range(3))))
+    none = torch.zeros(len(orders), 3, dtype=torch.float64)
+    chances = (-dpo.plackett_luce_loss(REWARDS[orders], none, 1.0)).exp()
+    assert chances.sum().item() == pytest.approx(1)
+
+    def loss_of(logprobs):
+        refs = PI_REF.log()
+        if loss == "plackett_luce":
+            losses = dpo.plackett_luce_loss(
+                logprobs[orders], refs[orders], beta, divergence=divergence
+            )
+            return (chances * losses).sum()
+        four = logprobs[i], logprobs[j], refs[i], refs[j]
+        return dpo.dpo_loss(*four, beta, label=label, divergence=divergence).sum()
+
+    optimum = descend(objective)
+    assert 0.5 * (descend(loss_of) - optimum).abs().sum().item() < 1e-3
+    assert 0.5 * (optimum - PI_REF).abs().sum().item() > 0.1
 
 
 def test_ipo_settles_where_dpo_does_not():
@@ -648,6 +727,11 @@ def test_precisions(data, tmp_path, monkeypatch, uninterrupted, dtype, more):
         (["--beta", "0"], "expected more than 0"),
         (["--temperature", "0"], "expected more than 0"),
         (["--label_smoothing", "0.1", "--loss", "cpl"], "--loss cpl has none"),
+        (["--divergence", "alpha:1"], "--divergence alpha:1: expected reverse_kl"),
+        (["--divergence", "alpha"], "--divergence alpha: expected reverse_kl"),
+        (["--divergence", "js:1"], "--divergence js:1: expected reverse_kl"),
+        (["--divergence", "tv"], "--divergence tv: expected reverse_kl"),
+        (["--divergence", "js", "--loss", "ipo"], "--divergence: --loss ipo has none"),
         (["--gamma", "0.9"], "--gamma: only --loss cpl discounts"),
         (["--refresh_reference"], "--refresh_reference: only with --online"),
         (["--judge_noise", "1"], "--judge_noise: only with --online"),
