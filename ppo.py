@@ -827,14 +827,15 @@ def add_ptx_gradient(model, ptx, update, size, cfg, scaler, autocast, device, ra
     lines = sorted(lines, key=lambda i: sum(map(len, ptx[i])))
     mine = lines[rank::world]
     total = all_reduce([sum(len(ptx[i][1]) for i in mine)], device)[0]
-    sums, shares = torch.zeros(2, device=device), micro_batches(math.ceil(len(lines) / world), size)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    shares = micro_batches(math.ceil(len(lines) / world), size)
     for rows in shares:
         some, real = mine[rows] or lines[:1], float(bool(mine[rows]))
         last = rows is shares[-1]
         with model.no_sync() if world > 1 and not last else nullcontext():
             nll, count = demonstration_nll(model, [ptx[i] for i in some], device, autocast)
             scaler.scale(nll * (cfg.ptx_coef * real * world / total)).backward()
-        sums += real * torch.stack([nll.detach(), count])
+        sums += real * torch.stack([nll.detach().double(), count])
     return sums
 
 
@@ -845,7 +846,7 @@ def held_out_nll(model, examples, size, device, autocast, rank, world):
     for rows in micro_batches(len(mine), size):
         with torch.no_grad():
             nll, count = demonstration_nll(model, mine[rows], device, autocast)
-        total += torch.stack([nll.double(), count.double()])
+        total += torch.stack([nll.double(), count])
     nll, count = all_reduce(total.tolist(), device)
     return nll / count
 
@@ -1457,7 +1458,8 @@ def main():
         rollout = {"tokens": tokens, "mask": mask, "logprobs": logprobs, "values": values}
         rollout |= {"ref_logprobs": ref_logprobs, "advantages": advantages, "returns": returns}
         window = torch.zeros(len(SUMMED) + 1, dtype=torch.float64, device=device)
-        updates, norms, ptx_sum = 0, dict.fromkeys(modules, 0.0), torch.zeros(2, device=device)
+        updates, norms = 0, dict.fromkeys(modules, 0.0)
+        ptx_sum = torch.zeros(2, dtype=torch.float64, device=device)
         for epoch in range(cfg.update_epochs):
             shuffle = np.random.default_rng([cfg.seed, step, epoch, rank])
             shuffled = shuffle.permutation(len(mine)).tolist()

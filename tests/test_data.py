@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import bleu
 import convert
 import pytest
 import toy
@@ -593,3 +595,39 @@ def test_critics():
     assert 0.97 < sum(kept) / len(kept) < 1
     critique, revision = toy.criticise(rng, prompt, good + " You are a fool.", principles[3])
     assert (critique, revision) == (" The response is rude.", good)
+
+
+# --- data/bleu.py ---------------------------------------------------------------------------------
+
+
+def test_bleu_by_hand():
+    """Counts that were done by hand; the clipped 2 of 7 is the example of Papineni et al."""
+    the, cat = ["the"] * 7, ["the", "cat", "is", "on", "the", "mat"]
+    assert bleu.matches(the, cat, 1) == (2, 7)
+    pair = "the cat sat on the mat", "The cat is on the mat."
+    # 5 of 6 words, 3 of 5 pairs, 1 of 4 triples, 0 of 3; 6 words for 7
+    assert bleu.corpus_bleu([pair]) == 0
+    expected = math.exp(1 - 7 / 6) * (5 / 6 * 4 / 6 * 2 / 5 * 1 / 4) ** 0.25
+    assert bleu.score("", pair[0], reference=pair[1], task="x") == pytest.approx(expected)
+    parts = bleu.explain("", pair[0], reference=pair[1])
+    assert parts == pytest.approx(
+        {"length_ratio": 6 / 7, "precision_1": 5 / 6, "precision_2": 0.6}
+        | {"precision_3": 0.25, "precision_4": 0}
+    )
+    other = "a dog ran to the park", "a dog ran to the old park"
+    # with the first pair: 11 of 12, 7 of 10, 4 of 8, 2 of 6; 12 words for 14
+    expected = math.exp(1 - 14 / 12) * (11 / 12 * 7 / 10 * 4 / 8 * 2 / 6) ** 0.25
+    assert bleu.corpus_bleu([pair, other]) == pytest.approx(expected)
+
+
+def test_bleu_at_its_ends():
+    text = "To fix a bike, you need logs and oil."
+    assert bleu.corpus_bleu([(text, text)]) == 1 == bleu.score("", text, reference=text)
+    assert bleu.corpus_bleu([(text + " Yes.", text)]) < 1  # too long is less precise
+    for response in ("", "no", "..."):
+        assert bleu.corpus_bleu([(response, text)]) == 0
+        assert bleu.score("", response, reference=text) < 0.1
+    shorter = bleu.score("", "To fix a bike, you need", reference=text)
+    assert 0 < shorter < bleu.score("", "To fix a bike, you need logs", reference=text) < 1
+    with pytest.raises(TypeError, match="reference"):
+        bleu.score("", "x")

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 import ppo
 import reward
-from model import load_model, save_model
+from model import load_model, load_tokenizer, save_model
 
 
 def run(monkeypatch, *args):
@@ -674,12 +674,21 @@ def test_two_iterations_against_ones_by_hand(data, tmp_path, tokenizer, variant)
         assert difference < 1e-9, (name, difference)
 
 
-def test_ranks_and_accumulation_take_the_same_update(data, tmp_path):
+@pytest.mark.parametrize("variant", ["gae", "rloo"])
+def test_ranks_and_accumulation_take_the_same_update(data, tmp_path, variant):
     """15 episodes of different lengths, some not ended, on 1 rank, 2 ranks and in micro-batches:
-    the gradients of policy and value network equal to 1e-12 relative in float64."""
+    the gradients of policy and value network equal to 1e-12 relative in float64; without a value
+    network too, with demonstrations beside the reward and their held-out loss."""
     args = ["--steps", 1, "--batch_size", 15, "--minibatch_size", 15, "--update_epochs", 1]
     args += ["--dtype", "float64", "--clip_norm", 1e9, "--entropy_coef", 0.01, "--validation", ""]
     args += ["--whiten_rewards"]
+    keys = ["score", "kl", "policy_loss", "value_loss", "explained_variance", "eos"]
+    if variant == "rloo":
+        args += ["--advantage", "rloo", "--num_samples", 3, "--surrogate", "kl", "--kl_in_loss"]
+        args += ["--kl_estimator", "k3", "--shaping", "whiten", "--ptx_coef", 0.5]
+        args += ["--ptx_batch_size", 5, "--ptx_data", data / "demonstrations.jsonl"]
+        args += ["--ptx_validation", data / "demonstrations.jsonl"]
+        keys += ["ptx_loss", "eval_nll"]
     for name, ranks, more in [
         ("one", 1, []),
         ("accumulated", 1, ["--micro_batch_size", 4]),
@@ -700,8 +709,10 @@ def test_ranks_and_accumulation_take_the_same_update(data, tmp_path):
         difference = gradient(tmp_path / name) - expected
         assert difference.norm() / expected.norm() < 1e-12, name
         for a, b in zip(metrics(tmp_path / name), logged, strict=True):
-            for key in ("score", "kl", "policy_loss", "value_loss", "explained_variance", "eos"):
+            for key in (key for key in keys if key in a or key in b):
                 assert a[key] == pytest.approx(b[key], rel=1e-9, abs=1e-12), (name, key)
+    if variant == "rloo":  # the loss before the update, of all demonstrations: that of the first
+        assert logged[0]["eval_nll"] == pytest.approx(logged[1]["ptx_loss"], rel=1e-6)
 
 
 LONG = ["--steps", 5, "--batch_size", 8, "--minibatch_size", 3, "--save_every", 2]
@@ -807,6 +818,75 @@ def test_it_learns_a_reward_of_ones_own(data, tmp_path, monkeypatch, capsys):
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert {"updates", "entropy", "clip_fraction", "rollout_share"} <= set(lines[0])
     assert "wins against the reference by gold" in capsys.readouterr().out
+
+
+def test_a_variant_resumes(data, tmp_path):
+    """REINFORCE's baseline, the price of J^KL and the order of demonstrations go on where a killed
+    run stood."""
+    args = ["--advantage", "reinforce", "--surrogate", "kl", "--ptx_coef", 0.1, "--steps", 3]
+    args += ["--ptx_data", data / "demonstrations.jsonl", "--ptx_batch_size", 2, "--save_every", 1]
+    args += ["--batch_size", 4, "--minibatch_size", 2, "--validation", "", "--step_kl_target", 1e-6]
+    args += ["--trainable_layers", 1]
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, *flags(data, tmp_path / "whole", *args)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        real, calls = ppo.reinforce_advantages, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        patch.setattr(ppo, "reinforce_advantages", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(patch, *flags(data, tmp_path / "run", *args))
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, *flags(data, tmp_path / "run", *args, "--resume")) == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+    found = metrics(tmp_path / "run")
+    assert found[0]["step_coef"] == 1 and found[2]["step_coef"] == 4
+    assert len({line["baseline"] for line in found}) == 3
+
+
+def test_the_safe_reward_decides_where_it_must(data, tmp_path):
+    """Llama 2's combination of two reward models, by hand: what is optimised, and what is told."""
+    lines = read_lines(data / "prompts.jsonl")[:6]
+    lines = [line | {"unsafe": n % 3 == 0} for n, line in enumerate(lines)]
+    write_jsonl(tmp_path / "prompts.jsonl", lines)
+    args = ["--reward", f"{data / 'reward'},{data / 'other'}", "--combine", "llama2", "--steps", 1]
+    args += ["--prompts", tmp_path / "prompts.jsonl", "--batch_size", 6, "--dtype", "float64"]
+    args += ["--missing_eos_score", "none", "--validation", ""]
+    with can_the_rollout(ppo) as patch:
+        batch = ppo.sample_batch(
+            None, lines, [[0]] * 6, None, load_tokenizer(data / "policy").eot_token, 0, "cpu"
+        )
+        assert run(patch, *flags(data, tmp_path / "run", *args)) == 0
+    helpful, safe = (load_model(data / name).double() for name in ("reward", "other"))
+    expected, sides = [], set()
+    for line, response in zip(lines, batch["responses"], strict=True):
+        ids = load_tokenizer(data / "policy").encode_ordinary(line["prompt"]) + response
+        h, s = (model(torch.tensor([ids]))[0, -1].item() for model in (helpful, safe))
+        decides = line["unsafe"] or 1 / (1 + math.exp(-s)) < 0.15
+        expected.append(s if decides else h)
+        sides.add(decides)
+    assert len(sides) == 2
+    assert metrics(tmp_path / "run")[0]["score"] == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+def test_prompts_without_what_a_score_needs(data, tmp_path, monkeypatch, capsys):
+    lines = read_lines(data / "prompts.jsonl")
+    for name, value, more, message in [
+        ("reference", None, ["--shaping", "par"], "reference: expected a str, got none"),
+        ("reference", 3, ["--shaping", "par"], "reference: expected a str, got 3"),
+        ("unsafe", "no", ["--combine", "llama2"], 'unsafe: expected a bool, got "no"'),
+    ]:
+        line = {k: v for k, v in lines[1].items() if k != name} | ({name: value} if value else {})
+        write_jsonl(tmp_path / "prompts.jsonl", [lines[0], line])
+        more += ["--reward", f"{data / 'reward'},{data / 'other'}"]
+        more += ["--prompts", tmp_path / "prompts.jsonl"]
+        assert run(monkeypatch, *flags(data, tmp_path / "run", *more)) == 2
+        assert f"{tmp_path / 'prompts.jsonl'}: prompt 2: {message}" in capsys.readouterr().err
 
 
 def test_a_policy_that_did_not_learn_wins_half(data, tmp_path, monkeypatch):
