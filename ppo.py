@@ -627,7 +627,8 @@ def helpful_or_safe(helpful, safe, unsafe, threshold=0.15):
     """Llama 2's reward (arXiv:2307.09288 section 3.4.1) of two heads' raw outputs, (B,): the safe
     one's where the prompt is unsafe or sigmoid(safe) < threshold, else the helpful one's. Raw
     outputs are the logits of the scores, which is what it whitens."""
-    return torch.where(unsafe | (safe.sigmoid() < threshold), safe, helpful)
+    decides = unsafe.logical_or(safe.sigmoid() < threshold)
+    return torch.where(decides, safe, helpful)
 
 
 def par_scores(scores, reference_scores):

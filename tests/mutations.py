@@ -25,6 +25,108 @@ ROOT = Path(__file__).resolve().parent.parent
 MUTATIONS = {
     "ppo": [
         (
+            "leave-one-out leaves none out",
+            "ppo.py",
+            "return (groups - others).flatten()",
+            "return (groups - groups.mean(1, keepdim=True)).flatten()",
+        ),
+        (
+            "a group's sample standard deviation",
+            "ppo.py",
+            "groups.std(1, keepdim=True, correction=0)",
+            "groups.std(1, keepdim=True)",
+        ),
+        (
+            "KL to the old policy rewarded",
+            "ppo.py",
+            ".exp() + coef * kl",
+            ".exp() - coef * kl",
+        ),
+        (
+            "KL from the new policy to the old",
+            "ppo.py",
+            'kl = kl_estimate(logprobs, new_logprobs, "k3")',
+            'kl = kl_estimate(new_logprobs, logprobs, "k3")',
+        ),
+        (
+            "the price of KL steered the wrong way",
+            "ppo.py",
+            "return coef / 2 if kl < target / 1.5",
+            "return coef / 2 if kl > target / 1.5",
+        ),
+        (
+            "the price of KL is not saved",
+            "ppo.py",
+            '"step_coef": step_coef}',
+            '"step_coef": 1.0}',
+        ),
+        (
+            "the baseline forgets",
+            "ppo.py",
+            "old + (1 - cfg.baseline_decay)",
+            "old + cfg.baseline_decay",
+        ),
+        (
+            "the baseline is not saved",
+            "ppo.py",
+            '{"baseline": baseline,',
+            '{"baseline": None,',
+        ),
+        (
+            "a prompt's responses are not adjacent",
+            "ppo.py",
+            "mine = [i for i in mine for _ in range(cfg.num_samples)]",
+            "mine = mine * cfg.num_samples",
+        ),
+        (
+            "KL in the loss and in the rewards",
+            "ppo.py",
+            "paid = 0.0 if cfg.kl_in_loss else beta",
+            "paid = beta",
+        ),
+        (
+            "the same demonstrations again",
+            "ppo.py",
+            "cfg.ptx_batch_size, update, cfg.seed",
+            "cfg.ptx_batch_size, 0, cfg.seed",
+        ),
+        (
+            "each rank's own mean of demonstrations",
+            "ppo.py",
+            "cfg.ptx_coef * real * world / total",
+            "cfg.ptx_coef * real / sum(len(ptx[i][1]) for i in lines[:1])",
+        ),
+        (
+            "the head learns beside the last blocks",
+            "ppo.py",
+            "(*policy.h[-trainable_layers:], policy.ln_f)",
+            "(*policy.h[-trainable_layers:], policy.ln_f, policy.wte)",
+        ),
+        (
+            "the reference's score less the response's",
+            "ppo.py",
+            "(scores - reference_scores).sigmoid()",
+            "(reference_scores - scores).sigmoid()",
+        ),
+        (
+            "unsafe and unlikely to be safe",
+            "ppo.py",
+            "unsafe.logical_or(safe.sigmoid() < threshold)",
+            "unsafe.logical_and(safe.sigmoid() < threshold)",
+        ),
+        (
+            "the safe reward's normalised score",
+            "ppo.py",
+            "                rewards[n] = kind, model, raw\n",
+            "                pass\n",
+        ),
+        (
+            "scores whitened by each rank alone",
+            "ppo.py",
+            "whiten(scores, counted.any(1), all_reduce=sum_over_ranks)",
+            "whiten(scores, counted.any(1))",
+        ),
+        (
             "advantages one token early",
             "ppo.py",
             "advantages[:, t] = carried",
@@ -99,8 +201,8 @@ MUTATIONS = {
         (
             "old log-probabilities follow the updates",
             "ppo.py",
-            'new_logprobs, old["logprobs"], old["advantages"], cfg.clip',
-            'new_logprobs, new_logprobs.detach(), old["advantages"], cfg.clip',
+            'known = new_logprobs, old["logprobs"], old["advantages"]',
+            'known = new_logprobs, new_logprobs.detach(), old["advantages"]',
         ),
         (
             "a pad's value is bootstrapped from",
@@ -189,8 +291,8 @@ MUTATIONS = {
         (
             "the other estimator in rewards",
             "ppo.py",
-            "token_rewards(scores, logprobs, ref_logprobs, mask, beta, cfg.kl_estimator)",
-            "token_rewards(scores, logprobs, ref_logprobs, mask, beta)",
+            "token_rewards(scores, logprobs, ref_logprobs, mask, paid, cfg.kl_estimator)",
+            "token_rewards(scores, logprobs, ref_logprobs, mask, paid)",
         ),
         (
             "rewards whitened with their mean",
@@ -243,16 +345,46 @@ MUTATIONS = {
     ],
     "dpo": [
         (
+            "Jensen-Shannon upside down",
+            "dpo.py",
+            "return F.logsigmoid(log_ratio)",
+            "return F.logsigmoid(-log_ratio)",
+        ),
+        (
+            "forward KL as alpha 0.5",
+            "dpo.py",
+            'alpha = 1.0 if name == "forward_kl"',
+            'alpha = 0.5 if name == "forward_kl"',
+        ),
+        (
+            "a ranking under the reverse KL",
+            "dpo.py",
+            "cfg.beta, beats, cfg.divergence)",
+            "cfg.beta, beats)",
+        ),
+        (
+            "pairs under the reverse KL",
+            "dpo.py",
+            "how = cfg.loss, cfg.label_smoothing, label, cfg.divergence",
+            "how = cfg.loss, cfg.label_smoothing, label",
+        ),
+        (
+            "margins of the reverse KL",
+            "dpo.py",
+            "cfg.beta * f_derivative(log_ratios, cfg.divergence)",
+            "cfg.beta * log_ratios",
+        ),
+        (
             "mean of log-probabilities in the sum's place",
             "dpo.py",
             "        return logprobs.sum(1)\n",
             "        return logprobs.sum(1) / mask.sum(1)\n",
         ),
         (
-            "chosen and rejected reference swapped",
+            "the chosen response's reference in both places",
             "dpo.py",
-            "(chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)",
-            "(chosen_logprobs - ref_rejected_logprobs) - (rejected_logprobs - ref_chosen_logprobs)",
+            "h = chosen - f_derivative(rejected_logprobs - ref_rejected_logprobs, divergence)",
+            "h = chosen - f_derivative(rejected_logprobs - ref_chosen_logprobs, divergence)",
         ),
         (
             "policy and reference swapped",
@@ -263,8 +395,8 @@ MUTATIONS = {
         (
             "no reference",
             "dpo.py",
-            "h = (chosen_logprobs - ref_chosen_logprobs) -",
-            "h = chosen_logprobs -",
+            "chosen = f_derivative(chosen_logprobs - ref_chosen_logprobs, divergence)",
+            "chosen = f_derivative(chosen_logprobs, divergence)",
         ),
         (
             "mask one token late",
