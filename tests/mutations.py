@@ -439,8 +439,8 @@ MUTATIONS = {
         (
             "label forgotten",
             "dpo.py",
-            "*references, cfg.beta, kind, smoothing, label)",
-            "*references, cfg.beta, kind, smoothing)",
+            "how = cfg.loss, cfg.label_smoothing, label, cfg.divergence",
+            "how = cfg.loss, cfg.label_smoothing, 1.0, cfg.divergence",
         ),
         (
             "ties and padding count",
