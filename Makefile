@@ -353,6 +353,106 @@ $(foreach seed,$(SEEDS),$(eval $(call collapse_ppo,$(seed))))
 
 collapse-ppo: $(SEEDS:%=$(E)/collapse-evaluation-%/report.json)
 
+# --- the sources' figures in small: `make figures`, each in every seed ---
+
+# Held-out demonstrations are read along every run: what the policy forgets.
+FORGETS := --ptx_validation data/toy/demonstrations_validation.jsonl --num_prompts 500
+# $(1) the run's name without its seed, $(2) seed, $(3) rewards' runs, $(4) flags, $(5) policy
+define ppo_run
+$(E)/$(1)-$(2)/report.json: $(foreach r,$(3),$(E)/$(r)/report.json) ppo.py
+	$$(call go,$(or $(6),$(RUN) ppo.py) $(GOLD) $(FORGETS) --init $(E)/$(or $(5),sft-medium)-$(2) --seed $(2) \
+	  $(if $(3),--reward $$(call list,$(3:%=$(E)/%)) )$(4),ppo.py,$$(@D))
+endef
+BEST := reward-medium-12000
+
+# 1. Over-optimisation: beta 0 and the default, reward models of several data sizes; best-of-n.
+free := $(LINES:%=free-%)
+held := $(LINES:%=held-%)
+# 2. Score against KL: betas. 0.2 is PPO's default, 0.3 is DPO's.
+BETAS := 0.05 0.1 0.5
+DPO_BETAS := 0.03 0.1 0.3 1
+# 4. PPO without one of its parts, or with another in its place.
+ABLATIONS := scratch top_k unwhitened epochs_1 epochs_4 kl reinforce rloo grpo
+ABLATION_scratch := --value_init policy
+ABLATION_unwhitened := --no-whiten_advantages
+ABLATION_epochs_1 := --update_epochs 1
+ABLATION_epochs_4 := --update_epochs 4
+ABLATION_kl := --surrogate kl
+ABLATION_reinforce := --advantage reinforce
+ABLATION_rloo := --advantage rloo --num_samples 4 --no-whiten_advantages
+ABLATION_grpo := --advantage grpo --num_samples 4 --no-whiten_advantages --kl_in_loss --kl_estimator k3
+# Samples of the 8 likeliest tokens, log-probabilities of all: an error that other code makes.
+TOP_K = $(PYTHON) -c "import functools$$(comma) sys$$(comma) ppo; sys.argv[0] = 'ppo.py'; \
+  ppo.generate = functools.partial(ppo.generate$$(comma) top_k=8); ppo.main()"
+# 6. With a quarter of the labels turned round: one reward model, four, the least of four.
+MEMBERS := 0 1 2 3
+# 5. BLEU against references, by REINFORCE: the machine-translation example.
+BLEU := --reward data/bleu.py --beta 0 --advantage rloo --num_samples 4 --update_epochs 1 \
+  --steps 150 --eval_every 15
+MLE := --ptx_data data/toy/demonstrations.jsonl --ptx_coef 0.1
+
+define sources
+$(foreach n,$(LINES),$(call ppo_run,free-$(n),$(1),reward-medium-$(n)-$(1),--beta 0 --eval_every 5)
+$(call ppo_run,held-$(n),$(1),reward-medium-$(n)-$(1),--eval_every 5)
+$(E)/best-of-$(n)-$(1)/report.json: $(E)/reward-medium-$(n)-$(1)/report.json evaluate.py
+	$(RUN) evaluate.py --policies $(E)/sft-medium-$(1) --gold data/toy.py --best_of_n 32 --num_samples 1 \
+	  --proxy $(E)/reward-medium-$(n)-$(1) --seed $(1) --out_dir $$(@D) --overwrite
+)
+$(foreach b,$(BETAS),$(call ppo_run,ppo-beta-$(b),$(1),$(BEST)-$(1),--beta $(b))
+)
+$(foreach b,$(DPO_BETAS),
+$(E)/dpo-beta-$(b)-$(1)/report.json: $(E)/feedback-$(1)/report.json dpo.py
+	$$(call go,$(DPO) --init $(E)/sft-medium-$(1) --data $(E)/rankings-$(1)-12000.jsonl --seed $(1) --beta $(b) \
+	  --validation "" --num_prompts 500 --eval_every 0 --cache $(E)/cache,dpo.py,$$(@D))
+)
+$(foreach a,$(filter-out top_k,$(ABLATIONS)),$(call ppo_run,ablation-$(a),$(1),$(BEST)-$(1),$(ABLATION_$(a)))
+)
+$(call ppo_run,ablation-top_k,$(1),$(BEST)-$(1),,,$(TOP_K))
+$(call ppo_run,ptx,$(1),$(BEST)-$(1),--ptx_coef 1 --ptx_data data/toy/demonstrations.jsonl --eval_every 5)
+
+$(E)/chosen-$(1).jsonl: $(E)/feedback-$(1)/report.json
+	$(PYTHON) data/convert.py best $$(<D)/rankings.jsonl $$@
+$(E)/chosen-$(1)/report.json: $(E)/chosen-$(1).jsonl sft.py
+	$$(call go,$(RUN) sft.py $(GOLD) --init $(E)/sft-medium-$(1) --data $$< --seed $(1) --lr 5e-4 \
+	  --validation data/toy/demonstrations_validation.jsonl --prompts data/toy/prompts_validation.jsonl \
+	  --num_prompts 500 --eval_every 0,sft.py,$$(@D))
+
+$(E)/untrained-$(1)/report.json: data/toy/bpe.tiktoken sft.py
+	$$(call go,$(SFT) --seed $(1) --epochs 0 --num_prompts 10,sft.py,$$(@D))
+$(E)/bleu-scratch-$(1)/report.json: $(E)/untrained-$(1)/report.json
+$(E)/bleu-alone-$(1)/report.json $(E)/bleu-mixed-$(1)/report.json: $(E)/sft-medium-$(1)/report.json
+$(call ppo_run,bleu-scratch,$(1),,$(BLEU),untrained)
+$(call ppo_run,bleu-alone,$(1),,$(BLEU))
+$(call ppo_run,bleu-mixed,$(1),,$(BLEU) $(MLE))
+
+$(E)/flipped-$(1).jsonl: $(E)/feedback-$(1)/report.json
+	$(PYTHON) data/convert.py pairs $$(<D)/rankings.jsonl $$@ --flip 0.25 --seed $(1)
+$(E)/pairs-$(1).jsonl: $(E)/feedback-$(1)/report.json
+	$(PYTHON) data/convert.py pairs $$(<D)/rankings.jsonl $$@ --seed $(1)
+$(foreach m,$(MEMBERS),
+$(E)/member-$(m)-$(1)/report.json: $(E)/flipped-$(1).jsonl $(E)/feedback-test-$(1)/report.json reward.py
+	$$(call go,$(REWARD) --init $(E)/sft-medium-$(1) --data $$< --seed $$(shell expr 10 \* $(1) + $(m)) --eval_every 0 \
+	  --validation $(E)/feedback-test-$(1)/rankings.jsonl,reward.py,$$(@D))
+)
+$(call ppo_run,single,$(1),member-0-$(1),--beta 0 --eval_every 5)
+$(foreach c,mean min,$(call ppo_run,$(c),$(1),$(MEMBERS:%=member-%-$(1)),--beta 0 --eval_every 5 --combine $(c))
+)
+$(foreach l,dpo conservative robust unflipped,
+$(E)/noise-$(l)-$(1)/report.json: $(E)/$(if $(filter unflipped,$(l)),pairs,flipped)-$(1).jsonl dpo.py
+	$$(call go,$(DPO) --init $(E)/sft-medium-$(1) --data $$< --seed $(1) --validation "" --num_prompts 500 --eval_every 0 \
+	  --cache $(E)/cache $(if $(filter robust,$(l)),--loss robust) \
+	  $(if $(filter conservative robust,$(l)),--label_smoothing 0.25),dpo.py,$$(@D))
+)
+# 3 and 8. Every policy at several temperatures, two samples a prompt.
+$(E)/temperatures-$(1)/report.json: $(E)/held-12000-$(1)/report.json $(E)/dpo-beta-0.3-$(1)/report.json \
+  $(E)/chosen-$(1)/report.json evaluate.py
+	$(RUN) evaluate.py --gold data/toy.py --seed $(1) --num_samples 2 --bootstrap 200 --out_dir $$(@D) --overwrite \
+	  --policies $$(call list,$(E)/sft-medium-$(1) $(foreach t,0 0.25 0.5 0.75 1,\
+	  $(E)/sft-medium-$(1)@temperature=$(t) $(foreach p,chosen held-12000 dpo-beta-0.3,$(E)/$(p)-$(1)@temperature=$(t)) \
+	  $(if $(filter-out 0,$(t)),$(E)/sft-medium-$(1)@temperature=$(t)@best_of=4:$(E)/$(BEST)-$(1))))
+endef
+$(foreach seed,$(SEEDS),$(eval $(call sources,$(seed))))
+
 # --- tests ---
 
 test: $(VENV)/installed

@@ -113,7 +113,9 @@ class Config:
     ] = "none"
     score_clip: Annotated[float, "largest score under --shaping clip, either way"] = 1.0
     value_init: Annotated[
-        str, "reward model that the value network starts as; empty: --reward's, or the policy"
+        str,
+        "reward model that the value network starts as; policy: --init's trunk under a head of 0; "
+        "empty: the first reward model of --reward, else policy",
     ] = ""
     gold: Annotated[str, "Python file whose score(prompt, response, **fields) is the truth"] = ""
     out_dir: Annotated[str, "run directory"] = "runs/ppo"
@@ -1175,8 +1177,10 @@ def main():
             model.to(precision).requires_grad_(False)
             if cfg.combine == "llama2":
                 rewards[n] = kind, model, raw
-    value_init = cfg.value_init or (models[0] if models else "")
-    if value_init:  # it starts knowing what a finished response scores (Stiennon et al. 2020)
+    value_init = cfg.value_init or (models[0] if models else "policy")
+    if (
+        value_init != "policy"
+    ):  # it starts knowing what a finished response scores (Stiennon et al. 2020)
         _, value_model, statistics = load_reward(value_init, tokenizer, "cpu")
     else:
         value_model, statistics = add_scalar_head(policy), raw
@@ -1210,7 +1214,8 @@ def main():
     ptx_held = read_ptx("--ptx_validation", cfg.ptx_validation, tokenizer, positions)
     files = [cfg.prompts, cfg.validation, cfg.ptx_data if ptx else "", cfg.ptx_validation]
     inputs = [path for path in files if path]
-    for directory in [cfg.init, *models, *([cfg.value_init] if cfg.value_init else [])]:
+    starts = [cfg.value_init] if cfg.value_init not in ("", "policy") else []
+    for directory in [cfg.init, *models, *starts]:
         inputs += [*weight_files(Path(directory)), Path(directory) / "config.json"]
     inputs += [name for name in [*names, cfg.gold] if name.endswith(".py")]
     checkpoint = open_run(cfg, inputs, device, rank, world)

@@ -5,6 +5,8 @@
     python data/convert.py alpaca      alpaca.json    demonstrations.jsonl # also the seed tasks
     python data/convert.py ultrafeedback uf.jsonl     rankings.jsonl
     python data/convert.py chat        prefs.jsonl    comparisons.jsonl    # lists of chat messages
+    python data/convert.py best        rankings.jsonl demonstrations.jsonl # the best of each
+    python data/convert.py pairs       rankings.jsonl comparisons.jsonl    # a pair of each, drawn
     python data/convert.py check       FILE                              # what it is, if it is good
 
 Input is JSON Lines or one JSON array, output JSON Lines; either may be plain or .gz. Lines that
@@ -19,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import random
 import sys
 import zlib
 from pathlib import Path
@@ -248,16 +251,59 @@ def convert_chat(record):
     return compare(prompt, chosen, rejected)
 
 
+def others(record, *names):
+    return {name: value for name, value in record.items() if name not in names}
+
+
+def ranked(record):
+    """A ranking's responses, best first, or why there are none."""
+    responses = record.get("responses")
+    if not isinstance(responses, list) or len(responses) < 2 or not all(map(is_text, responses)):
+        return "no ranking of two or more responses"
+    return responses
+
+
+def convert_best(record):
+    """Rankings (ours) -> the best response of each as a demonstration: SFT on what was chosen."""
+    responses = ranked(record)
+    if isinstance(responses, str):
+        return responses
+    if not isinstance(record.get("prompt"), str):
+        return "no prompt"
+    return others(record, "responses", "scores") | {"response": responses[0]}
+
+
+def convert_pairs(record, rng=None, flip=0.0):
+    """Rankings (ours) -> a comparison of two of each, drawn; with --flip the wrong way round."""
+    rng = rng or random.Random(0)
+    responses = ranked(record)
+    if isinstance(responses, str):
+        return responses
+    scores = record.get("scores") or list(range(len(responses), 0, -1))
+    pairs = itertools.combinations(range(len(responses)), 2)
+    pairs = [(i, j) for i, j in pairs if scores[i] != scores[j] and responses[i] != responses[j]]
+    if not pairs:
+        return "no two responses differ"
+    chosen, rejected = (responses[i] for i in rng.choice(pairs))
+    if rng.random() < flip:
+        chosen, rejected = rejected, chosen
+    return compare(
+        record.get("prompt"), chosen, rejected, **others(record, "prompt", "responses", "scores")
+    )
+
+
 FORMATS = {
     "hh": convert_hh,
     "tldr": convert_tldr,
     "alpaca": convert_alpaca,
     "ultrafeedback": convert_ultrafeedback,
     "chat": convert_chat,
+    "best": convert_best,
+    "pairs": convert_pairs,
 }
 
 
-def convert(name, source, target):
+def convert(name, source, target, **options):
     """Converts a file and prints what was read, written, dropped and why."""
     target = Path(target)
     temporary = target.with_name(f".tmp.{target.name}")  # keeps the .gz at its end
@@ -266,7 +312,7 @@ def convert(name, source, target):
         with open_file(temporary, "wb") as file:
             for _, record in stream_objects(source):
                 read += 1
-                line = FORMATS[name](record)
+                line = FORMATS[name](record, **options)
                 if isinstance(line, str):
                     dropped[line] += 1
                     continue
@@ -389,10 +435,18 @@ def main():
         command = commands.add_parser(name, help=function.__doc__.split("\n")[0])
         command.add_argument("source", help="the public file, .json, .jsonl or .gz")
         command.add_argument("target", help="our file to write, .jsonl or .jsonl.gz")
+        if name == "pairs":
+            command.add_argument("--flip", type=float, default=0.0, help="share of wrong labels")
+            command.add_argument("--seed", type=int, default=0, help="of what is drawn")
     commands.add_parser("check", help="what is this file, and is it good?").add_argument("file")
     args = parser.parse_args()
     if args.command == "check":
         check(args.file)
+    elif args.command == "pairs":
+        if not 0 <= args.flip <= 1:
+            refuse(f"--flip {args.flip}: expected a share, 0 to 1")
+        rng = random.Random(args.seed)
+        convert("pairs", args.source, args.target, rng=rng, flip=args.flip)
     else:
         convert(args.command, args.source, args.target)
 

@@ -597,6 +597,38 @@ def test_critics():
     assert (critique, revision) == (" The response is rude.", good)
 
 
+def test_rankings_become_demonstrations_and_pairs(tmp_path):
+    """The best of each; and pairs, no tie among them, whose label is wrong as often as asked."""
+    lines = [
+        {"prompt": f"{n}", "responses": [" a", " b", " c"], "task": "x"}
+        | ({"scores": [2, 2, 1]} if n % 2 else {})
+        for n in range(2000)
+    ]
+    source, target = tmp_path / "rankings.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    convert.convert("best", source, target)
+    found = [json.loads(line) for line in target.read_text().splitlines()]
+    assert found[0] == {"prompt": "0", "task": "x", "response": " a"} and len(found) == 2000
+    for flip in (0.0, 0.25):
+        convert.convert("pairs", source, target, rng=random.Random(1), flip=flip)
+        found = [json.loads(line) for line in target.read_text().splitlines()]
+        wrong = sum(line["chosen"] > line["rejected"] for line in found) / 2000
+        assert len(found) == 2000 and abs(wrong - flip) < 0.03
+        assert {
+            (x["chosen"], x["rejected"]) for x in found[::2] if x["chosen"] < x["rejected"]
+        } == {
+            (" a", " b"),
+            (" a", " c"),
+            (" b", " c"),
+        }
+        assert {x["rejected"] for x in found[1::2] if x["chosen"] < x["rejected"]} == {" c"}
+    assert convert.convert_best({"prompt": "x"}) == "no ranking of two or more responses"
+    assert convert.convert_best({"responses": ["a", "b"]}) == "no prompt"
+    assert convert.convert_pairs({"prompt": "x", "responses": ["a"]}).startswith("no ranking")
+    same = {"prompt": "x", "responses": ["a", "a"]}
+    assert convert.convert_pairs(same) == "no two responses differ"
+
+
 # --- data/bleu.py ---------------------------------------------------------------------------------
 
 
