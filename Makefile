@@ -8,6 +8,7 @@
 #   make all             the pipeline, AI feedback (judge, Constitutional AI, RLAIF), reward collapse
 #   make reward-scaling, reward-margins, best-of-n, online-dpo, rlaif, collapse, collapse-ppo
 #                        experiments, three seeds each
+#   make figures         the sources' figures in small, into runs/figures; figure-NAME for one of them
 # QUICK=1 makes the experiments with one seed.
 # LAUNCH="torchrun --nproc_per_node=8" runs the stages on several GPUs; INIT=gpt2/ DATA=mine/ on a
 # model and data of your own, into runs/own/mine (see below, and SFT_FLAGS, REWARD_FLAGS, PPO_FLAGS, DPO_FLAGS,
@@ -30,10 +31,12 @@ RUNS ?= $(if $(filter data/toy,$(DATA)),runs,runs/own/$(notdir $(DATA)))
 SEEDS := $(if $(QUICK),0,0 1 2)
 comma := ,
 space := $() $()
+hash := \#
 list = $(subst $(space),$(comma),$(strip $(1)))
 
 .PHONY: all report check test test-mutations test-faults test-peers bench lint clean reward-scaling reward-margins best-of-n online-dpo rlaif ai-report \
-  collapse collapse-report collapse-ppo
+  collapse collapse-report collapse-ppo figures $(addprefix figure-,overoptimisation frontier temperatures ablations \
+  bleu ensembles tax diversity noise)
 .DELETE_ON_ERROR:
 
 report: $(RUNS)/evaluation/report.json
@@ -356,7 +359,7 @@ collapse-ppo: $(SEEDS:%=$(E)/collapse-evaluation-%/report.json)
 # --- the sources' figures in small: `make figures`, each in every seed ---
 
 # Held-out demonstrations are read along every run: what the policy forgets.
-FORGETS := --ptx_validation data/toy/demonstrations_validation.jsonl --num_prompts 500
+FORGETS := --ptx_validation data/toy/demonstrations_validation.jsonl
 # $(1) the run's name without its seed, $(2) seed, $(3) rewards' runs, $(4) flags, $(5) policy
 define ppo_run
 $(E)/$(1)-$(2)/report.json: $(foreach r,$(3),$(E)/$(r)/report.json) ppo.py
@@ -452,6 +455,72 @@ $(E)/temperatures-$(1)/report.json: $(E)/held-12000-$(1)/report.json $(E)/dpo-be
 	  $(if $(filter-out 0,$(t)),$(E)/sft-medium-$(1)@temperature=$(t)@best_of=4:$(E)/$(BEST)-$(1))))
 endef
 $(foreach seed,$(SEEDS),$(eval $(call sources,$(seed))))
+
+# Runs of one name in all seeds, as a list; of an evaluation's policy; and as files to wait for.
+runs = $(call list,$(SEEDS:%=$(E)/$(1)-%))
+policy = $(call list,$(foreach s,$(SEEDS),$(E)/temperatures-$(s)$(hash)$(E)/$(1)-$(s)@temperature=$(2)$(3:%=@best_of=4:$(E)/$(BEST)-$(s))))
+best_of = $(call list,$(foreach s,$(SEEDS),$(E)/best-of-$(1)-$(s)$(hash)best_of$(2)))
+reports = $(foreach r,$(1),$(SEEDS:%=$(E)/$(r)-%/report.json))
+FIGURE = $(PYTHON) evaluate.py
+FIGURES := overoptimisation frontier temperatures ablations bleu ensembles tax diversity noise
+
+figures: $(FIGURES:%=figure-%)
+
+figure-overoptimisation: $(call reports,$(free) $(held) $(LINES:%=best-of-%))
+	$(FIGURE) curves $(foreach n,$(LINES),"beta 0$(comma) $(n) prompts=$(call runs,free-$(n))") \
+	  $(foreach n,$(LINES),"beta 0.2$(comma) $(n) prompts=$(call runs,held-$(n))") \
+	  $(foreach n,$(LINES),"best of n$(comma) $(n) prompts=$(call best_of,$(n))") \
+	  --x sqrt_kl --y proxy,gold --fit gold --title "Over-optimisation of reward models of three sizes of data" \
+	  --out runs/figures/overoptimisation
+
+figure-frontier: $(call reports,held-12000 $(BETAS:%=ppo-beta-%) $(DPO_BETAS:%=dpo-beta-%) temperatures best-of-12000)
+	$(FIGURE) points $(foreach b,$(BETAS),"PPO:$(b)=$(call runs,ppo-beta-$(b))") "PPO:0.2=$(call runs,held-12000)" \
+	  $(foreach b,$(DPO_BETAS),"DPO:$(b)=$(call runs,dpo-beta-$(b))") \
+	  $(foreach n,2 4 8 16,"best of n:$(n)=$(call best_of,12000,=$(n))") \
+	  "SFT on chosen=$(call policy,chosen,1)" "SFT=$(call policy,sft-medium,1)" \
+	  --title "Score against KL; labels are beta, or n" --out runs/figures/frontier
+
+figure-temperatures: $(call reports,temperatures)
+	$(FIGURE) points $(foreach t,0 0.25 0.5 0.75 1,"SFT:$(t)=$(call policy,sft-medium,$(t))" \
+	  "SFT on chosen:$(t)=$(call policy,chosen,$(t))" "PPO:$(t)=$(call policy,held-12000,$(t))" \
+	  "DPO:$(t)=$(call policy,dpo-beta-0.3,$(t))") \
+	  $(foreach t,0.25 0.5 0.75 1,"best of 4:$(t)=$(call policy,sft-medium,$(t),1)") \
+	  --x label --y wins,gold --x_label "sampling temperature" \
+	  --title "Against SFT sampled at temperature 1" --out runs/figures/temperatures
+
+figure-ablations: $(call reports,held-12000 free-12000 $(ABLATIONS:%=ablation-%))
+	$(FIGURE) rows "PPO=$(call runs,held-12000)" "no KL=$(call runs,free-12000)" \
+	  "value network from scratch=$(call runs,ablation-scratch)" "8 likeliest tokens sampled=$(call runs,ablation-top_k)" \
+	  "advantages not whitened=$(call runs,ablation-unwhitened)" "1 epoch=$(call runs,ablation-epochs_1)" \
+	  "4 epochs=$(call runs,ablation-epochs_4)" "J^KL=$(call runs,ablation-kl)" \
+	  "REINFORCE=$(call runs,ablation-reinforce)" "RLOO$(comma) 4 samples=$(call runs,ablation-rloo)" \
+	  "GRPO$(comma) 4 samples=$(call runs,ablation-grpo)" \
+	  --columns gold,wins,kl,distinct_2,seconds --title "PPO without one of its parts" --out runs/figures/ablations
+
+figure-bleu: $(call reports,bleu-scratch bleu-alone bleu-mixed)
+	$(FIGURE) curves "RL from scratch=$(call runs,bleu-scratch)" "RL after MLE=$(call runs,bleu-alone)" \
+	  "RL mixed with MLE$(comma) after MLE=$(call runs,bleu-mixed)" --y proxy,nll \
+	  --title "BLEU as the reward; MLE alone is where the upper two begin" --out runs/figures/bleu
+
+figure-ensembles: $(call reports,single mean min)
+	$(FIGURE) curves "one reward model=$(call runs,single)" "mean of four=$(call runs,mean)" \
+	  "least of four=$(call runs,min)" --x sqrt_kl --y proxy,gold \
+	  --title "No KL penalty, a quarter of the labels wrong" --out runs/figures/ensembles
+
+figure-tax: $(call reports,held-12000 free-12000 ptx)
+	$(FIGURE) curves "PPO=$(call runs,held-12000)" "PPO$(comma) no KL=$(call runs,free-12000)" "PPO-ptx=$(call runs,ptx)" \
+	  --y nll,gold --title "What the policy forgets" --out runs/figures/tax
+
+figure-diversity: $(call reports,temperatures)
+	$(FIGURE) rows "SFT=$(call policy,sft-medium,1)" "SFT on chosen=$(call policy,chosen,1)" \
+	  "PPO=$(call policy,held-12000,1)" "DPO=$(call policy,dpo-beta-0.3,1)" "best of 4=$(call policy,sft-medium,1,1)" \
+	  --columns distinct_2_a_prompt,different_a_prompt,distinct_1,distinct_2 --title "Diversity at temperature 1" \
+	  --out runs/figures/diversity
+
+figure-noise: $(call reports,$(foreach l,unflipped dpo conservative robust,noise-$(l)))
+	$(FIGURE) rows "DPO$(comma) labels as they are=$(call runs,noise-unflipped)" "DPO=$(call runs,noise-dpo)" \
+	  "conservative DPO=$(call runs,noise-conservative)" "robust DPO=$(call runs,noise-robust)" \
+	  --columns gold,wins,kl,greedy_gold --title "A quarter of the labels wrong" --out runs/figures/noise
 
 # --- tests ---
 

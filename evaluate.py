@@ -143,6 +143,43 @@ class MarginsConfig:
     out: Annotated[str, "writes OUT.json and OUT.md"] = "runs/figures/reward_margins"
 
 
+GROUPS = "LABEL=RUN,RUN,... (a run a seed), by semicolons, or before the flags"
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvesConfig:
+    groups: Annotated[str, GROUPS] = ""
+    x: Annotated[str, "step, or sqrt_kl"] = "step"
+    y: Annotated[str, "what evaluations have logged, by commas, a panel each"] = "proxy,gold"
+    fit: Annotated[str, "panels to which Gao et al.'s laws are fitted, by commas"] = ""
+    title: Annotated[str, "of the figure"] = ""
+    out: Annotated[str, "writes OUT.json, OUT.md and, with matplotlib, OUT.png"] = (
+        "runs/figures/curves"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PointsConfig:
+    groups: Annotated[str, f"{GROUPS}; of METHOD:LABEL, a method's points are joined"] = ""
+    x: Annotated[str, "label (a number), or a column, as kl or sqrt_kl"] = "sqrt_kl"
+    y: Annotated[str, "columns, by commas, a panel each"] = "gold"
+    x_label: Annotated[str, "under the figure; empty: what x is"] = ""
+    title: Annotated[str, "of the figure"] = ""
+    out: Annotated[str, "writes OUT.json, OUT.md and, with matplotlib, OUT.png"] = (
+        "runs/figures/points"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsConfig:
+    groups: Annotated[str, GROUPS] = ""
+    columns: Annotated[str, "of the table and the figure, by commas"] = "gold,wins,kl,seconds"
+    title: Annotated[str, "of the figure"] = ""
+    out: Annotated[str, "writes OUT.json, OUT.md and, with matplotlib, OUT.png"] = (
+        "runs/figures/rows"
+    )
+
+
 # --- from the plumbing of the training scripts (tests/test_copies.py) -----------------------------
 
 stop_signals = []  # the SIGTERMs that came to this rank
@@ -1431,6 +1468,294 @@ def margins(cfg):
     write_tables(cfg.out, result, text)
 
 
+# --- several runs, each in several seeds ----------------------------------------------------------
+
+# Told apart in greyscale too.
+MARKERS, LINES = "osD^vP*X<>", ("-", "--", "-.", ":")
+AXES = {
+    "step": "iteration",
+    "kl": "KL to the reference (nats a sequence)",
+    "sqrt_kl": "square root of KL to the reference (nats a sequence)",
+    "gold": "gold score (points)",
+    "proxy": "reward model's score (std of the reference)",
+    "wins": "wins against the reference by gold",
+    "nll": "loss of held-out demonstrations (nats a token)",
+}
+
+
+def read_groups(text):
+    """LABEL=RUN,RUN;... -> {label: [run]}."""
+    groups = {}
+    for group in filter(None, map(str.strip, text.split(";"))):
+        label, _, runs = group.partition("=")
+        if not split_names(runs) or label in groups:
+            refuse(f"{group}: expected LABEL=RUN,RUN,... and no label twice")
+        groups[label] = split_names(runs)
+    if not groups:
+        refuse("expected groups of runs: LABEL=RUN,RUN,...")
+    return groups
+
+
+def numbers_of(name):
+    """{column: number} of a finished run of ppo.py, dpo.py or `rlaif.py direct` on held-out
+    prompts, sampled and `greedy_`; of RUN#POLICY, a policy in an evaluation's report; of
+    RUN#best_of=N, a row of its best-of-n curve."""
+    run, _, part = name.partition("#")
+    try:
+        report = read_json(Path(run) / "report.json")
+        if part.startswith("best_of="):
+            rows = {str(row["n"]): row for row in report["best_of_n"]}
+            row = rows[part.partition("=")[2]]
+            found = {key: value[0] for key, value in row.items() if key in ("gold", "proxy")}
+            found["kl"] = row["kl"]
+        elif part:
+            policy, first = report["policies"][part], next(iter(report["policies"]))
+            found = {k: v for k, v in policy.items() if type(v) in (int, float)}
+            found |= {judge: value[0] for judge, value in policy["scores"].items()}
+            found["kl"] = policy["kl"][0] if policy["kl"] else None
+            wins = report["win_rate"].get("gold", {}).get(part, {}).get(first)
+            found["wins"] = 0.5 if part == first else wins[0] if wins else None
+        else:
+            found = {k: v for k, v in report.items() if type(v) in (int, float)}
+            for prefix, side in (("", "sampled"), ("greedy_", "greedy")):
+                parts = report[side]["policy"]["all"].items()
+                found |= {prefix + k: v[0] for k, v in parts if isinstance(v, list)}
+                found[f"{prefix}distinct_2"] = report[side]["distinct_2"][0]
+                for judge, wins in report[side]["win_rate"].items():
+                    found[prefix + ("wins" if judge == "gold" else f"{judge}_wins")] = wins[0]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        refuse(f"{name}: report.json: nothing to compare: {type(error).__name__}: {error}")
+    if found.get("kl") is not None:
+        found["sqrt_kl"] = math.sqrt(max(found["kl"], 0.0))
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def evaluations_of(name):
+    """[{"step", column: number}] along a run: what ppo.py and its kin have logged as `eval_`, or of
+    RUN#best_of, the best-of-n curve of an evaluation, n being the step."""
+    run, _, part = name.partition("#")
+    lines = {}
+    if part == "best_of":
+        try:
+            report = read_json(Path(run) / "report.json")
+            counts = [row["n"] for row in report["best_of_n"]]
+        except (OSError, ValueError, KeyError) as error:
+            refuse(f"{name}: report.json: no best-of-n curve: {error}")
+        lines = {n: {"step": n} | numbers_of(f"{run}#best_of={n}") for n in counts}
+    else:
+        for _, line in read_jsonl(Path(run) / "metrics.jsonl", {}):
+            found = {k[5:]: v for k, v in line.items() if k[:5] == "eval_"}
+            if found and type(line.get("step")) is int:
+                lines.setdefault(line["step"], {"step": line["step"]}).update(found)
+    for line in lines.values():
+        if "kl" in line:
+            line["sqrt_kl"] = math.sqrt(max(line["kl"], 0.0))
+    return [lines[step] for step in sorted(lines)]
+
+
+def gao_law(points, best_of):
+    """The law of Gao et al. (arXiv:2210.10760) that is nearest to points (d, R), d the square root
+    of the KL, R the score gained: R = d (a - b d) of best-of-n, d (a - b log d) of RL.
+    -> a, b and their standard errors."""
+    d, gained = np.asarray(points, dtype=np.float64).T
+    bend = d**2 if best_of else d * np.log(d)
+    (a, b), errors = least_squares(np.stack([d, -bend], 1), gained)
+    return {"a": float(a), "b": float(b), "errors": errors.tolist()}
+
+
+def curves(cfg):
+    """evaluate.py curves: what evaluations have logged, mean and 95% interval over seeds."""
+    groups, wanted = read_groups(cfg.groups), split_names(cfg.y)
+    if cfg.x not in ("step", "sqrt_kl") or not set(split_names(cfg.fit)) <= set(wanted):
+        refuse("--x: expected step or sqrt_kl; --fit: some of --y")
+    if cfg.fit and cfg.x != "sqrt_kl":
+        refuse("--fit: the laws are of --x sqrt_kl")
+    result, heads = {}, ["group", "seeds"]
+    for y in wanted:
+        heads += [f"{y} at first", f"best mean {y}, at {cfg.x}", f"{y} at last"]
+    rows = [[*heads, *([f"{cfg.x} at last"] if cfg.x != "step" else [])]]
+    for label, runs in groups.items():
+        seeds = [evaluations_of(run) for run in runs]
+        for run, lines in zip(runs, seeds, strict=True):
+            missing = [name for name in (cfg.x, *wanted) if not all(name in x for x in lines)]
+            if missing or not lines:
+                refuse(f"{run}: no {', '.join(missing) or 'evaluation'} in what it has logged")
+        steps = sorted(set.intersection(*({line["step"] for line in lines} for lines in seeds)))
+        at = [[{x["step"]: x for x in lines}[step] for lines in seeds] for step in steps]
+        found = {"runs": runs, "steps": steps, "seeds": seeds}
+        for name in (cfg.x, *wanted):
+            found[name] = [over_seeds([line[name] for line in lines]) for lines in at]
+        row = [label, str(len(runs))]
+        for y in wanted:
+            best = max(range(len(steps)), key=lambda i: found[y][i][0])
+            where = f"{interval_text(found[y][best])} at {found[cfg.x][best][0]:.3g}"
+            row += [interval_text(found[y][0]), where, interval_text(found[y][-1])]
+        rows.append(row + ([interval_text(found[cfg.x][-1])] if cfg.x != "step" else []))
+        for y in split_names(cfg.fit):
+            points = [
+                (line["sqrt_kl"], line[y] - lines[0][y])
+                for lines in seeds
+                for line in lines[1:]
+                if line["sqrt_kl"] > 0
+            ]
+            try:
+                law = gao_law(points, best_of=runs[0].endswith("#best_of"))
+                found.setdefault("laws", {})[y] = law
+            except ValueError as error:
+                print(f"{label}: no law of {y}: {error}", file=sys.stderr)
+        result[label] = found
+    text = markdown(rows)
+    for label, found in result.items():
+        for y, law in found.get("laws", {}).items():
+            form = "d (a - b d)" if groups[label][0].endswith("#best_of") else "d (a - b log d)"
+            a, b = law["errors"]
+            text.append(
+                f"{label}: {y} gained = {form}: a {law['a']:.3f} (standard error {a:.3f}), "
+                f"b {law['b']:.3f} ({b:.3f})"
+            )
+    write_tables(cfg.out, result, text)
+    plt = matplotlib_pyplot()
+    if plt is None:
+        return
+    figure, panels = plt.subplots(1, len(wanted), figsize=(5.2 * len(wanted), 4.2), squeeze=False)
+    for panel, y in zip(panels[0], wanted, strict=True):
+        for n, (label, found) in enumerate(result.items()):
+            style = {"color": f"C{n}", "linestyle": LINES[n % 4]}
+            x, middle = [v[0] for v in found[cfg.x]], [v[0] for v in found[y]]
+            panel.plot(x, middle, marker=MARKERS[n % 10], markersize=4, label=label, **style)
+            for lines in found["seeds"]:
+                pairs = [(line[cfg.x], line[y]) for line in lines]
+                panel.plot(*zip(*pairs, strict=True), color=f"C{n}", linewidth=0.7, alpha=0.4)
+            if found[y][0][1] is not None:
+                low, high = ([v[side] for v in found[y]] for side in (1, 2))
+                if cfg.x == "step":
+                    panel.fill_between(x, low, high, color=f"C{n}", alpha=0.12)
+                else:  # KL may fall again: a band would fold over itself
+                    last = [[middle[-1] - low[-1]], [high[-1] - middle[-1]]]
+                    panel.errorbar(x[-1:], middle[-1:], yerr=last, color=f"C{n}", capsize=3)
+            law = found.get("laws", {}).get(y)
+            if law:
+                d = np.linspace(0.05, max(x), 100)
+                best_of = groups[label][0].endswith("#best_of")
+                bend = d if best_of else np.log(d)
+                fitted = middle[0] + d * (law["a"] - law["b"] * bend)
+                panel.plot(d, fitted, color=f"C{n}", linewidth=0.8)
+        middles = [v[0] for found in result.values() for v in found[y]]
+        room = 0.15 * (max(middles) - min(middles)) or 1.0
+        panel.set_ylim(min(middles) - 2 * room, max(middles) + 2 * room)
+        panel.set_xlabel(AXES.get(cfg.x, cfg.x))
+        panel.set_ylabel(AXES.get(y, y))
+        panel.grid(alpha=0.3)
+    finish_figure(figure, panels[0][0], cfg, len(result))
+
+
+def finish_figure(figure, panel, cfg, count):
+    """Title, one legend for all panels below them, and the file."""
+    handles, labels = panel.get_legend_handles_labels()
+    columns = min(count, 3)
+    rows = math.ceil(count / columns)
+    figure.suptitle(cfg.title, fontsize=11)
+    figure.legend(handles, labels, loc="lower center", ncols=columns, fontsize=9)
+    save_figure(figure, f"{cfg.out}.png", bottom=0.02 + 0.055 * rows)
+
+
+def read_columns(groups, names):
+    """{label: {column: [mean, low, high] over its runs}}."""
+    table = {}
+    for label, runs in groups.items():
+        seeds = [numbers_of(run) for run in runs]
+        for run, found in zip(runs, seeds, strict=True):
+            missing = [name for name in names if name not in found]
+            if missing:
+                refuse(f"{run}: no {', '.join(missing)}; there are {', '.join(sorted(found))}")
+        table[label] = {name: over_seeds([found[name] for found in seeds]) for name in names}
+    return table
+
+
+def points(cfg):
+    """evaluate.py points: a point a group, mean and 95% interval over seeds; a line a method."""
+    groups, wanted = read_groups(cfg.groups), split_names(cfg.y)
+    table = read_columns(groups, [*([] if cfg.x == "label" else [cfg.x]), *wanted])
+    methods = {}
+    for label in groups:
+        method, _, name = label.partition(":")
+        if cfg.x == "label":
+            try:
+                table[label]["label"] = [float(name), None, None]
+            except ValueError:
+                refuse(f"{label}: with --x label expected METHOD:NUMBER")
+        methods.setdefault(method, []).append(label)
+    columns = [cfg.x, *wanted]
+    rows = [["group", "seeds", *columns]]
+    for label, found in table.items():
+        values = [interval_text(found[name], 3) for name in columns]
+        rows.append([label, str(len(groups[label])), *values])
+    write_tables(cfg.out, {"groups": groups, "columns": table}, markdown(rows))
+    plt = matplotlib_pyplot()
+    if plt is None:
+        return
+    figure, panels = plt.subplots(
+        1, len(wanted), figsize=(max(6.5, 5 * len(wanted)), 4.8), squeeze=False
+    )
+    for panel, y in zip(panels[0], wanted, strict=True):
+        for n, (method, labels) in enumerate(methods.items()):
+            found = [table[label] for label in labels]
+            x, middle = [f[cfg.x][0] for f in found], [f[y][0] for f in found]
+            bars = [
+                [f[name][2] - f[name][0] if f[name][2] else 0.0 for f in found]
+                for name in (cfg.x, y)
+            ]
+            style = {"color": f"C{n}", "linestyle": LINES[n % 4], "marker": MARKERS[n % 10]}
+            panel.errorbar(x, middle, xerr=bars[0], yerr=bars[1], capsize=3, label=method, **style)
+            for label, *where in zip(labels, x, middle, strict=True):
+                if cfg.x != "label" and ":" in label:
+                    panel.annotate(
+                        label.partition(":")[2],
+                        where,
+                        xytext=(4, 4),
+                        textcoords="offset points",
+                        fontsize=8,
+                    )
+        panel.set_xlabel(cfg.x_label or AXES.get(cfg.x, cfg.x))
+        panel.set_ylabel(AXES.get(y, y))
+        panel.grid(alpha=0.3)
+    finish_figure(figure, panels[0][0], cfg, len(methods))
+
+
+def groups_in_rows(cfg):
+    """evaluate.py rows: groups below one another, a column a panel."""
+    groups, wanted = read_groups(cfg.groups), split_names(cfg.columns)
+    table = read_columns(groups, wanted)
+    text = [["", "seeds", *wanted]]
+    for label, found in table.items():
+        text.append([label, str(len(groups[label])), *(interval_text(found[c], 3) for c in wanted)])
+    write_tables(cfg.out, {"groups": groups, "columns": table}, markdown(text))
+    plt = matplotlib_pyplot()
+    if plt is None:
+        return
+    labels = list(table)
+    figure, panels = plt.subplots(
+        1,
+        len(wanted),
+        figsize=(2 + 2.6 * len(wanted), 1.4 + 0.36 * len(labels)),
+        sharey=True,
+        squeeze=False,
+    )
+    for panel, column in zip(panels[0], wanted, strict=True):
+        values = [table[label][column] for label in labels]
+        bars = [v[2] - v[0] if v[2] else 0.0 for v in values]
+        heights = range(len(labels), 0, -1)
+        panel.errorbar(
+            [v[0] for v in values], heights, xerr=bars, fmt="ko", capsize=3, markersize=4
+        )
+        panel.axvline(values[0][0], color="grey", linewidth=0.8, linestyle=":")  # the first group
+        panel.set_title(AXES.get(column, column), fontsize=8)
+        panel.set_yticks(heights, labels)
+        panel.grid(alpha=0.3, axis="x")
+    figure.suptitle(cfg.title, fontsize=11)
+    save_figure(figure, f"{cfg.out}.png")
+
+
 def write_tables(out, result, text):
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_json(f"{out}.json", result)
@@ -1446,13 +1771,15 @@ def write_tables(out, result, text):
 def main():
     commands = {"plot": (plot, PlotConfig), "scaling": (scaling, ScalingConfig)}
     commands |= {"margins": (margins, MarginsConfig), "table": (show_table, TableConfig)}
-    commands |= {"check": (check_claims, CheckConfig)}
+    commands |= {"check": (check_claims, CheckConfig), "curves": (curves, CurvesConfig)}
+    commands |= {"points": (points, PointsConfig), "rows": (groups_in_rows, RowsConfig)}
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         command, config = commands[sys.argv[1]]
         # Runs may stand before the flags.
         runs = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[2:]))
-        if runs and "runs" in config.__dataclass_fields__:
-            sys.argv[2 : 2 + len(runs)] = ["--runs", ",".join(runs)]
+        for name, separator in (("runs", ","), ("groups", ";")):
+            if runs and name in config.__dataclass_fields__:
+                sys.argv[2 : 2 + len(runs)] = [f"--{name}", separator.join(runs)]
         return command(parse_config(config, __doc__, sys.argv[1]))
     cfg = parse_config(Config, __doc__)
     if min(cfg.num_samples, cfg.max_new_tokens) < 1:
