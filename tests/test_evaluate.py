@@ -630,3 +630,116 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         assert run(monkeypatch, *command, "--help") == 0
         text = capsys.readouterr().out
         assert all(f"--{name}" in text for name in vars(config()))
+
+
+# --- several runs in several seeds ----------------------------------------------------------------
+
+
+def test_the_laws_of_over_optimisation():
+    """Card C8's numbers."""
+    points = list(zip([0.5, 1, 1.5, 2], [0.28, 0.5, 0.66, 0.74], strict=True))
+    law = evaluate.gao_law(points, best_of=True)
+    assert (law["a"], law["b"]) == pytest.approx((0.631871, 0.130323), abs=1e-6)
+    law = evaluate.gao_law(points, best_of=False)
+    assert (law["a"], law["b"]) == pytest.approx((0.491466, 0.164026), abs=1e-6)
+    exact = [(d, d * (0.9 - 0.3 * math.log(d))) for d in (0.3, 1, 2.2, 3)]
+    law = evaluate.gao_law(exact, best_of=False)
+    assert (law["a"], law["b"], *law["errors"]) == pytest.approx((0.9, 0.3, 0, 0), abs=1e-9)
+
+
+@pytest.fixture
+def groups_of_runs(tmp_path):
+    """Runs a-0, a-1, b-0, b-1 as ppo.py leaves them, and an evaluation with a best-of-n curve."""
+    for name, lift in [("a-0", 1.0), ("a-1", 1.2), ("b-0", 2.0), ("b-1", 2.4)]:
+        run = tmp_path / name
+        run.mkdir()
+        lines = [{"step": 0, "eval_kl": -0.01, "eval_gold": 1.0, "eval_proxy": 0.0}]
+        for step in (1, 2, 3):
+            lines.append({"step": step, "score": 0.5, "kl": 9.0})  # of a rollout: no evaluation
+            d = lift * step
+            found = {"eval_kl": d**2, "eval_gold": 1 + d * (1.5 - 0.5 * math.log(d))}
+            lines.append({"step": step, "eval_proxy": d} | found)
+            lines.append({"step": step, "eval_nll": 0.3})
+        write_jsonl(run / "metrics.jsonl", lines)
+        side = {"policy": {"all": {"gold": [lift, 0, 9], "kl": [4 * lift**2, 0, 9], "count": 5}}}
+        side |= {"win_rate": {"gold": [0.5 + lift / 10, 0, 1]}, "distinct_2": [0.3, 0.4]}
+        report = {"seconds": 60 * lift, "sampled": side, "greedy": side}
+        (run / "report.json").write_text(json.dumps(report))
+    (tmp_path / "evaluation").mkdir()
+    policy = {"kl": [1.0, 0.9, 1.1], "scores": {"gold": [3.0, 2, 4]}, "distinct_1": 0.1}
+    rows = [
+        {"n": n, "kl": math.log(n), "gold": [n, 0, 9], "proxy": [n / 2, 0, 9]} for n in (1, 2, 3, 4)
+    ]
+    report = {"policies": {"sft": policy, "x@temperature=0": policy | {"kl": None}}}
+    report |= {"win_rate": {"gold": {"x@temperature=0": {"sft": [0.7, 0.6, 0.8]}}}}
+    report |= {"best_of_n": rows}
+    (tmp_path / "evaluation/report.json").write_text(json.dumps(report))
+    return tmp_path
+
+
+def test_curves_of_groups(groups_of_runs, monkeypatch, capsys):
+    at, out = groups_of_runs, groups_of_runs / "figures/curves"
+    groups = [f"one={at}/a-0,{at}/a-1", f"two={at}/b-0,{at}/b-1"]
+    groups += [f"best of n={at}/evaluation#best_of"]
+    args = ["--x", "sqrt_kl", "--y", "proxy,gold", "--fit", "gold", "--out", out]
+    assert run(monkeypatch, "curves", *groups, *args) == 0
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert found["one"]["steps"] == [0, 1, 2, 3]
+    assert [v[0] for v in found["one"]["proxy"]] == pytest.approx([0, 1.1, 2.2, 3.3])
+    half = 12.706 * 0.1  # Student's t for two seeds, 0.2 apart
+    assert found["one"]["proxy"][1][1:] == pytest.approx([1.1 - half, 1.1 + half])
+    assert found["one"]["sqrt_kl"][0] == [0, 0, 0]  # an estimate below 0
+    law = found["two"]["laws"]["gold"]
+    assert (law["a"], law["b"]) == pytest.approx((1.5, 0.5))
+    assert found["best of n"]["gold"] == [[n, None, None] for n in (1, 2, 3, 4)]
+    text = out.with_suffix(".md").read_text()
+    assert "one: gold gained = d (a - b log d): a 1.500" in text
+    assert "best of n: gold gained = d (a - b d)" in text
+    assert run(monkeypatch, "curves", groups[0], "--y", "nll", "--out", out) == 2
+    assert "a-0: no nll in what it has logged" in capsys.readouterr().err
+    assert run(monkeypatch, "curves", groups[0], "--fit", "gold", "--out", out) == 2
+    assert "--fit: the laws are of --x sqrt_kl" in capsys.readouterr().err
+
+
+def test_points_and_rows_of_groups(groups_of_runs, monkeypatch, capsys):
+    at, out = groups_of_runs, groups_of_runs / "figures/found"
+    groups = [f"PPO:1={at}/a-0,{at}/a-1", f"PPO:2={at}/b-0,{at}/b-1"]
+    groups += [f"n:2={at}/evaluation#best_of=2", f"SFT={at}/evaluation#sft"]
+    assert run(monkeypatch, "points", *groups, "--x", "sqrt_kl", "--y", "gold", "--out", out) == 0
+    found = json.loads(out.with_suffix(".json").read_text())["columns"]
+    assert found["PPO:1"]["gold"][0] == pytest.approx(1.1)
+    assert found["PPO:2"]["sqrt_kl"][0] == pytest.approx(4.4)
+    assert found["n:2"] == {"sqrt_kl": [math.log(2) ** 0.5, None, None], "gold": [2, None, None]}
+    assert "| SFT | 1 | 1.000 | 3.000 |" in out.with_suffix(".md").read_text()
+
+    named = [
+        f"PPO:0.5={at}/a-0",
+        f"x:0={at}/evaluation#x@temperature=0",
+        f"x:1={at}/evaluation#sft",
+    ]
+    assert run(monkeypatch, "points", *named, "--x", "label", "--y", "wins", "--out", out) == 0
+    found = json.loads(out.with_suffix(".json").read_text())["columns"]
+    assert [found[n]["wins"][0] for n in ("PPO:0.5", "x:0", "x:1")] == pytest.approx(
+        [0.6, 0.7, 0.5]
+    )
+    assert found["PPO:0.5"]["label"][0] == 0.5
+
+    columns = ["--columns", "gold,seconds,greedy_wins", "--out", out]
+    assert run(monkeypatch, "rows", *groups[:2], *columns) == 0
+    found = json.loads(out.with_suffix(".json").read_text())["columns"]
+    assert found["PPO:2"]["seconds"][0] == pytest.approx(132)
+    assert found["PPO:1"]["greedy_wins"][0] == pytest.approx(0.61)
+    for args, message in [
+        (["rows", *groups, "--columns", "seconds"], "n:2"),
+        (["rows", "PPO"], "PPO: expected LABEL=RUN,RUN"),
+        (["rows", "a=x", "a=y"], "a=y: expected LABEL=RUN,RUN,... and no label twice"),
+        (["rows"], "expected groups of runs"),
+        (["rows", f"a={at}/nowhere"], "nowhere: report.json: nothing to compare"),
+        (["points", f"a={at}/a-0", "--x", "label"], "a: with --x label expected METHOD:NUMBER"),
+        (["rows", f"a={at}/evaluation#best_of=9"], "nothing to compare: KeyError"),
+        (["curves", f"a={at}/a-0#best_of"], "a-0#best_of: report.json: no best-of-n curve"),
+        (["curves", f"a={at}/nowhere"], "nowhere/metrics.jsonl:0: file: can't be read"),
+    ]:
+        assert run(monkeypatch, *args, "--out", out) == 2
+        error = capsys.readouterr().err
+        assert message in error.replace("evaluation#best_of=2: no seconds", "n:2"), error
