@@ -321,8 +321,8 @@ MUTATIONS = {
         (
             "--value_init forgotten",
             "ppo.py",
-            'value_init = cfg.value_init or (models[0] if models else "")',
-            'value_init = models[0] if models else ""',
+            'value_init = cfg.value_init or (models[0] if models else "policy")',
+            'value_init = models[0] if models else "policy"',
         ),
         (
             "NaN goes on",
