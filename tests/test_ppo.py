@@ -619,7 +619,7 @@ VARIANTS = {
         "score_clip": 0.3,
     },
     "rloo": {"advantage": "rloo", "num_samples": 3, "shaping": "par", "whiten_advantages": False},
-    "grpo": {"advantage": "grpo", "num_samples": 2, "kl_in_loss": True, "surrogate": "kl"},
+    "grpo": {"advantage": "grpo", "num_samples": 3, "kl_in_loss": True, "surrogate": "kl"},
 }
 
 
