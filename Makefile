@@ -349,7 +349,7 @@ $(foreach kind,one by_kind,$(E)/ppo-$(kind)-$(1)/report.json): $(E)/ppo-%-$(1)/r
 	$$(call go,$$(PPO) --init $(E)/sft-medium-$(1) --reward $$(<D) --seed $(1),ppo.py,$$(@D))
 $(E)/collapse-evaluation-$(1)/report.json: $(foreach kind,one by_kind,$(E)/ppo-$(kind)-$(1)/report.json)
 	$(RUN) evaluate.py --policies $$(call list,$(E)/sft-medium-$(1) $$(^D)) --gold data/toy.py \
-	  --judges $$(call list,$(foreach kind,one by_kind,$(E)/collapse-$(kind)-$(1))) --seed $(1) \
+	  --judges $$(call list,$(foreach kind,one by_kind,$(E)/collapse-$(kind)-$(1))) --seed $(1) --by kind \
 	  --prompts data/toy/prompts_test.jsonl --out_dir $$(@D) --overwrite
 endef
 $(foreach seed,$(SEEDS),$(eval $(call collapse_ppo,$(seed))))
@@ -359,7 +359,7 @@ collapse-ppo: $(SEEDS:%=$(E)/collapse-evaluation-%/report.json)
 # --- the sources' figures in small: `make figures`, each in every seed ---
 
 # Held-out demonstrations are read along every run: what the policy forgets.
-FORGETS := --ptx_validation data/toy/demonstrations_validation.jsonl
+FORGETS := --ptx_validation data/toy/demonstrations_validation.jsonl --eval_every 5
 # $(1) the run's name without its seed, $(2) seed, $(3) rewards' runs, $(4) flags, $(5) policy
 define ppo_run
 $(E)/$(1)-$(2)/report.json: $(foreach r,$(3),$(E)/$(r)/report.json) ppo.py
@@ -375,8 +375,8 @@ held := $(LINES:%=held-%)
 BETAS := 0.05 0.1 0.5
 DPO_BETAS := 0.03 0.1 0.3 1
 # 4. PPO without one of its parts, or with another in its place.
-ABLATIONS := scratch top_k unwhitened epochs_1 epochs_4 kl reinforce rloo grpo
-ABLATION_scratch := --value_init policy
+ABLATIONS := from_sft top_k unwhitened epochs_1 epochs_4 kl reinforce rloo grpo
+ABLATION_from_sft := --value_init policy
 ABLATION_unwhitened := --no-whiten_advantages
 ABLATION_epochs_1 := --update_epochs 1
 ABLATION_epochs_4 := --update_epochs 4
@@ -384,7 +384,8 @@ ABLATION_kl := --surrogate kl
 ABLATION_reinforce := --advantage reinforce
 ABLATION_rloo := --advantage rloo --num_samples 4 --no-whiten_advantages
 ABLATION_grpo := --advantage grpo --num_samples 4 --no-whiten_advantages --kl_in_loss --kl_estimator k3
-# Samples of the 8 likeliest tokens, log-probabilities of all: an error that other code makes.
+# Samples of the 8 likeliest tokens, log-probabilities of all: an error that other code makes. Like
+# every point and ablation it is judged by evaluate.py, which samples them all alike.
 TOP_K = $(PYTHON) -c "import functools$$(comma) sys$$(comma) ppo; sys.argv[0] = 'ppo.py'; \
   ppo.generate = functools.partial(ppo.generate$$(comma) top_k=8); ppo.main()"
 # 6. With a quarter of the labels turned round: one reward model, four, the least of four.
@@ -394,9 +395,11 @@ BLEU := --reward data/bleu.py --beta 0 --advantage rloo --num_samples 4 --update
   --steps 150 --eval_every 15
 MLE := --ptx_data data/toy/demonstrations.jsonl --ptx_coef 0.1
 
+POINTS := held-12000 free-12000 chosen $(BETAS:%=ppo-beta-%) $(DPO_BETAS:%=dpo-beta-%) $(ABLATIONS:%=ablation-%)
+
 define sources
-$(foreach n,$(LINES),$(call ppo_run,free-$(n),$(1),reward-medium-$(n)-$(1),--beta 0 --eval_every 5)
-$(call ppo_run,held-$(n),$(1),reward-medium-$(n)-$(1),--eval_every 5)
+$(foreach n,$(LINES),$(call ppo_run,free-$(n),$(1),reward-medium-$(n)-$(1),--beta 0)
+$(call ppo_run,held-$(n),$(1),reward-medium-$(n)-$(1),)
 $(E)/best-of-$(n)-$(1)/report.json: $(E)/reward-medium-$(n)-$(1)/report.json evaluate.py
 	$(RUN) evaluate.py --policies $(E)/sft-medium-$(1) --gold data/toy.py --best_of_n 32 --num_samples 1 \
 	  --proxy $(E)/reward-medium-$(n)-$(1) --seed $(1) --out_dir $$(@D) --overwrite
@@ -404,14 +407,14 @@ $(E)/best-of-$(n)-$(1)/report.json: $(E)/reward-medium-$(n)-$(1)/report.json eva
 $(foreach b,$(BETAS),$(call ppo_run,ppo-beta-$(b),$(1),$(BEST)-$(1),--beta $(b))
 )
 $(foreach b,$(DPO_BETAS),
-$(E)/dpo-beta-$(b)-$(1)/report.json: $(E)/feedback-$(1)/report.json dpo.py
+$(E)/dpo-beta-$(b)-$(1)/report.json: $(E)/rankings-$(1)-12000.jsonl dpo.py
 	$$(call go,$(DPO) --init $(E)/sft-medium-$(1) --data $(E)/rankings-$(1)-12000.jsonl --seed $(1) --beta $(b) \
 	  --validation "" --num_prompts 500 --eval_every 0 --cache $(E)/cache,dpo.py,$$(@D))
 )
 $(foreach a,$(filter-out top_k,$(ABLATIONS)),$(call ppo_run,ablation-$(a),$(1),$(BEST)-$(1),$(ABLATION_$(a)))
 )
 $(call ppo_run,ablation-top_k,$(1),$(BEST)-$(1),,,$(TOP_K))
-$(call ppo_run,ptx,$(1),$(BEST)-$(1),--ptx_coef 1 --ptx_data data/toy/demonstrations.jsonl --eval_every 5)
+$(call ppo_run,ptx,$(1),$(BEST)-$(1),--ptx_coef 1 --ptx_data data/toy/demonstrations.jsonl)
 
 $(E)/chosen-$(1).jsonl: $(E)/feedback-$(1)/report.json
 	$(PYTHON) data/convert.py best $$(<D)/rankings.jsonl $$@
@@ -437,8 +440,8 @@ $(E)/member-$(m)-$(1)/report.json: $(E)/flipped-$(1).jsonl $(E)/feedback-test-$(
 	$$(call go,$(REWARD) --init $(E)/sft-medium-$(1) --data $$< --seed $$(shell expr 10 \* $(1) + $(m)) --eval_every 0 \
 	  --validation $(E)/feedback-test-$(1)/rankings.jsonl,reward.py,$$(@D))
 )
-$(call ppo_run,single,$(1),member-0-$(1),--beta 0 --eval_every 5)
-$(foreach c,mean min,$(call ppo_run,$(c),$(1),$(MEMBERS:%=member-%-$(1)),--beta 0 --eval_every 5 --combine $(c))
+$(call ppo_run,single,$(1),member-0-$(1),--beta 0)
+$(foreach c,mean min,$(call ppo_run,$(c),$(1),$(MEMBERS:%=member-%-$(1)),--beta 0 --combine $(c))
 )
 $(foreach l,dpo conservative robust unflipped,
 $(E)/noise-$(l)-$(1)/report.json: $(E)/$(if $(filter unflipped,$(l)),pairs,flipped)-$(1).jsonl dpo.py
@@ -446,10 +449,14 @@ $(E)/noise-$(l)-$(1)/report.json: $(E)/$(if $(filter unflipped,$(l)),pairs,flipp
 	  --cache $(E)/cache $(if $(filter robust,$(l)),--loss robust) \
 	  $(if $(filter conservative robust,$(l)),--label_smoothing 0.25),dpo.py,$$(@D))
 )
+# 2 and 4. Every policy on the same prompts.
+$(E)/points-$(1)/report.json: $(foreach p,$(POINTS),$(E)/$(p)-$(1)/report.json) evaluate.py
+	$(RUN) evaluate.py --gold data/toy.py --seed $(1) --num_samples 1 --bootstrap 200 --out_dir $$(@D) --overwrite \
+	  --policies $$(call list,$(E)/sft-medium-$(1) $(POINTS:%=$(E)/%-$(1)))
 # 3 and 8. Every policy at several temperatures, two samples a prompt.
 $(E)/temperatures-$(1)/report.json: $(E)/held-12000-$(1)/report.json $(E)/dpo-beta-0.3-$(1)/report.json \
   $(E)/chosen-$(1)/report.json evaluate.py
-	$(RUN) evaluate.py --gold data/toy.py --seed $(1) --num_samples 2 --bootstrap 200 --out_dir $$(@D) --overwrite \
+	$(RUN) evaluate.py --gold data/toy.py --seed $(1) --num_samples 2 --best_of_samples 2 --bootstrap 200 --out_dir $$(@D) --overwrite \
 	  --policies $$(call list,$(E)/sft-medium-$(1) $(foreach t,0 0.25 0.5 0.75 1,\
 	  $(E)/sft-medium-$(1)@temperature=$(t) $(foreach p,chosen held-12000 dpo-beta-0.3,$(E)/$(p)-$(1)@temperature=$(t)) \
 	  $(if $(filter-out 0,$(t)),$(E)/sft-medium-$(1)@temperature=$(t)@best_of=4:$(E)/$(BEST)-$(1))))
@@ -459,6 +466,7 @@ $(foreach seed,$(SEEDS),$(eval $(call sources,$(seed))))
 # Runs of one name in all seeds, as a list; of an evaluation's policy; and as files to wait for.
 runs = $(call list,$(SEEDS:%=$(E)/$(1)-%))
 policy = $(call list,$(foreach s,$(SEEDS),$(E)/temperatures-$(s)$(hash)$(E)/$(1)-$(s)@temperature=$(2)$(3:%=@best_of=4:$(E)/$(BEST)-$(s))))
+point = $(call list,$(foreach s,$(SEEDS),$(E)/points-$(s)$(hash)$(E)/$(1)-$(s)))
 best_of = $(call list,$(foreach s,$(SEEDS),$(E)/best-of-$(1)-$(s)$(hash)best_of$(2)))
 reports = $(foreach r,$(1),$(SEEDS:%=$(E)/$(r)-%/report.json))
 FIGURE = $(PYTHON) evaluate.py
@@ -470,14 +478,14 @@ figure-overoptimisation: $(call reports,$(free) $(held) $(LINES:%=best-of-%))
 	$(FIGURE) curves $(foreach n,$(LINES),"beta 0$(comma) $(n) prompts=$(call runs,free-$(n))") \
 	  $(foreach n,$(LINES),"beta 0.2$(comma) $(n) prompts=$(call runs,held-$(n))") \
 	  $(foreach n,$(LINES),"best of n$(comma) $(n) prompts=$(call best_of,$(n))") \
-	  --x sqrt_kl --y proxy,gold --fit gold --title "Over-optimisation of reward models of three sizes of data" \
+	  --x sqrt_kl --y proxy,gold --y_labels "reward model's score (std of SFT)" --fit gold --title "Over-optimisation of reward models of three sizes of data" \
 	  --out runs/figures/overoptimisation
 
-figure-frontier: $(call reports,held-12000 $(BETAS:%=ppo-beta-%) $(DPO_BETAS:%=dpo-beta-%) temperatures best-of-12000)
-	$(FIGURE) points $(foreach b,$(BETAS),"PPO:$(b)=$(call runs,ppo-beta-$(b))") "PPO:0.2=$(call runs,held-12000)" \
-	  $(foreach b,$(DPO_BETAS),"DPO:$(b)=$(call runs,dpo-beta-$(b))") \
-	  $(foreach n,2 4 8 16,"best of n:$(n)=$(call best_of,12000,=$(n))") \
-	  "SFT on chosen=$(call policy,chosen,1)" "SFT=$(call policy,sft-medium,1)" \
+figure-frontier: $(call reports,points best-of-12000)
+	$(FIGURE) points $(foreach b,$(BETAS),"PPO:$(b)=$(call point,ppo-beta-$(b))") "PPO:0.2=$(call point,held-12000)" \
+	  "PPO:0=$(call point,free-12000)" $(foreach b,$(DPO_BETAS),"DPO:$(b)=$(call point,dpo-beta-$(b))") \
+	  $(foreach n,2 4 8 16,"best of n (KL at most):$(n)=$(call best_of,12000,=$(n))") \
+	  "SFT on chosen=$(call point,chosen)" "SFT=$(call point,sft-medium)" \
 	  --title "Score against KL; labels are beta, or n" --out runs/figures/frontier
 
 figure-temperatures: $(call reports,temperatures)
@@ -488,24 +496,25 @@ figure-temperatures: $(call reports,temperatures)
 	  --x label --y wins,gold --x_label "sampling temperature" \
 	  --title "Against SFT sampled at temperature 1" --out runs/figures/temperatures
 
-figure-ablations: $(call reports,held-12000 free-12000 $(ABLATIONS:%=ablation-%))
-	$(FIGURE) rows "PPO=$(call runs,held-12000)" "no KL=$(call runs,free-12000)" \
-	  "value network from scratch=$(call runs,ablation-scratch)" "8 likeliest tokens sampled=$(call runs,ablation-top_k)" \
-	  "advantages not whitened=$(call runs,ablation-unwhitened)" "1 epoch=$(call runs,ablation-epochs_1)" \
-	  "4 epochs=$(call runs,ablation-epochs_4)" "J^KL=$(call runs,ablation-kl)" \
-	  "REINFORCE=$(call runs,ablation-reinforce)" "RLOO$(comma) 4 samples=$(call runs,ablation-rloo)" \
-	  "GRPO$(comma) 4 samples=$(call runs,ablation-grpo)" \
-	  --columns gold,wins,kl,distinct_2,seconds --title "PPO without one of its parts" --out runs/figures/ablations
+figure-ablations: $(call reports,points)
+	$(FIGURE) rows "PPO=$(call point,held-12000)" "no KL=$(call point,free-12000)" \
+	  "value network from SFT=$(call point,ablation-from_sft)" "8 likeliest tokens sampled=$(call point,ablation-top_k)" \
+	  "advantages not whitened=$(call point,ablation-unwhitened)" "1 epoch=$(call point,ablation-epochs_1)" \
+	  "4 epochs=$(call point,ablation-epochs_4)" "J^KL=$(call point,ablation-kl)" \
+	  "REINFORCE=$(call point,ablation-reinforce)" "RLOO$(comma) 4 samples=$(call point,ablation-rloo)" \
+	  "GRPO$(comma) 4 samples=$(call point,ablation-grpo)" --columns gold,wins,kl,distinct_2,training_seconds \
+	  --title "PPO without one of its parts, or with another in its place" --out runs/figures/ablations
 
 figure-bleu: $(call reports,bleu-scratch bleu-alone bleu-mixed)
 	$(FIGURE) curves "RL from scratch=$(call runs,bleu-scratch)" "RL after MLE=$(call runs,bleu-alone)" \
 	  "RL mixed with MLE$(comma) after MLE=$(call runs,bleu-mixed)" --y proxy,nll \
-	  --title "BLEU as the reward; MLE alone is where the upper two begin" --out runs/figures/bleu
+	  --y_labels "smoothed BLEU of sentences" --title "BLEU as the reward; MLE alone is where the upper two begin" --out runs/figures/bleu
 
 figure-ensembles: $(call reports,single mean min)
 	$(FIGURE) curves "one reward model=$(call runs,single)" "mean of four=$(call runs,mean)" \
 	  "least of four=$(call runs,min)" --x sqrt_kl --y proxy,gold \
-	  --title "No KL penalty, a quarter of the labels wrong" --out runs/figures/ensembles
+	  --title "No KL penalty, a quarter of the labels turned round (the least of four scores less by nature)" \
+	  --out runs/figures/ensembles
 
 figure-tax: $(call reports,held-12000 free-12000 ptx)
 	$(FIGURE) curves "PPO=$(call runs,held-12000)" "PPO$(comma) no KL=$(call runs,free-12000)" "PPO-ptx=$(call runs,ptx)" \
@@ -520,7 +529,7 @@ figure-diversity: $(call reports,temperatures)
 figure-noise: $(call reports,$(foreach l,unflipped dpo conservative robust,noise-$(l)))
 	$(FIGURE) rows "DPO$(comma) labels as they are=$(call runs,noise-unflipped)" "DPO=$(call runs,noise-dpo)" \
 	  "conservative DPO=$(call runs,noise-conservative)" "robust DPO=$(call runs,noise-robust)" \
-	  --columns gold,wins,kl,greedy_gold --title "A quarter of the labels wrong" --out runs/figures/noise
+	  --columns gold,wins,kl,greedy_gold --title "A quarter of the labels turned round" --out runs/figures/noise
 
 # --- tests ---
 

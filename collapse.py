@@ -1246,8 +1246,11 @@ def main():
         refuse("--label_smoothing: less than 0.5, --label_noise: 1 at most, --adam_beta2: below 1")
     if 1 in (cfg.max_length, cfg.num_responses):
         refuse("--max_length, --num_responses: expected 0, or 2 or more")
-    if min(cfg.batch_size, cfg.max_new_tokens, cfg.log_every) < 1 or not cfg.clip_norm > 0:
-        refuse("--batch_size, --max_new_tokens, --log_every, --clip_norm: expected more than 0")
+    counts = (cfg.batch_size, cfg.max_new_tokens, cfg.log_every)
+    if min(counts) < 1 or not min(cfg.clip_norm, cfg.lr) > 0:
+        refuse(
+            "--batch_size, --max_new_tokens, --log_every, --clip_norm, --lr: expected more than 0"
+        )
     if not cfg.epsilon > 0:
         refuse("--epsilon: expected more than 0: training needs U below 0")
     files = split_names(cfg.data)
@@ -1415,9 +1418,10 @@ def main():
             epoch = step // steps_an_epoch
             batches = grouped_batches(lengths, cfg.batch_size, [cfg.seed, epoch])
         batch = batches[step % steps_an_epoch]
+        rate = learning_rate(step, total, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, cfg)
-        penalty = cfg.logit_penalty * group["lr"] / cfg.lr  # about none at the end
+            group["lr"] = rate
+        penalty = cfg.logit_penalty * rate / cfg.lr  # about none at the end
         parallel.train()
         shares = rank_share(batch, rank, world, cfg.micro_batch_size)
         for micro, indices in enumerate(shares):

@@ -633,6 +633,8 @@ def f_derivative(log_ratio, divergence="reverse_kl"):
     2309.16240 table 1. For a policy held by D_f = E_ref f(pi / ref), it is what DPO has log u for.
 
         reverse_kl log u    forward_kl -1/u    js log(u / (1 + u))    alpha:A -u^-A / A, 0 < A < 1
+
+    Below log u = -10 / A, where u^-A would overflow, it stays as it is there: no gradient.
     """
     if divergence == "reverse_kl":
         return log_ratio
@@ -640,7 +642,7 @@ def f_derivative(log_ratio, divergence="reverse_kl"):
         return F.logsigmoid(log_ratio)
     name, _, number = divergence.partition(":")
     alpha = 1.0 if name == "forward_kl" else float(number)
-    return -(-alpha * log_ratio).clamp(max=10).exp() / alpha  # u of long responses can be anything
+    return -(-alpha * log_ratio).clamp(max=10).exp() / alpha
 
 
 def dpo_loss(
@@ -1141,10 +1143,10 @@ def main():
         refuse(f"--label_smoothing: --loss {cfg.loss} has none")
     name, _, number = cfg.divergence.partition(":")
     try:
-        known = 0 < float(number) < 1 if name == "alpha" else not number
+        known = 0 < float(number) < 1 if name == "alpha" else False
     except ValueError:
         known = False
-    if not known or name not in ("reverse_kl", "forward_kl", "js", "alpha"):
+    if not known and cfg.divergence not in ("reverse_kl", "forward_kl", "js"):
         refuse(
             f"--divergence {cfg.divergence}: expected reverse_kl, forward_kl, js or alpha:A, "
             f"0 < A < 1"

@@ -81,6 +81,7 @@ class Config:
     prompts: Annotated[str, "prompts for all of them"] = "data/toy/prompts_test.jsonl"
     num_prompts: Annotated[int, "how many of them, from the file's start; 0: all"] = 0
     num_samples: Annotated[int, "K, responses of a policy to a prompt; greedy, best_of: 1"] = 4
+    best_of_samples: Annotated[int, "responses of a best_of policy, each the best of N"] = 1
     gold: Annotated[str, "Python file whose score(prompt, response, **fields) is the truth"] = ""
     judges: Annotated[str, "more judges, by commas: reward models and Python files"] = ""
     comparisons: Annotated[
@@ -90,6 +91,7 @@ class Config:
         int, "curve of best-of-n for n up to this, of the first policy; 0: none"
     ] = 0
     proxy: Annotated[str, "reward that best-of-n goes by"] = "runs/reward"
+    by: Annotated[str, "field of the prompts that scores are told apart by"] = "task"
     show: Annotated[str, "parts of gold's `explain` in the printed table, by commas"] = "harmless"
     num_shown: Annotated[int, "prompts whose responses stand side by side in the report"] = 6
     bootstrap: Annotated[int, "resamplings of the prompts (at equal length 200 at most)"] = 1000
@@ -152,6 +154,7 @@ class CurvesConfig:
     x: Annotated[str, "step, or sqrt_kl"] = "step"
     y: Annotated[str, "what evaluations have logged, by commas, a panel each"] = "proxy,gold"
     fit: Annotated[str, "panels to which Gao et al.'s laws are fitted, by commas"] = ""
+    y_labels: Annotated[str, "beside the panels, by commas; empty: what y is"] = ""
     title: Annotated[str, "of the figure"] = ""
     out: Annotated[str, "writes OUT.json, OUT.md and, with matplotlib, OUT.png"] = (
         "runs/figures/curves"
@@ -912,7 +915,7 @@ def describe(samples, prompts, gold, cfg):
     for line, some in zip(prompts, samples, strict=True):
         for sample in some:
             for name, value in gold_parts(gold, line, sample["text"]).items():
-                for task in {"all", line.get("task", "all")}:
+                for task in {"all", line.get(cfg.by, "all")}:
                     groups.setdefault(task, {}).setdefault(name, []).append(value)
     found["parts"] = {
         task: {name: float(np.mean(values)) for name, values in groups[task].items()}
@@ -1014,10 +1017,11 @@ def head_to_head(cfg, names, scores, lengths, comparers):
 
 def scores_by_task(cfg, names, prompts, scores):
     """{judge: {task: {policy: {"score", "over_first"}}}}, means with intervals; the second paired
-    by prompt with the first policy's: a win rate can hide a task that got worse."""
+    by prompt with the first policy's: a win rate can hide a task that got worse. By another field
+    than the task where --by names one."""
     tasks, report = {}, {}
     for i, line in enumerate(prompts):
-        tasks.setdefault(line.get("task", "all"), []).append(i)
+        tasks.setdefault(line.get(cfg.by, "all"), []).append(i)
     for by, table in scores.items():
         for task, numbers in tasks.items():
             rows = report.setdefault(by, {}).setdefault(task, {})
@@ -1477,10 +1481,11 @@ AXES = {
     "kl": "KL to the reference (nats a sequence)",
     "sqrt_kl": "square root of KL to the reference (nats a sequence)",
     "gold": "gold score (points)",
-    "proxy": "reward model's score (std of the reference)",
+    "proxy": "score that was optimised",
     "wins": "wins against the reference by gold",
     "nll": "loss of held-out demonstrations (nats a token)",
 }
+LESS_IS_BETTER = ("nll", "kl")
 
 
 def read_groups(text):
@@ -1556,11 +1561,16 @@ def evaluations_of(name):
 def gao_law(points, best_of):
     """The law of Gao et al. (arXiv:2210.10760) that is nearest to points (d, R), d the square root
     of the KL, R the score gained: R = d (a - b d) of best-of-n, d (a - b log d) of RL.
-    -> a, b and their standard errors."""
-    d, gained = np.asarray(points, dtype=np.float64).T
+    -> a, b. Points of one run share prompts and a start: what a and b are worth, seeds tell."""
+    d, R = np.asarray(points, dtype=np.float64).T
     bend = d**2 if best_of else d * np.log(d)
-    (a, b), errors = least_squares(np.stack([d, -bend], 1), gained)
-    return {"a": float(a), "b": float(b), "errors": errors.tolist()}
+    (a, b), _ = least_squares(np.stack([d, -bend], 1), R)
+    return float(a), float(b)
+
+
+def gained(lines, y):
+    """(d, R) of a run's evaluations: the square root of the KL, and y over what it was at first."""
+    return [(x["sqrt_kl"], x[y] - lines[0][y]) for x in lines[1:] if x["sqrt_kl"] > 0]
 
 
 def curves(cfg):
@@ -1572,7 +1582,8 @@ def curves(cfg):
         refuse("--fit: the laws are of --x sqrt_kl")
     result, heads = {}, ["group", "seeds"]
     for y in wanted:
-        heads += [f"{y} at first", f"best mean {y}, at {cfg.x}", f"{y} at last"]
+        extreme = "lowest" if y in LESS_IS_BETTER else "highest"
+        heads += [f"{y} at first", f"{extreme} mean {y}, at {cfg.x}", f"{y} at last"]
     rows = [[*heads, *([f"{cfg.x} at last"] if cfg.x != "step" else [])]]
     for label, runs in groups.items():
         seeds = [evaluations_of(run) for run in runs]
@@ -1587,37 +1598,32 @@ def curves(cfg):
             found[name] = [over_seeds([line[name] for line in lines]) for lines in at]
         row = [label, str(len(runs))]
         for y in wanted:
-            best = max(range(len(steps)), key=lambda i: found[y][i][0])
+            sign = -1 if y in LESS_IS_BETTER else 1
+            best = max(range(len(steps)), key=lambda i: sign * found[y][i][0])
             where = f"{interval_text(found[y][best])} at {found[cfg.x][best][0]:.3g}"
             row += [interval_text(found[y][0]), where, interval_text(found[y][-1])]
         rows.append(row + ([interval_text(found[cfg.x][-1])] if cfg.x != "step" else []))
         for y in split_names(cfg.fit):
-            points = [
-                (line["sqrt_kl"], line[y] - lines[0][y])
-                for lines in seeds
-                for line in lines[1:]
-                if line["sqrt_kl"] > 0
-            ]
             try:
-                law = gao_law(points, best_of=runs[0].endswith("#best_of"))
-                found.setdefault("laws", {})[y] = law
+                laws = [gao_law(gained(lines, y), runs[0].endswith("#best_of")) for lines in seeds]
             except ValueError as error:
                 print(f"{label}: no law of {y}: {error}", file=sys.stderr)
+                continue
+            a, b = (over_seeds(values) for values in zip(*laws, strict=True))
+            found.setdefault("laws", {})[y] = {"a": a, "b": b}
         result[label] = found
     text = markdown(rows)
     for label, found in result.items():
         for y, law in found.get("laws", {}).items():
             form = "d (a - b d)" if groups[label][0].endswith("#best_of") else "d (a - b log d)"
-            a, b = law["errors"]
-            text.append(
-                f"{label}: {y} gained = {form}: a {law['a']:.3f} (standard error {a:.3f}), "
-                f"b {law['b']:.3f} ({b:.3f})"
-            )
+            a, b = (interval_text(law[name], 3) for name in "ab")
+            text.append(f"{label}: {y} gained = {form}: a {a}, b {b}")
     write_tables(cfg.out, result, text)
     plt = matplotlib_pyplot()
     if plt is None:
         return
     figure, panels = plt.subplots(1, len(wanted), figsize=(5.2 * len(wanted), 4.2), squeeze=False)
+    names = dict(zip(wanted, split_names(cfg.y_labels), strict=False))
     for panel, y in zip(panels[0], wanted, strict=True):
         for n, (label, found) in enumerate(result.items()):
             style = {"color": f"C{n}", "linestyle": LINES[n % 4]}
@@ -1638,13 +1644,13 @@ def curves(cfg):
                 d = np.linspace(0.05, max(x), 100)
                 best_of = groups[label][0].endswith("#best_of")
                 bend = d if best_of else np.log(d)
-                fitted = middle[0] + d * (law["a"] - law["b"] * bend)
+                fitted = middle[0] + d * (law["a"][0] - law["b"][0] * bend)
                 panel.plot(d, fitted, color=f"C{n}", linewidth=0.8)
         middles = [v[0] for found in result.values() for v in found[y]]
         room = 0.15 * (max(middles) - min(middles)) or 1.0
         panel.set_ylim(min(middles) - 2 * room, max(middles) + 2 * room)
         panel.set_xlabel(AXES.get(cfg.x, cfg.x))
-        panel.set_ylabel(AXES.get(y, y))
+        panel.set_ylabel(names.get(y, AXES.get(y, y)))
         panel.grid(alpha=0.3)
     finish_figure(figure, panels[0][0], cfg, len(result))
 
@@ -1685,6 +1691,8 @@ def points(cfg):
             except ValueError:
                 refuse(f"{label}: with --x label expected METHOD:NUMBER")
         methods.setdefault(method, []).append(label)
+    for labels in methods.values():
+        labels.sort(key=lambda label: table[label][cfg.x][0])  # the order of their line
     columns = [cfg.x, *wanted]
     rows = [["group", "seeds", *columns]]
     for label, found in table.items():
@@ -1702,7 +1710,7 @@ def points(cfg):
             found = [table[label] for label in labels]
             x, middle = [f[cfg.x][0] for f in found], [f[y][0] for f in found]
             bars = [
-                [f[name][2] - f[name][0] if f[name][2] else 0.0 for f in found]
+                [0.0 if f[name][2] is None else f[name][2] - f[name][0] for f in found]
                 for name in (cfg.x, y)
             ]
             style = {"color": f"C{n}", "linestyle": LINES[n % 4], "marker": MARKERS[n % 10]}
@@ -1743,7 +1751,7 @@ def groups_in_rows(cfg):
     )
     for panel, column in zip(panels[0], wanted, strict=True):
         values = [table[label][column] for label in labels]
-        bars = [v[2] - v[0] if v[2] else 0.0 for v in values]
+        bars = [0.0 if v[2] is None else v[2] - v[0] for v in values]
         heights = range(len(labels), 0, -1)
         panel.errorbar(
             [v[0] for v in values], heights, xerr=bars, fmt="ko", capsize=3, markersize=4
@@ -1793,8 +1801,10 @@ def main():
     autocast = torch.autocast(device.type, dtype) if mixed else nullcontext()
     prompts = []
     for where, line in read_jsonl(cfg.prompts, {"prompt": True}):
-        if not isinstance(line.get("task", ""), str):
-            refuse(f"{where}: task: expected a string, got {json.dumps(line['task'])[:40]}")
+        for field in ("task", cfg.by):
+            if not isinstance(line.get(field, ""), str):
+                found = json.dumps(line[field])[:40]
+                refuse(f"{where}: {field}: expected a string, got {found}")
         prompts.append(line)
     prompts = prompts[: cfg.num_prompts or None]
 
@@ -1864,7 +1874,7 @@ def main():
         sampler = model
         if device.type == "cuda" and dtype == torch.bfloat16:
             sampler = copy.deepcopy(model).bfloat16()
-        count = policy["best_of"] if policy["by"] else cfg.num_samples
+        count = policy["best_of"] * cfg.best_of_samples if policy["by"] else cfg.num_samples
         count = 1 if policy["temperature"] == 0 else count  # it always says the same
         temperature, seed = policy["temperature"], cfg.seed * 1009 + number
         how = (cfg, device, rank, world)

@@ -543,7 +543,7 @@ def reinforce_advantages(returns, baseline):
 
 def rloo_advantages(returns, num_samples):
     """R_i - mean of the other responses' to its prompt, (B,), a prompt's being adjacent. REINFORCE
-    leave-one-out, arXiv:2402.14740 eq. 8."""
+    leave-one-out, arXiv:2402.14740."""
     groups = returns.view(-1, num_samples)  # (prompts, K)
     others = (groups.sum(1, keepdim=True) - groups) / (num_samples - 1)
     return (groups - others).flatten()
@@ -626,7 +626,7 @@ def adaptive_beta(beta, kl, target, batch_size, horizon):
 
 
 def helpful_or_safe(helpful, safe, unsafe, threshold=0.15):
-    """Llama 2's reward (arXiv:2307.09288 section 3.4.1) of two heads' raw outputs, (B,): the safe
+    """Llama 2's reward (arXiv:2307.09288 section 3.2.3) of two heads' raw outputs, (B,): the safe
     one's where the prompt is unsafe or sigmoid(safe) < threshold, else the helpful one's. Raw
     outputs are the logits of the scores, which is what it whitens."""
     decides = unsafe.logical_or(safe.sigmoid() < threshold)
@@ -677,13 +677,12 @@ def read_prompts(path):
     return prompts
 
 
-def check_field(field, kind, default, files):
-    """Ends the script unless `field` is a `kind` on all lines of prompts of {path: lines}."""
-    for path, prompts in files.items():
-        for n, line in enumerate(prompts, 1):
-            if not isinstance(line.get(field, default), kind):
-                found = json.dumps(line[field])[:40] if field in line else "none"
-                refuse(f"{path}: prompt {n}: {field}: expected a {kind.__name__}, got {found}")
+def check_field(path, field, kind, default=None):
+    """Ends the script unless `field` is a `kind` on all lines of a prompts file."""
+    for where, line in read_jsonl(path, {"prompt": True}):
+        if not isinstance(line.get(field, default), kind):
+            found = json.dumps(line[field])[:40] if field in line else "none"
+            refuse(f"{where}: {field}: expected a {kind.__name__}, got {found}")
 
 
 def load_gold(path):
@@ -785,13 +784,12 @@ def load_reward(name, tokenizer, device):
     return "model", model, statistics
 
 
-def read_ptx(flag, path, tokenizer, positions):
-    """Demonstrations -> (prompt ids, response ids), those that are too long cut."""
-    fields = {"prompt": True, "response": False}
-    lines = [line for _, line in read_jsonl(path, fields)] if path else []
-    if not lines and flag == "--ptx_data":
-        refuse("--ptx_coef: of which demonstrations? --ptx_data FILE")
-    return [encode(tokenizer, x["prompt"], x["response"], positions, True) for x in lines]
+def read_ptx(path, tokenizer, max_length):
+    """Demonstrations -> (prompt ids, response ids), those that are too long cut, and how many."""
+    lines = [line for _, line in read_jsonl(path, {"prompt": True, "response": False})]
+    texts = [(line["prompt"], line["response"]) for line in lines]
+    cut = [sum(map(len, encode(tokenizer, *pair, sys.maxsize))) > max_length for pair in texts]
+    return [encode(tokenizer, *pair, max_length, True) for pair in texts], sum(cut)
 
 
 def freeze(policy, trainable_layers):
@@ -1125,6 +1123,20 @@ def main():
         )
     if cfg.batch_size % cfg.num_samples:
         refuse(f"--num_samples: {cfg.batch_size} episodes are no whole groups of {cfg.num_samples}")
+    for needed, names in {
+        "advantage=gae": ("gamma", "lam", "value_init", "value_lr", "value_clip"),
+        "advantage=reinforce": ("baseline_decay",),
+        "advantage=grpo": ("group_std",),
+        "surrogate=clip": ("clip",),
+        "surrogate=kl": ("step_kl_target",),
+        "shaping=clip": ("score_clip",),
+    }.items():
+        name, _, value = needed.partition("=")
+        for flag in names if getattr(cfg, name) != value else ():
+            if getattr(cfg, flag) != getattr(Config, flag):
+                refuse(f"--{flag}: only with --{name} {value}")
+    if bool(cfg.ptx_data) != (cfg.ptx_coef > 0):
+        refuse("--ptx_coef and --ptx_data: one is nothing without the other")
     if cfg.advantage in ("rloo", "grpo") and cfg.num_samples < 2:
         refuse(f"--advantage {cfg.advantage}: compares a prompt's responses: --num_samples 4")
     if cfg.baseline_decay >= 1:
@@ -1178,10 +1190,10 @@ def main():
             if cfg.combine == "llama2":
                 rewards[n] = kind, model, raw
     value_init = cfg.value_init or (models[0] if models else "policy")
-    if (
-        value_init != "policy"
-    ):  # it starts knowing what a finished response scores (Stiennon et al. 2020)
+    if value_init != "policy":
+        # It starts knowing what a finished response scores (Stiennon et al. 2020).
         _, value_model, statistics = load_reward(value_init, tokenizer, "cpu")
+        statistics = raw if cfg.combine == "llama2" else statistics
     else:
         value_model, statistics = add_scalar_head(policy), raw
         torch.nn.init.zeros_(value_model.score.weight)
@@ -1204,14 +1216,18 @@ def main():
     cut = sum(len(encode(tokenizer, p["prompt"], None, sys.maxsize)[0]) > room for p in prompts)
     held_out_ids = [encode(tokenizer, line["prompt"], None, room)[0] for line in held_out]
     if cfg.combine == "llama2":
-        check_field("unsafe", bool, False, {cfg.prompts: prompts, cfg.validation: held_out})
+        for path in [cfg.prompts, *([cfg.validation] if cfg.validation else [])]:
+            check_field(path, "unsafe", bool, default=False)
     reference_ids = []
     if cfg.shaping == "par":
-        check_field("reference", str, None, {cfg.prompts: prompts})
+        check_field(cfg.prompts, "reference", str)
         most = cfg.max_new_tokens + 1
         reference_ids = [encode(tokenizer, "", x["reference"], most, True)[1] for x in prompts]
-    ptx = read_ptx("--ptx_data", cfg.ptx_data, tokenizer, positions) if cfg.ptx_coef else []
-    ptx_held = read_ptx("--ptx_validation", cfg.ptx_validation, tokenizer, positions)
+    ptx, ptx_held, ptx_cut = [], [], 0
+    if cfg.ptx_data:
+        ptx, ptx_cut = read_ptx(cfg.ptx_data, tokenizer, policy.config.n_positions)
+    if cfg.ptx_validation:
+        ptx_held, _ = read_ptx(cfg.ptx_validation, tokenizer, policy.config.n_positions)
     files = [cfg.prompts, cfg.validation, cfg.ptx_data if ptx else "", cfg.ptx_validation]
     inputs = [path for path in files if path]
     starts = [cfg.value_init] if cfg.value_init not in ("", "policy") else []
@@ -1229,7 +1245,8 @@ def main():
             "parameters that learn: "
             + ", ".join(f"{name} {size:.2f}M" for name, size in sizes.items())
             + f"; {device}, {dtype}, {world} rank(s); {len(prompts)} prompts, {cut} cut; "
-            f"{cfg.steps} iterations of {cfg.batch_size} episodes",
+            f"{cfg.steps} iterations of {cfg.batch_size} episodes"
+            + (f"; {len(ptx)} demonstrations, {ptx_cut} cut" if ptx else ""),
             flush=True,
         )
 
@@ -1257,12 +1274,14 @@ def main():
     step = saved_step = 0
     beta, first = cfg.beta, None  # `first`: the first iteration's numbers, to warn by
     baseline, step_coef = None, 1.0  # of reinforce; the price of KL to the old policy
+    earlier, started = 0.0, time.time()  # seconds until the checkpoint, and since
     evaluated = -1
     if checkpoint:
         state = load_checkpoint(checkpoint, modules, optimizers, device, rank)
         step = saved_step = state["step"]
         beta, first, evaluated = state["beta"], state["first"], state["evaluated"]
         baseline, step_coef = state["baseline"], state["step_coef"]
+        earlier = state["seconds"]
         scaler.load_state_dict(state["scaler"])
         if rank == 0:
             print(f"resumed at iteration {step} from {checkpoint}", flush=True)
@@ -1273,11 +1292,14 @@ def main():
         where = [device] if device.type == "cuda" else None
         parallel = {n: DistributedDataParallel(m, device_ids=where) for n, m in parallel.items()}
 
+    def elapsed():
+        return earlier + time.time() - started
+
     def save():
         nonlocal saved_step
         if step > saved_step:
             state = {"scaler": scaler.state_dict(), "beta": beta, "first": first}
-            state |= {"baseline": baseline, "step_coef": step_coef}
+            state |= {"baseline": baseline, "step_coef": step_coef, "seconds": elapsed()}
             state["evaluated"] = evaluated  # SIGTERM in a rollout saves after it was logged
             save_checkpoint(cfg, step, modules, optimizers, state, device, rank)
             saved_step = step
@@ -1332,8 +1354,7 @@ def main():
     few_ids = held_out_ids[: len(few)]
     base = responses_of(reference, few, few_ids, cfg.temperature)
     judged = "gold" if gold else "proxy"
-    started = time.time()
-    first_step = step
+    started, first_step = time.time(), step
     while True:
         if step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
             save()
@@ -1341,17 +1362,20 @@ def main():
             stop()
         due = step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0)
         due = due and step > evaluated
+        forgot = {}  # logged beside the samples: a SIGTERM while these are drawn logs neither
         if ptx_held and due:
             nll = held_out_nll(policy, ptx_held, 4 * size, device, autocast, rank, world)
+            forgot = {"eval_nll": nll}
             if rank == 0:
-                record = {"step": step, "seconds": round(time.time() - started, 1)}
-                append_line(out_dir / "metrics.jsonl", record | {"eval_nll": nll})
                 print(f"iteration {step}/{cfg.steps}  demonstrations: {nll:.4f} nats a token")
+        if forgot and not few and rank == 0:
+            record = {"step": step, "seconds": round(elapsed(), 1)}
+            append_line(out_dir / "metrics.jsonl", record | forgot)
         if few and due:
             samples = responses_of(policy, few, few_ids, cfg.temperature)
             if rank == 0:
                 found = beside(samples, base, cfg.missing_eos_score)
-                record = {"step": step, "seconds": round(time.time() - started, 1)}
+                record = {"step": step, "seconds": round(elapsed(), 1)} | forgot
                 for task, table in found["policy"].items():
                     prefix = "eval" if task == "all" else f"eval_{task}"
                     record |= {f"{prefix}_{k}": v[0] for k, v in table.items() if k != "count"}
@@ -1570,7 +1594,7 @@ def main():
         step += 1
         record = {
             "step": step,
-            "seconds": round(done - started, 1),
+            "seconds": round(elapsed(), 1),
             "score": sums["score"] / episodes,
             "kl": sums["kl"] / episodes,  # to the reference, nats a sequence
             "objective": (sums["score"] - beta * sums["kl"]) / episodes,
@@ -1623,7 +1647,7 @@ def main():
     # The finished policy, then what it is worth on held-out prompts, sampled and greedy.
     if rank == 0:
         save_model(out_dir, policy, tokenizer, {"stage": "ppo"})
-    report = {"step": step, "seconds": round(time.time() - started, 1), "beta": beta}
+    report = {"step": step, "seconds": round(elapsed(), 1), "beta": beta}
     report["episodes"] = step * cfg.batch_size
     report["peak_memory_gib"] = round(peak_memory(device) / 2**30, 2)
     some, some_ids = held_out[: cfg.num_prompts], held_out_ids[: cfg.num_prompts]

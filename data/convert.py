@@ -251,16 +251,28 @@ def convert_chat(record):
     return compare(prompt, chosen, rejected)
 
 
-def others(record, *names):
-    return {name: value for name, value in record.items() if name not in names}
-
-
 def ranked(record):
     """A ranking's responses, best first, or why there are none."""
     responses = record.get("responses")
     if not isinstance(responses, list) or len(responses) < 2 or not all(map(is_text, responses)):
         return "no ranking of two or more responses"
+    scores = record.get("scores") or [0] * len(responses)
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        return "not as many scores as responses"
     return responses
+
+
+def with_policies(record, *indices):
+    """What a ranking's line has beside its responses, `policy` of those at `indices` alone."""
+    named = ("prompt", "responses", "response", "scores", "chosen", "rejected", "label", "margin")
+    fields = {name: value for name, value in record.items() if name not in named}
+    policy = fields.pop("policy", None)
+    if isinstance(policy, list) and len(policy) == len(record["responses"]):
+        found = [policy[i] for i in indices]
+        fields["policy"] = found if len(found) > 1 else found[0]
+    elif isinstance(policy, str):
+        fields["policy"] = policy
+    return fields
 
 
 def convert_best(record):
@@ -270,7 +282,8 @@ def convert_best(record):
         return responses
     if not isinstance(record.get("prompt"), str):
         return "no prompt"
-    return others(record, "responses", "scores") | {"response": responses[0]}
+    line = {"prompt": record["prompt"], "response": responses[0]}
+    return line | with_policies(record, 0)
 
 
 def convert_pairs(record, rng=None, flip=0.0):
@@ -284,12 +297,11 @@ def convert_pairs(record, rng=None, flip=0.0):
     pairs = [(i, j) for i, j in pairs if scores[i] != scores[j] and responses[i] != responses[j]]
     if not pairs:
         return "no two responses differ"
-    chosen, rejected = (responses[i] for i in rng.choice(pairs))
+    chosen, rejected = rng.choice(pairs)
     if rng.random() < flip:
         chosen, rejected = rejected, chosen
-    return compare(
-        record.get("prompt"), chosen, rejected, **others(record, "prompt", "responses", "scores")
-    )
+    fields = with_policies(record, chosen, rejected)
+    return compare(record.get("prompt"), responses[chosen], responses[rejected], **fields)
 
 
 FORMATS = {

@@ -57,8 +57,8 @@ MUTATIONS = {
         (
             "the price of KL is not saved",
             "ppo.py",
-            '"step_coef": step_coef}',
-            '"step_coef": 1.0}',
+            '"step_coef": step_coef,',
+            '"step_coef": 1.0,',
         ),
         (
             "the baseline forgets",
@@ -849,7 +849,7 @@ MUTATIONS = {
         (
             "the penalty does not fall",
             "collapse.py",
-            'penalty = cfg.logit_penalty * group["lr"] / cfg.lr',
+            "penalty = cfg.logit_penalty * rate / cfg.lr",
             "penalty = cfg.logit_penalty",
         ),
         (

@@ -622,6 +622,14 @@ def test_rankings_become_demonstrations_and_pairs(tmp_path):
             (" b", " c"),
         }
         assert {x["rejected"] for x in found[1::2] if x["chosen"] < x["rejected"]} == {" c"}
+    three = {"prompt": "x", "responses": ["a", "b", "c"], "chosen": 1, "policy": ["p", "q", "r"]}
+    assert convert.convert_best(three) == {"prompt": "x", "response": "a", "policy": "p"}
+    pair = convert.convert_pairs(three, flip=1.0)
+    names = dict(zip(three["responses"], three["policy"], strict=True))
+    assert pair["policy"] == [names[pair["chosen"]], names[pair["rejected"]]]
+    for scores in ([1], 3):
+        bad = {"prompt": "x", "responses": ["a", "b"], "scores": scores}
+        assert convert.convert_pairs(bad) == "not as many scores as responses"
     assert convert.convert_best({"prompt": "x"}) == "no ranking of two or more responses"
     assert convert.convert_best({"responses": ["a", "b"]}) == "no prompt"
     assert convert.convert_pairs({"prompt": "x", "responses": ["a"]}).startswith("no ranking")

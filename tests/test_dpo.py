@@ -729,6 +729,7 @@ def test_precisions(data, tmp_path, monkeypatch, uninterrupted, dtype, more):
         (["--label_smoothing", "0.1", "--loss", "cpl"], "--loss cpl has none"),
         (["--divergence", "alpha:1"], "--divergence alpha:1: expected reverse_kl"),
         (["--divergence", "alpha"], "--divergence alpha: expected reverse_kl"),
+        (["--divergence", "js:"], "--divergence js:: expected reverse_kl"),
         (["--divergence", "js:1"], "--divergence js:1: expected reverse_kl"),
         (["--divergence", "tv"], "--divergence tv: expected reverse_kl"),
         (["--divergence", "js", "--loss", "ipo"], "--divergence: --loss ipo has none"),

@@ -652,7 +652,10 @@ def test_two_iterations_against_ones_by_hand(data, tmp_path, tokenizer, variant)
     )
     if c.ptx_coef:
         c = dataclasses.replace(c, ptx_data=str(data / "demonstrations.jsonl"))
+    idle = () if c.advantage == "gae" else ("gamma", "lam", "value_init", "value_lr", "value_clip")
+    idle += ("clip",) if c.surrogate == "kl" else ()
     changed = [(k, v) for k, v in vars(c).items() if v != getattr(ppo.Config(), k)]
+    changed = [(k, v) for k, v in changed if k not in idle]
     args = []
     for name, value in changed:
         switch = f"--{name}" if value else f"--no-{name}"
@@ -886,7 +889,7 @@ def test_prompts_without_what_a_score_needs(data, tmp_path, monkeypatch, capsys)
         more += ["--reward", f"{data / 'reward'},{data / 'other'}"]
         more += ["--prompts", tmp_path / "prompts.jsonl"]
         assert run(monkeypatch, *flags(data, tmp_path / "run", *more)) == 2
-        assert f"{tmp_path / 'prompts.jsonl'}: prompt 2: {message}" in capsys.readouterr().err
+        assert f"{tmp_path / 'prompts.jsonl'}:2: {message}" in capsys.readouterr().err
 
 
 def test_a_policy_that_did_not_learn_wins_half(data, tmp_path, monkeypatch):
@@ -1040,10 +1043,20 @@ def test_precisions(data, tmp_path, monkeypatch, dtype):
         (["--surrogate", "both"], "--surrogate both: expected one of clip, kl"),
         (["--advantage", "rloo"], "--advantage rloo: compares a prompt's responses"),
         (["--num_samples", "3"], "--num_samples: 128 episodes are no whole groups of 3"),
-        (["--baseline_decay", "1"], "--baseline_decay: expected less than 1"),
+        (["--baseline_decay", "0.5"], "--baseline_decay: only with --advantage reinforce"),
+        (
+            ["--advantage", "reinforce", "--baseline_decay", "1"],
+            "--baseline_decay: expected less than 1",
+        ),
         (["--kl_in_loss"], "--kl_in_loss: the gradient of k1 is 0"),
         (["--combine", "llama2"], "--combine llama2: expected two rewards"),
-        (["--ptx_coef", "1"], "--ptx_coef: of which demonstrations?"),
+        (["--ptx_coef", "1"], "--ptx_coef and --ptx_data: one is nothing"),
+        (["--ptx_data", "x.jsonl"], "--ptx_coef and --ptx_data: one is nothing"),
+        (["--lam", "0.9", "--advantage", "reinforce"], "--lam: only with --advantage gae"),
+        (["--no-group_std"], "--group_std: only with --advantage grpo"),
+        (["--clip", "0.1", "--surrogate", "kl"], "--clip: only with --surrogate clip"),
+        (["--step_kl_target", "1"], "--step_kl_target: only with --surrogate kl"),
+        (["--score_clip", "2"], "--score_clip: only with --shaping clip"),
         (["--ptx_coef", "1", "--ptx_data", "none.jsonl"], "none.jsonl:0: file: can't be read"),
         (["--trainable_layers", "2"], "--trainable_layers: --init"),
         (["--score_clip", "0"], "--score_clip: expected more than 0"),
