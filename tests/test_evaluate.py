@@ -8,12 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import read_lines, run_script, write_jsonl
+from conftest import ROOT, read_lines, run_script, write_jsonl
 from ranks import on_ranks
 
 import evaluate
 import reward
-from model import generate, save_model
+from model import generate, load_model, load_tokenizer, save_model
 
 
 def run(monkeypatch, *args):
@@ -742,3 +742,25 @@ def test_points_and_rows_of_groups(groups_of_runs, monkeypatch, capsys):
         assert run(monkeypatch, *args, "--out", out) == 2
         error = capsys.readouterr().err
         assert message in error.replace("evaluation#best_of=2: no seconds", "n:2"), error
+
+
+def test_by_another_field_and_several_of_the_best(tmp_path, monkeypatch, policy_run, toy_data):
+    """--by kind tells scores apart by the prompts' kind; --best_of_samples 2 chooses twice."""
+    torch.manual_seed(3)
+    model = reward.add_scalar_head(load_model(policy_run))
+    statistics = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
+    tokenizer = load_tokenizer(policy_run)
+    save_model(tmp_path / "reward", model, tokenizer, {"stage": "reward"} | statistics)
+    lines = read_lines(toy_data / "prompts_test.jsonl")[:8]
+    lines = [line | {"half": "upper" if n < 4 else "lower"} for n, line in enumerate(lines)]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", lines)
+    best = f"{policy_run}@best_of=3:{tmp_path / 'reward'}"
+    args = ["--policies", f"{policy_run},{best}", "--gold", ROOT / "data/toy.py", "--by", "half"]
+    args += ["--prompts", prompts, "--num_samples", 2, "--best_of_samples", 2, "--bootstrap", 20]
+    args += ["--max_new_tokens", 8, "--out_dir", tmp_path / "out", "--device", "cpu"]
+    assert run(monkeypatch, *args) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert set(report["by_task"]["gold"]) == {"upper", "lower"}
+    assert set(report["policies"][best]["parts"]) == {"all", "upper", "lower"}
+    assert report["policies"][best]["samples"] == 16
+    assert "distinct_2_a_prompt" in report["policies"][best]
