@@ -385,8 +385,8 @@ def flags(data, out, *more):
 @pytest.mark.parametrize(
     "more",
     [
-        ["--lr", 0.003],
-        ["--lr", 0.003, "--surrogate", "kl"],
+        ["--lr", 0.003, "--value_lr", 0.03],
+        ["--lr", 0.003, "--value_lr", 0.03, "--surrogate", "kl"],
         ["--lr", 0.003, "--advantage", "reinforce", "--baseline_decay", 0.5],
         ["--lr", 0.003, "--advantage", "rloo", "--num_samples", 8],
         ["--lr", 0.003, "--advantage", "grpo", "--num_samples", 8, "--no-group_std"],
@@ -408,7 +408,7 @@ def test_the_bandit_reaches_the_exact_optimum(tmp_path, monkeypatch, tokenizer, 
     args += ["--prompts", tmp_path / "prompts.jsonl", "--max_new_tokens", 1, "--device", "cpu"]
     args += ["--missing_eos_score", "none", "--no-whiten_advantages", "--beta", 0.5]
     args += ["--steps", 40, "--batch_size", 128, "--minibatch_size", 128, "--update_epochs", 2]
-    args += ["--value_lr", 0.03, "--final_lr", 0.01, "--out_dir", tmp_path / "run", *more]
+    args += ["--final_lr", 0.01, "--out_dir", tmp_path / "run", *more]
     assert run(monkeypatch, *args) == 0
     with torch.no_grad():
         logits = load_model(tmp_path / "run")(torch.tensor([tokenizer.encode_ordinary("Which?")]))
