@@ -392,7 +392,7 @@ TOP_K = $(PYTHON) -c "import functools$$(comma) sys$$(comma) ppo; sys.argv[0] = 
 MEMBERS := 0 1 2 3
 # 5. BLEU against references, by REINFORCE: the machine-translation example.
 BLEU := --reward data/bleu.py --beta 0 --advantage rloo --num_samples 4 --update_epochs 1 \
-  --steps 150 --eval_every 15
+  --steps 60
 MLE := --ptx_data data/toy/demonstrations.jsonl --ptx_coef 0.1
 
 POINTS := held-12000 free-12000 chosen $(BETAS:%=ppo-beta-%) $(DPO_BETAS:%=dpo-beta-%) $(ABLATIONS:%=ablation-%)
