@@ -1469,14 +1469,15 @@ def main():
         if cfg.advantage == "gae":
             advantages, returns = gae(rewarded, values, mask, cfg.gamma, cfg.lam)
         else:
-            whole = rewarded.sum(1)  # (B,): all tokens of a response have the same advantage
-            returns = whole[:, None] * mask
+            whole = rewarded.sum(1)  # (B,)
             if cfg.advantage == "reinforce":
-                advantages = reinforce_advantages(returns, baseline or 0.0) * mask
+                worth = reinforce_advantages(whole, baseline or 0.0)
             elif cfg.advantage == "rloo":
-                advantages = rloo_advantages(whole, cfg.num_samples)[:, None] * mask
+                worth = rloo_advantages(whole, cfg.num_samples)
             else:
-                advantages = grpo_advantages(whole, cfg.num_samples, cfg.group_std)[:, None] * mask
+                worth = grpo_advantages(whole, cfg.num_samples, cfg.group_std)
+            # All tokens of a response have the same.
+            advantages, returns = worth[:, None] * mask, whole[:, None] * mask
         if cfg.whiten_advantages:
             advantages = whiten(advantages, counted, all_reduce=sum_over_ranks)
 
