@@ -398,7 +398,7 @@ MLE := --ptx_data data/toy/demonstrations.jsonl --ptx_coef 0.1
 POINTS := held-12000 free-12000 chosen $(BETAS:%=ppo-beta-%) $(DPO_BETAS:%=dpo-beta-%) $(ABLATIONS:%=ablation-%)
 
 define sources
-$(foreach n,$(LINES),$(call ppo_run,free-$(n),$(1),reward-medium-$(n)-$(1),--beta 0)
+$(foreach n,$(LINES),$(call ppo_run,free-$(n),$(1),reward-medium-$(n)-$(1),--beta 0 --steps 80)
 $(call ppo_run,held-$(n),$(1),reward-medium-$(n)-$(1),)
 $(E)/best-of-$(n)-$(1)/report.json: $(E)/reward-medium-$(n)-$(1)/report.json evaluate.py
 	$(RUN) evaluate.py --policies $(E)/sft-medium-$(1) --gold data/toy.py --best_of_n 32 --num_samples 1 \
