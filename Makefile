@@ -360,7 +360,8 @@ collapse-ppo: $(SEEDS:%=$(E)/collapse-evaluation-%/report.json)
 
 # Held-out demonstrations are read along every run: what the policy forgets.
 FORGETS := --ptx_validation data/toy/demonstrations_validation.jsonl --eval_every 5
-# $(1) the run's name without its seed, $(2) seed, $(3) rewards' runs, $(4) flags, $(5) policy
+# $(1) the run's name without its seed, $(2) seed, $(3) rewards' runs, $(4) flags, $(5) policy, if
+# not SFT's, $(6) command, if not ppo.py's
 define ppo_run
 $(E)/$(1)-$(2)/report.json: $(foreach r,$(3),$(E)/$(r)/report.json) ppo.py
 	$$(call go,$(or $(6),$(RUN) ppo.py) $(GOLD) $(FORGETS) --init $(E)/$(or $(5),sft-medium)-$(2) --seed $(2) \

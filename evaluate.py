@@ -15,6 +15,8 @@ length too.
     python evaluate.py table; python evaluate.py check --better "A > B"      # of a report
     python evaluate.py plot runs/sft runs/reward                             # learning curves
     python evaluate.py scaling RUN...; python evaluate.py margins RUN...     # of reward models
+    python evaluate.py curves "LABEL=RUN,RUN" ...    # groups of seeds: along training; or `points`,
+                                                     # one a group; or `rows` of columns
 """
 
 import argparse

@@ -643,6 +643,7 @@ def test_noise():
         (["--closed_utility", "power:2"], "--closed_utility power:2: expected a parameter"),
         (["--closed_utility", "power:x"], "--closed_utility power:x: "),
         (["--epsilon", "0"], "--epsilon: expected more than 0"),
+        (["--lr", "0"], "--lr: expected more than 0"),
         (["--data", ""], "--data: expected a file"),
         (["--init", "nowhere"], "nowhere"),
         (["--label_smoothing", "0.5"], "--label_smoothing: less than 0.5"),

@@ -622,6 +622,12 @@ def test_rankings_become_demonstrations_and_pairs(tmp_path):
             (" b", " c"),
         }
         assert {x["rejected"] for x in found[1::2] if x["chosen"] < x["rejected"]} == {" c"}
+    command = [sys.executable, ROOT / "data/convert.py", "pairs", source, target, "--seed", "1"]
+    done = subprocess.run([*command, "--flip", "0.25"], capture_output=True, text=True)
+    assert done.returncode == 0 and "wrote 2000" in done.stdout
+    assert [json.loads(line) for line in target.read_text().splitlines()] == found
+    done = subprocess.run([*command, "--flip", "2"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "--flip 2.0: expected a share, 0 to 1\n"
     three = {"prompt": "x", "responses": ["a", "b", "c"], "chosen": 1, "policy": ["p", "q", "r"]}
     assert convert.convert_best(three) == {"prompt": "x", "response": "a", "policy": "p"}
     pair = convert.convert_pairs(three, flip=1.0)

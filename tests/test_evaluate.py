@@ -681,6 +681,7 @@ def test_curves_of_groups(groups_of_runs, monkeypatch, capsys):
     groups = [f"one={at}/a-0,{at}/a-1", f"two={at}/b-0,{at}/b-1"]
     groups += [f"best of n={at}/evaluation#best_of"]
     args = ["--x", "sqrt_kl", "--y", "proxy,gold", "--fit", "gold", "--out", out]
+    args += ["--y_labels", "BLEU", "--title", "Two groups"]
     assert run(monkeypatch, "curves", *groups, *args) == 0
     found = json.loads(out.with_suffix(".json").read_text())
     assert found["one"]["steps"] == [0, 1, 2, 3]
@@ -716,7 +717,8 @@ def test_points_and_rows_of_groups(groups_of_runs, monkeypatch, capsys):
         f"x:0={at}/evaluation#x@temperature=0",
         f"x:1={at}/evaluation#sft",
     ]
-    assert run(monkeypatch, "points", *named, "--x", "label", "--y", "wins", "--out", out) == 0
+    how = ["--x", "label", "--x_label", "temperature", "--y", "wins", "--out", out]
+    assert run(monkeypatch, "points", *named, *how) == 0
     found = json.loads(out.with_suffix(".json").read_text())["columns"]
     assert [found[n]["wins"][0] for n in ("PPO:0.5", "x:0", "x:1")] == pytest.approx(
         [0.6, 0.7, 0.5]

@@ -99,7 +99,7 @@ def test_variants_vectors():
         assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_kl_penalty_is_the_kl(small_gpt):
+def test_the_kl_penalty_is_the_kl():
     """J^KL over all three tokens that could have been drawn, weighted by the old policy: the
     penalty and its gradient are those of the exact KL, and card C3's numbers come out."""
     old, new = tensor([0.7, 0.2, 0.1])[0].log(), tensor([0.5, 0.4, 0.1])[0].log().requires_grad_()
@@ -385,7 +385,7 @@ def flags(data, out, *more):
 @pytest.mark.parametrize(
     "more",
     [
-        ["--lr", 0.003, "--value_lr", 0.03],
+        ["--lr", 0.003, "--value_lr", 0.03, "--value_init", "policy"],
         ["--lr", 0.003, "--value_lr", 0.03, "--surrogate", "kl"],
         ["--lr", 0.003, "--advantage", "reinforce", "--baseline_decay", 0.5],
         ["--lr", 0.003, "--advantage", "rloo", "--num_samples", 8],
@@ -813,6 +813,7 @@ def test_it_learns_a_reward_of_ones_own(data, tmp_path, monkeypatch, capsys):
     )
     more = ["--reward", tmp_path / "short.py", "--gold", tmp_path / "short.py", "--steps", 12]
     more += ["--batch_size", 32, "--minibatch_size", 16, "--lr", 3e-3, "--beta", 0.01]
+    more += ["--ptx_validation", data / "demonstrations.jsonl"]
     assert run(monkeypatch, *flags(data, tmp_path / "run", *more)) == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["sampled"]["win_rate"]["gold"][0] > 0.6
@@ -820,6 +821,9 @@ def test_it_learns_a_reward_of_ones_own(data, tmp_path, monkeypatch, capsys):
     assert lines[-1]["score"] > lines[0]["score"] + 0.3 and lines[-1]["kl"] > 0.05
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert {"updates", "entropy", "clip_fraction", "rollout_share"} <= set(lines[0])
+    held = [line for line in metrics(tmp_path / "run") if "eval_gold" in line]
+    assert [line["step"] for line in held] == [0, 10, 12]
+    assert len({line["eval_nll"] for line in held}) == 3  # what it forgets, in the same line
     assert "wins against the reference by gold" in capsys.readouterr().out
 
 
