@@ -1189,17 +1189,15 @@ def main():
             model.to(precision).requires_grad_(False)
             if cfg.combine == "llama2":
                 rewards[n] = kind, model, raw
+    modules, statistics = {"policy": policy}, raw
     value_init = cfg.value_init or (models[0] if models else "policy")
-    if value_init != "policy":
+    if cfg.advantage == "gae" and value_init == "policy":
+        modules["value"] = add_scalar_head(policy)
+        torch.nn.init.zeros_(modules["value"].score.weight)
+    elif cfg.advantage == "gae":
         # It starts knowing what a finished response scores (Stiennon et al. 2020).
-        _, value_model, statistics = load_reward(value_init, tokenizer, "cpu")
-        statistics = raw if cfg.combine == "llama2" else statistics
-    else:
-        value_model, statistics = add_scalar_head(policy), raw
-        torch.nn.init.zeros_(value_model.score.weight)
-    modules = {"policy": policy, "value": value_model}
-    if cfg.advantage != "gae":
-        del modules["value"]
+        _, modules["value"], theirs = load_reward(value_init, tokenizer, "cpu")
+        statistics = raw if cfg.combine == "llama2" else theirs
     for model in modules.values():
         model.eval().to(device, precision)
     read_by = [*modules.values(), *(reward[1] for reward in rewards if reward[0] == "model")]
@@ -1228,7 +1226,7 @@ def main():
         ptx, ptx_cut = read_ptx(cfg.ptx_data, tokenizer, policy.config.n_positions)
     if cfg.ptx_validation:
         ptx_held, _ = read_ptx(cfg.ptx_validation, tokenizer, policy.config.n_positions)
-    files = [cfg.prompts, cfg.validation, cfg.ptx_data if ptx else "", cfg.ptx_validation]
+    files = (cfg.prompts, cfg.validation, cfg.ptx_data, cfg.ptx_validation)
     inputs = [path for path in files if path]
     starts = [cfg.value_init] if cfg.value_init not in ("", "policy") else []
     for directory in [cfg.init, *models, *starts]:
