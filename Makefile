@@ -358,13 +358,15 @@ collapse-ppo: $(SEEDS:%=$(E)/collapse-evaluation-%/report.json)
 
 # --- the sources' figures in small: `make figures`, each in every seed ---
 
-# Held-out demonstrations are read along every run: what the policy forgets.
-FORGETS := --ptx_validation data/toy/demonstrations_validation.jsonl --eval_every 5
+# Curves need evaluations along a run, held-out demonstrations among them: what the policy forgets.
+ALONG := --ptx_validation data/toy/demonstrations_validation.jsonl --eval_every 5
+# Points and rows are judged by evaluate.py, all policies on the same prompts.
+LATER := --eval_every 0 --num_prompts 100
 # $(1) the run's name without its seed, $(2) seed, $(3) rewards' runs, $(4) flags, $(5) policy, if
 # not SFT's, $(6) command, if not ppo.py's
 define ppo_run
 $(E)/$(1)-$(2)/report.json: $(foreach r,$(3),$(E)/$(r)/report.json) ppo.py
-	$$(call go,$(or $(6),$(RUN) ppo.py) $(GOLD) $(FORGETS) --init $(E)/$(or $(5),sft-medium)-$(2) --seed $(2) \
+	$$(call go,$(or $(6),$(RUN) ppo.py) $(GOLD) --init $(E)/$(or $(5),sft-medium)-$(2) --seed $(2) \
 	  $(if $(3),--reward $$(call list,$(3:%=$(E)/%)) )$(4),ppo.py,$$(@D))
 endef
 BEST := reward-medium-12000
@@ -373,10 +375,11 @@ BEST := reward-medium-12000
 free := $(LINES:%=free-%)
 held := $(LINES:%=held-%)
 # 2. Score against KL: betas. 0.2 is PPO's default, 0.3 is DPO's.
-BETAS := 0.05 0.1 0.5
+BETAS := 0 0.05 0.1 0.2 0.5
 DPO_BETAS := 0.03 0.1 0.3 1
 # 4. PPO without one of its parts, or with another in its place.
-ABLATIONS := from_sft top_k unwhitened epochs_1 epochs_4 kl reinforce rloo grpo
+ABLATIONS := from_scratch from_sft top_k unwhitened epochs_1 epochs_4 kl reinforce rloo grpo
+ABLATION_from_scratch := --value_init random
 ABLATION_from_sft := --value_init policy
 ABLATION_unwhitened := --no-whiten_advantages
 ABLATION_epochs_1 := --update_epochs 1
@@ -385,8 +388,7 @@ ABLATION_kl := --surrogate kl
 ABLATION_reinforce := --advantage reinforce
 ABLATION_rloo := --advantage rloo --num_samples 4 --no-whiten_advantages
 ABLATION_grpo := --advantage grpo --num_samples 4 --no-whiten_advantages --kl_in_loss --kl_estimator k3
-# Samples of the 8 likeliest tokens, log-probabilities of all: an error that other code makes. Like
-# every point and ablation it is judged by evaluate.py, which samples them all alike.
+# Samples of the 8 likeliest tokens, log-probabilities of all: an error that other code makes.
 TOP_K = $(PYTHON) -c "import functools$$(comma) sys$$(comma) ppo; sys.argv[0] = 'ppo.py'; \
   ppo.generate = functools.partial(ppo.generate$$(comma) top_k=8); ppo.main()"
 # 6. With a quarter of the labels turned round: one reward model, four, the least of four.
@@ -396,41 +398,42 @@ BLEU := --reward data/bleu.py --beta 0 --advantage rloo --num_samples 4 --update
   --steps 60
 MLE := --ptx_data data/toy/demonstrations.jsonl --ptx_coef 0.1
 
-POINTS := held-12000 free-12000 chosen $(BETAS:%=ppo-beta-%) $(DPO_BETAS:%=dpo-beta-%) $(ABLATIONS:%=ablation-%)
+METHODS := chosen ppo-beta-0.2 dpo-beta-0.3
+POINTS := chosen $(BETAS:%=ppo-beta-%) $(DPO_BETAS:%=dpo-beta-%) $(ABLATIONS:%=ablation-%)
 
 define sources
-$(foreach n,$(LINES),$(call ppo_run,free-$(n),$(1),reward-medium-$(n)-$(1),--beta 0 --steps 80)
-$(call ppo_run,held-$(n),$(1),reward-medium-$(n)-$(1),)
+$(foreach n,$(LINES),$(call ppo_run,free-$(n),$(1),reward-medium-$(n)-$(1),$(ALONG) --beta 0 --steps 80)
+$(call ppo_run,held-$(n),$(1),reward-medium-$(n)-$(1),$(ALONG))
 $(E)/best-of-$(n)-$(1)/report.json: $(E)/reward-medium-$(n)-$(1)/report.json evaluate.py
-	$(RUN) evaluate.py --policies $(E)/sft-medium-$(1) --gold data/toy.py --best_of_n 32 --num_samples 1 \
+	$(RUN) evaluate.py --policies $(E)/sft-medium-$(1) --gold data/toy.py --best_of_n 32 --num_samples 1 --num_prompts 500 \
 	  --proxy $(E)/reward-medium-$(n)-$(1) --seed $(1) --out_dir $$(@D) --overwrite
 )
-$(foreach b,$(BETAS),$(call ppo_run,ppo-beta-$(b),$(1),$(BEST)-$(1),--beta $(b))
+$(foreach b,$(BETAS),$(call ppo_run,ppo-beta-$(b),$(1),$(BEST)-$(1),$(LATER) --beta $(b))
 )
 $(foreach b,$(DPO_BETAS),
 $(E)/dpo-beta-$(b)-$(1)/report.json: $(E)/rankings-$(1)-12000.jsonl dpo.py
 	$$(call go,$(DPO) --init $(E)/sft-medium-$(1) --data $(E)/rankings-$(1)-12000.jsonl --seed $(1) --beta $(b) \
-	  --validation "" --num_prompts 500 --eval_every 0 --cache $(E)/cache,dpo.py,$$(@D))
+	  --validation "" $(LATER) --cache $(E)/cache,dpo.py,$$(@D))
 )
-$(foreach a,$(filter-out top_k,$(ABLATIONS)),$(call ppo_run,ablation-$(a),$(1),$(BEST)-$(1),$(ABLATION_$(a)))
+$(foreach a,$(filter-out top_k,$(ABLATIONS)),$(call ppo_run,ablation-$(a),$(1),$(BEST)-$(1),$(LATER) $(ABLATION_$(a)))
 )
-$(call ppo_run,ablation-top_k,$(1),$(BEST)-$(1),,,$(TOP_K))
-$(call ppo_run,ptx,$(1),$(BEST)-$(1),--ptx_coef 1 --ptx_data data/toy/demonstrations.jsonl)
+$(call ppo_run,ablation-top_k,$(1),$(BEST)-$(1),$(LATER),,$(TOP_K))
+$(call ppo_run,ptx,$(1),$(BEST)-$(1),$(ALONG) --ptx_coef 1 --ptx_data data/toy/demonstrations.jsonl)
 
 $(E)/chosen-$(1).jsonl: $(E)/feedback-$(1)/report.json
 	$(PYTHON) data/convert.py best $$(<D)/rankings.jsonl $$@
 $(E)/chosen-$(1)/report.json: $(E)/chosen-$(1).jsonl sft.py
 	$$(call go,$(RUN) sft.py $(GOLD) --init $(E)/sft-medium-$(1) --data $$< --seed $(1) --lr 5e-4 \
 	  --validation data/toy/demonstrations_validation.jsonl --prompts data/toy/prompts_validation.jsonl \
-	  --num_prompts 500 --eval_every 0,sft.py,$$(@D))
+	  $(LATER),sft.py,$$(@D))
 
 $(E)/untrained-$(1)/report.json: data/toy/bpe.tiktoken sft.py
 	$$(call go,$(SFT) --seed $(1) --epochs 0 --num_prompts 10,sft.py,$$(@D))
 $(E)/bleu-scratch-$(1)/report.json: $(E)/untrained-$(1)/report.json
 $(E)/bleu-alone-$(1)/report.json $(E)/bleu-mixed-$(1)/report.json: $(E)/sft-medium-$(1)/report.json
-$(call ppo_run,bleu-scratch,$(1),,$(BLEU),untrained)
-$(call ppo_run,bleu-alone,$(1),,$(BLEU))
-$(call ppo_run,bleu-mixed,$(1),,$(BLEU) $(MLE))
+$(call ppo_run,bleu-scratch,$(1),,$(ALONG) $(BLEU),untrained)
+$(call ppo_run,bleu-alone,$(1),,$(ALONG) $(BLEU))
+$(call ppo_run,bleu-mixed,$(1),,$(ALONG) $(BLEU) $(MLE))
 
 $(E)/flipped-$(1).jsonl: $(E)/feedback-$(1)/report.json
 	$(PYTHON) data/convert.py pairs $$(<D)/rankings.jsonl $$@ --flip 0.25 --seed $(1)
@@ -441,8 +444,8 @@ $(E)/member-$(m)-$(1)/report.json: $(E)/flipped-$(1).jsonl $(E)/feedback-test-$(
 	$$(call go,$(REWARD) --init $(E)/sft-medium-$(1) --data $$< --seed $$(shell expr 10 \* $(1) + $(m)) --eval_every 0 \
 	  --validation $(E)/feedback-test-$(1)/rankings.jsonl,reward.py,$$(@D))
 )
-$(call ppo_run,single,$(1),member-0-$(1),--beta 0)
-$(foreach c,mean min,$(call ppo_run,$(c),$(1),$(MEMBERS:%=member-%-$(1)),--beta 0 --combine $(c))
+$(call ppo_run,single,$(1),member-0-$(1),$(ALONG) --beta 0)
+$(foreach c,mean min,$(call ppo_run,$(c),$(1),$(MEMBERS:%=member-%-$(1)),$(ALONG) --beta 0 --combine $(c))
 )
 $(foreach l,dpo conservative robust unflipped,
 $(E)/noise-$(l)-$(1)/report.json: $(E)/$(if $(filter unflipped,$(l)),pairs,flipped)-$(1).jsonl dpo.py
@@ -454,20 +457,26 @@ $(E)/noise-$(l)-$(1)/report.json: $(E)/$(if $(filter unflipped,$(l)),pairs,flipp
 $(E)/points-$(1)/report.json: $(foreach p,$(POINTS),$(E)/$(p)-$(1)/report.json) evaluate.py
 	$(RUN) evaluate.py --gold data/toy.py --seed $(1) --num_samples 1 --bootstrap 200 --out_dir $$(@D) --overwrite \
 	  --policies $$(call list,$(E)/sft-medium-$(1) $(POINTS:%=$(E)/%-$(1)))
-# 3 and 8. Every policy at several temperatures, two samples a prompt.
-$(E)/temperatures-$(1)/report.json: $(E)/held-12000-$(1)/report.json $(E)/dpo-beta-0.3-$(1)/report.json \
-  $(E)/chosen-$(1)/report.json evaluate.py
-	$(RUN) evaluate.py --gold data/toy.py --seed $(1) --num_samples 2 --best_of_samples 2 --bootstrap 200 --out_dir $$(@D) --overwrite \
+# 3. The methods at several temperatures. 8. At temperature 1, four samples a prompt.
+$(E)/temperatures-$(1)/report.json $(E)/diversity-$(1)/report.json: $(METHODS:%=$(E)/%-$(1)/report.json) evaluate.py
+$(E)/temperatures-$(1)/report.json:
+	$(RUN) evaluate.py --gold data/toy.py --seed $(1) --num_samples 1 --bootstrap 200 --out_dir $$(@D) --overwrite \
 	  --policies $$(call list,$(E)/sft-medium-$(1) $(foreach t,0 0.25 0.5 0.75 1,\
-	  $(E)/sft-medium-$(1)@temperature=$(t) $(foreach p,chosen held-12000 dpo-beta-0.3,$(E)/$(p)-$(1)@temperature=$(t)) \
+	  $(E)/sft-medium-$(1)@temperature=$(t) $(METHODS:%=$(E)/%-$(1)@temperature=$(t)) \
 	  $(if $(filter-out 0,$(t)),$(E)/sft-medium-$(1)@temperature=$(t)@best_of=4:$(E)/$(BEST)-$(1))))
+$(E)/diversity-$(1)/report.json:
+	$(RUN) evaluate.py --gold data/toy.py --seed $(1) --num_prompts 500 --num_samples 4 --best_of_samples 4 --bootstrap 200 \
+	  --out_dir $$(@D) --overwrite --policies $$(call list,$(E)/sft-medium-$(1) $(METHODS:%=$(E)/%-$(1)) \
+	  $(E)/sft-medium-$(1)@best_of=4:$(E)/$(BEST)-$(1))
 endef
 $(foreach seed,$(SEEDS),$(eval $(call sources,$(seed))))
 
 # Runs of one name in all seeds, as a list; of an evaluation's policy; and as files to wait for.
 runs = $(call list,$(SEEDS:%=$(E)/$(1)-%))
-policy = $(call list,$(foreach s,$(SEEDS),$(E)/temperatures-$(s)$(hash)$(E)/$(1)-$(s)@temperature=$(2)$(3:%=@best_of=4:$(E)/$(BEST)-$(s))))
-point = $(call list,$(foreach s,$(SEEDS),$(E)/points-$(s)$(hash)$(E)/$(1)-$(s)))
+# In an evaluation $(1), of policy $(2) as $(3).
+policy = $(call list,$(foreach s,$(SEEDS),$(E)/$(1)-$(s)$(hash)$(E)/$(2)-$(s)$(3)))
+best_of_4 = $(call list,$(foreach s,$(SEEDS),$(E)/$(1)-$(s)$(hash)$(E)/sft-medium-$(s)$(2)@best_of=4:$(E)/$(BEST)-$(s)))
+point = $(call policy,points,$(1))
 best_of = $(call list,$(foreach s,$(SEEDS),$(E)/best-of-$(1)-$(s)$(hash)best_of$(2)))
 reports = $(foreach r,$(1),$(SEEDS:%=$(E)/$(r)-%/report.json))
 FIGURE = $(PYTHON) evaluate.py
@@ -483,23 +492,22 @@ figure-overoptimisation: $(call reports,$(free) $(held) $(LINES:%=best-of-%))
 	  --out runs/figures/overoptimisation
 
 figure-frontier: $(call reports,points best-of-12000)
-	$(FIGURE) points $(foreach b,$(BETAS),"PPO:$(b)=$(call point,ppo-beta-$(b))") "PPO:0.2=$(call point,held-12000)" \
-	  "PPO:0=$(call point,free-12000)" $(foreach b,$(DPO_BETAS),"DPO:$(b)=$(call point,dpo-beta-$(b))") \
+	$(FIGURE) points $(foreach b,$(BETAS),"PPO:$(b)=$(call point,ppo-beta-$(b))") \
+	  $(foreach b,$(DPO_BETAS),"DPO:$(b)=$(call point,dpo-beta-$(b))") \
 	  $(foreach n,2 4 8 16,"best of n (KL at most):$(n)=$(call best_of,12000,=$(n))") \
 	  "SFT on chosen=$(call point,chosen)" "SFT=$(call point,sft-medium)" \
 	  --title "Score against KL; labels are beta, or n" --out runs/figures/frontier
 
 figure-temperatures: $(call reports,temperatures)
-	$(FIGURE) points $(foreach t,0 0.25 0.5 0.75 1,"SFT:$(t)=$(call policy,sft-medium,$(t))" \
-	  "SFT on chosen:$(t)=$(call policy,chosen,$(t))" "PPO:$(t)=$(call policy,held-12000,$(t))" \
-	  "DPO:$(t)=$(call policy,dpo-beta-0.3,$(t))") \
-	  $(foreach t,0.25 0.5 0.75 1,"best of 4:$(t)=$(call policy,sft-medium,$(t),1)") \
+	$(FIGURE) points $(foreach t,0 0.25 0.5 0.75 1,$(foreach m,SFT=sft-medium SFT_on_chosen=chosen PPO=ppo-beta-0.2 \
+	  DPO=dpo-beta-0.3,"$(subst _, ,$(firstword $(subst =, ,$(m)))):$(t)=$(call policy,temperatures,$(lastword $(subst =, ,$(m))),@temperature=$(t))")) \
+	  $(foreach t,0.25 0.5 0.75 1,"best of 4:$(t)=$(call best_of_4,temperatures,@temperature=$(t))") \
 	  --x label --y wins,gold --x_label "sampling temperature" \
 	  --title "Against SFT sampled at temperature 1" --out runs/figures/temperatures
 
 figure-ablations: $(call reports,points)
-	$(FIGURE) rows "PPO=$(call point,held-12000)" "no KL=$(call point,free-12000)" \
-	  "value network from SFT=$(call point,ablation-from_sft)" "8 likeliest tokens sampled=$(call point,ablation-top_k)" \
+	$(FIGURE) rows "PPO=$(call point,ppo-beta-0.2)" "no KL=$(call point,ppo-beta-0)" \
+	  "value network from scratch=$(call point,ablation-from_scratch)" "value network from SFT=$(call point,ablation-from_sft)" "8 likeliest tokens sampled=$(call point,ablation-top_k)" \
 	  "advantages not whitened=$(call point,ablation-unwhitened)" "1 epoch=$(call point,ablation-epochs_1)" \
 	  "4 epochs=$(call point,ablation-epochs_4)" "J^KL=$(call point,ablation-kl)" \
 	  "REINFORCE=$(call point,ablation-reinforce)" "RLOO$(comma) 4 samples=$(call point,ablation-rloo)" \
@@ -521,11 +529,15 @@ figure-tax: $(call reports,held-12000 free-12000 ptx)
 	$(FIGURE) curves "PPO=$(call runs,held-12000)" "PPO$(comma) no KL=$(call runs,free-12000)" "PPO-ptx=$(call runs,ptx)" \
 	  --y nll,gold --title "What the policy forgets" --out runs/figures/tax
 
-figure-diversity: $(call reports,temperatures)
-	$(FIGURE) rows "SFT=$(call policy,sft-medium,1)" "SFT on chosen=$(call policy,chosen,1)" \
-	  "PPO=$(call policy,held-12000,1)" "DPO=$(call policy,dpo-beta-0.3,1)" "best of 4=$(call policy,sft-medium,1,1)" \
-	  --columns distinct_2_a_prompt,different_a_prompt,distinct_1,distinct_2 --title "Diversity at temperature 1" \
-	  --out runs/figures/diversity
+figure-diversity: $(call reports,diversity)
+	$(FIGURE) rows "SFT=$(call policy,diversity,sft-medium)" "SFT on chosen=$(call policy,diversity,chosen)" \
+	  "PPO=$(call policy,diversity,ppo-beta-0.2)" "DPO=$(call policy,diversity,dpo-beta-0.3)" \
+	  "best of 4=$(call best_of_4,diversity)" \
+	  --columns distinct_2_a_prompt,different_a_prompt,entropy_2_a_prompt,distinct_1,distinct_2,entropy_2 \
+	  --title "Diversity at temperature 1: of four responses to a prompt, and of all" --out runs/figures/diversity
+	$(FIGURE) rows "SFT=$(call policy,diversity,sft-medium)" "SFT on chosen=$(call policy,diversity,chosen)" \
+	  "PPO=$(call policy,diversity,ppo-beta-0.2)" "DPO=$(call policy,diversity,dpo-beta-0.3)" \
+	  --columns entropy,kl,gold --title "Entropy of a response" --out runs/figures/entropy
 
 figure-noise: $(call reports,$(foreach l,unflipped dpo conservative robust,noise-$(l)))
 	$(FIGURE) rows "DPO$(comma) labels as they are=$(call runs,noise-unflipped)" "DPO=$(call runs,noise-dpo)" \

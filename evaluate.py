@@ -20,6 +20,7 @@ length too.
 """
 
 import argparse
+import collections
 import copy
 import dataclasses
 import datetime
@@ -51,6 +52,7 @@ from model import (
     at_least_float32,
     check_tokenizer,
     encode,
+    entropy,
     generate,
     last_score,
     load_config,
@@ -461,14 +463,15 @@ def sample_policy(
     return samples
 
 
-def sequence_kl(policy, reference, samples, temperature, cfg, device, rank, world):
-    """KL to the reference of each sample: sum over its tokens of the KL of the two next-token
-    distributions, nats; its mean is unbiased, and varies less than log-ratios of the tokens drawn.
+def kl_and_entropy(policy, reference, samples, temperature, cfg, device, rank, world):
+    """KL to the reference, and entropy, of each sample: sums over its tokens of those of the
+    next-token distributions, nats. Their means are, without bias, the KL and the entropy of the
+    distributions of whole responses, and vary less than log-probabilities of the tokens drawn.
 
-    A list (prompts) of lists. The policy's logits are divided by its temperature, the reference's
-    are as they are; at temperature 0 the policy puts probability 1 on what it said, so that the KL
-    is -log pi_ref of it. In the models' own precision: logits rounded to bfloat16 would add some
-    0.01 nats a token to every KL. None if told to stop.
+    Two lists (prompts) of lists. The policy's logits are divided by its temperature, the
+    reference's are as they are; at temperature 0 the policy puts probability 1 on what it said, so
+    that the KL is -log pi_ref of it and the entropy 0. In the models' own precision: logits rounded
+    to bfloat16 would add some 0.01 nats a token to every KL. None if told to stop.
     """
     rows = [(i, sample) for i, some in enumerate(samples) for sample in some]
     order = sorted(
@@ -496,15 +499,21 @@ def sequence_kl(policy, reference, samples, temperature, cfg, device, rank, worl
             ):
                 ref_logprobs = reference.head(ref_piece).log_softmax(-1)  # (n, V)
                 if temperature == 0:
-                    pieces.append(-ref_logprobs.gather(1, target[:, None]).squeeze(1))
+                    kl = -ref_logprobs.gather(1, target[:, None]).squeeze(1)
+                    pieces.append(torch.stack([kl, torch.zeros_like(kl)]))
                     continue
                 logprobs = (policy.head(piece) / temperature).log_softmax(-1)
-                pieces.append((logprobs.exp() * (logprobs - ref_logprobs)).sum(-1))
-        kl = torch.cat(pieces)  # (N,)
-        sums = kl.new_zeros(mask.shape).masked_scatter(mask, kl).sum(1)  # (B,)
-        found += zip(numbers, sums.tolist(), strict=True)
-    values = iter(value for _, value in sorted(gather(found, device)))
-    return [[next(values) for _ in some] for some in samples]
+                kl = (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
+                pieces.append(torch.stack([kl, entropy(logprobs)]))
+        both = torch.cat(pieces, 1)  # (2, N)
+        inside = mask.expand(2, -1, -1)
+        sums = both.new_zeros(inside.shape).masked_scatter(inside, both).sum(2)  # (2, B)
+        found += zip(numbers, *sums.tolist(), strict=True)
+    tables = []
+    for values in list(zip(*sorted(gather(found, device)), strict=True))[1:]:
+        values = iter(values)
+        tables.append([[next(values) for _ in some] for some in samples])
+    return tables
 
 
 # --- judges ---------------------------------------------------------------------------------------
@@ -866,6 +875,19 @@ def distinct(texts, n):
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+def gram_entropy(texts, n):
+    """Entropy, nats, of the n-grams of words as they occur in all texts taken together (Zhang et
+    al. 2018, arXiv:1809.05972): unlike `distinct`, it sees how often. It grows with the number of
+    texts, and only policies with equally many compare; 0 when there is no n-gram."""
+    counts = collections.Counter(
+        tuple(words[i : i + n])
+        for words in (text.split() for text in texts)
+        for i in range(len(words) - n + 1)
+    )
+    shares = [count / counts.total() for count in counts.values()]
+    return -sum(share * math.log(share) for share in shares)
+
+
 def least_squares(columns, y):
     """y = columns @ coefficients + noise of one variance. -> coefficients, their standard errors.
 
@@ -907,11 +929,13 @@ def describe(samples, prompts, gold, cfg):
         "empty": float(np.mean([not text.strip() for text in texts])),
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),
+        "entropy_2": gram_entropy(texts, 2),
     }
     if len(every) > len(samples):
         # Over one prompt's samples: does the policy say one thing, whatever it is asked?
         each = [[sample["text"] for sample in some] for some in samples]
         found["distinct_2_a_prompt"] = float(np.mean([distinct(some, 2) for some in each]))
+        found["entropy_2_a_prompt"] = float(np.mean([gram_entropy(some, 2) for some in each]))
         found["different_a_prompt"] = float(np.mean([len(set(some)) / len(some) for some in each]))
     groups = {}
     for line, some in zip(prompts, samples, strict=True):
@@ -1166,11 +1190,12 @@ def write_report(cfg, report, judges, show, prompts, samples, scores, figures):
             rows.append([name, *(f"{found[part]:.3f}" for part in parts)])
         text += ["", f"## What gold says of {task}", "", *markdown(rows)]
     keys = ["distinct_1", "distinct_2", "distinct_2_a_prompt", "different_a_prompt"]
-    keys += ["words", "empty"]
-    rows = [["policy", *(key.replace("_", " ") for key in keys)]]
+    keys += ["entropy_2", "entropy_2_a_prompt", "words", "empty"]
+    rows = [["policy", "entropy, nats", *(key.replace("_", " ") for key in keys)]]
     for name in names:
         found = report["policies"][name]
-        rows.append([name, *(f"{found[key]:.3f}" if key in found else "" for key in keys)])
+        cells = [f"{found[key]:.3f}" if key in found else "" for key in keys]
+        rows.append([name, interval_text(found["entropy"]), *cells])
     text += ["", "## Variety", "", *markdown(rows)]
     if report.get("best_of_n"):
         has_gold, N = "gold" in report["best_of_n"][0], len(report["best_of_n"])
@@ -1519,7 +1544,7 @@ def numbers_of(name):
             policy, first = report["policies"][part], next(iter(report["policies"]))
             found = {k: v for k, v in policy.items() if type(v) in (int, float)}
             found |= {judge: value[0] for judge, value in policy["scores"].items()}
-            found["kl"] = policy["kl"][0] if policy["kl"] else None
+            found |= {key: policy[key][0] for key in ("kl", "entropy") if policy.get(key)}
             wins = report["win_rate"].get("gold", {}).get(part, {}).get(first)
             found["wins"] = 0.5 if part == first else wins[0] if wins else None
         else:
@@ -1889,13 +1914,15 @@ def main():
             if values is None:
                 stop()
             some = choose_best(some, values, policy["best_of"])
-        samples[name], kl = some, None
+        samples[name], kl, spread = some, None, None
         if policy["best_of"] == 1:
-            kl = sequence_kl(model, reference, some, temperature, *how)
-            if kl is None:
+            tables = kl_and_entropy(model, reference, some, temperature, *how)
+            if tables is None:
                 stop()
-            kl = [float(np.mean(values)) for values in kl]
-            kl = mean_with_interval(kl, cfg.bootstrap, cfg.seed)
+            kl, spread = (
+                mean_with_interval([np.mean(x) for x in table], cfg.bootstrap, cfg.seed)
+                for table in tables
+            )
         elif Path(policy["run"]).resolve() == Path(reference_name).resolve() and temperature == 1:
             kl = [best_of_n_kl(policy["best_of"]), None, None]
         for by, loaded in judges.items():
@@ -1916,6 +1943,7 @@ def main():
         if rank == 0:
             found = describe(some, prompts, gold, cfg) | {"kl": kl, "scores": {}}
             found["kl_is_bound"] = policy["best_of"] > 1 and kl is not None
+            found["entropy"] = spread  # of the response, nats; who chooses has none that is known
             found["training_seconds"] = training_seconds(policy)
             found["seconds"] = round(time.time() - begun, 1)
             report["policies"][name] = found

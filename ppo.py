@@ -115,7 +115,7 @@ class Config:
     value_init: Annotated[
         str,
         "reward model that the value network starts as; policy: --init's trunk under a head of 0; "
-        "empty: the first reward model of --reward, else policy",
+        "random: no trunk's; empty: the first reward model of --reward, else policy",
     ] = ""
     gold: Annotated[str, "Python file whose score(prompt, response, **fields) is the truth"] = ""
     out_dir: Annotated[str, "run directory"] = "runs/ppo"
@@ -1159,7 +1159,7 @@ def main():
     if cfg.kl_target and cfg.kl_horizon < cfg.batch_size:
         refuse("--kl_horizon: expected at least --batch_size, or beta could fall below 0")
     if cfg.value_init.endswith(".py"):
-        refuse("--value_init: expected a reward model's run directory")
+        refuse("--value_init: expected a reward model's run directory, policy or random")
     if cfg.combine == "llama2" and (len(names) != 2 or cfg.reward_weights):
         refuse("--combine llama2: expected two rewards, helpful,safe, without weights")
     if not names or len(weights) != len(names) or not sum(weights) > 0:
@@ -1191,8 +1191,12 @@ def main():
                 rewards[n] = kind, model, raw
     modules, statistics = {"policy": policy}, raw
     value_init = cfg.value_init or (models[0] if models else "policy")
-    if cfg.advantage == "gae" and value_init == "policy":
-        modules["value"] = add_scalar_head(policy)
+    if cfg.advantage == "gae" and value_init in ("policy", "random"):
+        torch.manual_seed(cfg.seed)
+        if value_init == "policy":
+            modules["value"] = add_scalar_head(policy)
+        else:
+            modules["value"] = GPT(policy.config, scalar_head=True)
         torch.nn.init.zeros_(modules["value"].score.weight)
     elif cfg.advantage == "gae":
         # It starts knowing what a finished response scores (Stiennon et al. 2020).
@@ -1228,7 +1232,7 @@ def main():
         ptx_held, _ = read_ptx(cfg.ptx_validation, tokenizer, policy.config.n_positions)
     files = (cfg.prompts, cfg.validation, cfg.ptx_data, cfg.ptx_validation)
     inputs = [path for path in files if path]
-    starts = [cfg.value_init] if cfg.value_init not in ("", "policy") else []
+    starts = [cfg.value_init] if cfg.value_init not in ("", "policy", "random") else []
     for directory in [cfg.init, *models, *starts]:
         inputs += [*weight_files(Path(directory)), Path(directory) / "config.json"]
     inputs += [name for name in [*names, cfg.gold] if name.endswith(".py")]

@@ -199,6 +199,16 @@ def test_distinct():
     assert evaluate.distinct(["", "a"], 2) == 0.0
 
 
+def test_entropy_of_words():
+    """The same texts: a b twice of seven words each way; pairs ab x3, ba x1, bc x1 of five."""
+    texts = ["a b a b", "a b c"]
+    words = [3 / 7, 3 / 7, 1 / 7]
+    expected = -sum(p * math.log(p) for p in words)
+    assert evaluate.gram_entropy(texts, 1) == pytest.approx(expected)
+    assert evaluate.gram_entropy(texts, 2) == pytest.approx(0.950271, abs=1e-6)
+    assert evaluate.gram_entropy(["", "a"], 2) == 0.0
+
+
 # --- KL -------------------------------------------------------------------------------------------
 
 
@@ -207,9 +217,9 @@ def evaluation_config(**settings):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_kl_is_the_exact_divergence(small_gpt, temperature):
-    """Every response of up to 3 tokens, with its probability: the mean of `sequence_kl` is the sum
-    of p log(p / q) over them, to 1e-9."""
+def test_kl_and_entropy_are_exact(small_gpt, temperature):
+    """Every response of up to 3 tokens, with its probability: the means of `kl_and_entropy` are the
+    sums of p log(p / q) and of -p log p over them, to 1e-9."""
     policy = small_gpt(vocab_size=4, dtype=torch.float64, initializer_range=0.6)
     reference = small_gpt(vocab_size=4, dtype=torch.float64, initializer_range=0.6, seed=1)
     prompt, eos, responses = [1, 2], 3, []
@@ -230,12 +240,13 @@ def test_kl_is_the_exact_divergence(small_gpt, temperature):
     samples = [[{"prompt_ids": prompt, "ids": response} for response in responses]]
     cfg, cpu = evaluation_config(micro_batch_size=5), torch.device("cpu")
     arguments = (temperature, cfg, cpu, 0, 1)
-    (values,) = evaluate.sequence_kl(policy, reference, samples, *arguments)
-    assert np.exp(p) @ values == pytest.approx(np.exp(p) @ (p - q), abs=1e-9)
+    (kl,), (entropy,) = evaluate.kl_and_entropy(policy, reference, samples, *arguments)
+    assert np.exp(p) @ kl == pytest.approx(np.exp(p) @ (p - q), abs=1e-9)
+    assert np.exp(p) @ entropy == pytest.approx(-np.exp(p) @ p, abs=1e-9)
     greedy = (0.0, *arguments[1:])
-    (values,) = evaluate.sequence_kl(policy, reference, samples, *greedy)
-    assert values == pytest.approx(-q, abs=1e-9)
-    (zero,) = evaluate.sequence_kl(policy, policy, samples, 1.0, *arguments[1:])
+    (kl,), (entropy,) = evaluate.kl_and_entropy(policy, reference, samples, *greedy)
+    assert kl == pytest.approx(-q, abs=1e-9) and set(entropy) == {0.0}
+    (zero,), _ = evaluate.kl_and_entropy(policy, policy, samples, 1.0, *arguments[1:])
     assert zero == pytest.approx(np.zeros(len(zero)), abs=1e-12)
 
 
@@ -765,4 +776,8 @@ def test_by_another_field_and_several_of_the_best(tmp_path, monkeypatch, policy_
     assert set(report["by_task"]["gold"]) == {"upper", "lower"}
     assert set(report["policies"][best]["parts"]) == {"all", "upper", "lower"}
     assert report["policies"][best]["samples"] == 16
-    assert "distinct_2_a_prompt" in report["policies"][best]
+    found = report["policies"]
+    assert {"distinct_2_a_prompt", "entropy_2_a_prompt"} <= set(found[best])
+    assert found[best]["entropy"] is None and found[str(policy_run)]["entropy"][0] > 0
+    header = [x for x in (tmp_path / "out/report.md").read_text().splitlines() if "entropy" in x]
+    assert header[0].startswith("| policy | entropy, nats | distinct 1 |")

@@ -930,6 +930,19 @@ def test_several_rewards_and_other_choices(data, tmp_path, monkeypatch):
     assert metrics(tmp_path / "alone")[0]["score"] == pytest.approx(scores[2])
 
 
+def test_a_value_network_from_scratch(data, tmp_path, monkeypatch):
+    """--value_init random: worth 0 at first, as under policy; another trunk, so that it learns
+    otherwise; the same one again, whatever the default generator had drawn before."""
+    logs = []
+    for how in ("policy", "random", "random"):
+        out = tmp_path / str(len(logs))
+        more = ["--value_init", how, "--steps", 2, "--batch_size", 8, "--validation", ""]
+        assert run(monkeypatch, *flags(data, out, *more)) == 0
+        logs.append([(x["explained_variance"], x["value_loss"]) for x in metrics(out)])
+    assert logs[0] != logs[1] and logs[1] == logs[2]
+    assert logs[0][0][0] == logs[1][0][0] == 0.0
+
+
 def test_what_did_not_end():
     """It scores the smaller of --missing_eos_score and the lowest in the batch; rows that a rank
     without episodes goes along with count for nothing."""
