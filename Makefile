@@ -397,6 +397,7 @@ MEMBERS := 0 1 2 3
 BLEU := --reward data/bleu.py --beta 0 --advantage rloo --num_samples 4 --update_epochs 1 \
   --steps 60
 MLE := --ptx_data data/toy/demonstrations.jsonl --ptx_coef 0.1
+BLEUS := scratch alone mixed
 
 METHODS := chosen ppo-beta-0.2 dpo-beta-0.3
 POINTS := chosen $(BETAS:%=ppo-beta-%) $(DPO_BETAS:%=dpo-beta-%) $(ABLATIONS:%=ablation-%)
@@ -434,6 +435,10 @@ $(E)/bleu-alone-$(1)/report.json $(E)/bleu-mixed-$(1)/report.json: $(E)/sft-medi
 $(call ppo_run,bleu-scratch,$(1),,$(ALONG) $(BLEU),untrained)
 $(call ppo_run,bleu-alone,$(1),,$(ALONG) $(BLEU))
 $(call ppo_run,bleu-mixed,$(1),,$(ALONG) $(BLEU) $(MLE))
+
+$(E)/bleu-$(1)/report.json: $(BLEUS:%=$(E)/bleu-%-$(1)/report.json) evaluate.py
+	$(RUN) evaluate.py --gold data/toy.py --judges data/bleu.py --seed $(1) --num_samples 1 --bootstrap 200 --out_dir $$(@D) \
+	  --overwrite --policies $$(call list,$(E)/sft-medium-$(1) $(BLEUS:%=$(E)/bleu-%-$(1)))
 
 $(E)/flipped-$(1).jsonl: $(E)/feedback-$(1)/report.json
 	$(PYTHON) data/convert.py pairs $$(<D)/rankings.jsonl $$@ --flip 0.25 --seed $(1)
@@ -514,10 +519,14 @@ figure-ablations: $(call reports,points)
 	  "GRPO$(comma) 4 samples=$(call point,ablation-grpo)" --columns gold,wins,kl,distinct_2,training_seconds \
 	  --title "PPO without one of its parts, or with another in its place" --out runs/figures/ablations
 
-figure-bleu: $(call reports,bleu-scratch bleu-alone bleu-mixed)
+figure-bleu: $(call reports,bleu)
 	$(FIGURE) curves "RL from scratch=$(call runs,bleu-scratch)" "RL after MLE=$(call runs,bleu-alone)" \
-	  "RL mixed with MLE$(comma) after MLE=$(call runs,bleu-mixed)" --y proxy,nll \
+	  "RL mixed with MLE$(comma) after MLE=$(call runs,bleu-mixed)" --y proxy,gold,nll \
 	  --y_labels "smoothed BLEU of sentences" --title "BLEU as the reward; MLE alone is where the upper two begin" --out runs/figures/bleu
+	$(FIGURE) rows "MLE=$(call policy,bleu,sft-medium)" "RL from scratch=$(call policy,bleu,bleu-scratch)" \
+	  "RL after MLE=$(call policy,bleu,bleu-alone)" "RL mixed with MLE=$(call policy,bleu,bleu-mixed)" \
+	  --columns data/bleu.py,gold,wins,kl,entropy --title "BLEU as the reward, on test prompts" --out runs/figures/bleu_rows
+	for seed in $(SEEDS); do $(PYTHON) data/bleu.py $(E)/bleu-$$seed/samples-?.jsonl; done
 
 figure-ensembles: $(call reports,single mean min)
 	$(FIGURE) curves "one reward model=$(call runs,single)" "mean of four=$(call runs,mean)" \

@@ -1,6 +1,7 @@
 """BLEU (Papineni et al. 2002) of a response against its prompt's `reference`, as a reward.
 
     python ppo.py --reward data/bleu.py --prompts prompts.jsonl      # lines with `reference`
+    python data/bleu.py runs/evaluation/samples-0.jsonl              # BLEU of a policy's samples
 
     BLEU-4 = min(1, exp(1 - r / c)) * (p_1 p_2 p_3 p_4)^(1/4)
 
@@ -13,8 +14,10 @@ lower case.
 """
 
 import collections
+import json
 import math
 import re
+import sys
 
 WORD = re.compile(r"\w+|[^\w\s]")
 ORDERS = (1, 2, 3, 4)
@@ -63,3 +66,25 @@ def explain(prompt, response, *, reference, **fields):
         hits, total = matches(ours, theirs, n)
         parts[f"precision_{n}"] = hits / max(total, 1)
     return parts
+
+
+def main():
+    """Prints BLEU-4 of each samples file, all its responses being one corpus."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    for path in sys.argv[1:]:
+        pairs, number = [], 0
+        try:
+            with open(path, encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    record = json.loads(line)
+                    pairs += [(text, record["reference"]) for text in record["responses"]]
+            found = corpus_bleu(pairs)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            print(f"{path}:{number}: no samples with `reference`: {error!r}", file=sys.stderr)
+            sys.exit(2)
+        print(f"{path}: BLEU {found:.4f} of {len(pairs)} responses")
+
+
+if __name__ == "__main__":
+    main()

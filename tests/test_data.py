@@ -666,6 +666,26 @@ def test_bleu_by_hand():
     assert bleu.corpus_bleu([pair, other]) == pytest.approx(expected)
 
 
+def test_bleu_of_samples(tmp_path, monkeypatch, capsys):
+    """python data/bleu.py FILE: all responses of a file are one corpus; a file of other lines is
+    refused in one line."""
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    pairs = [("the cat sat on the mat", "The cat is on the mat."), ("a dog ran to", "a dog ran to")]
+    pairs += [("a dog ran off", "a dog ran to")]
+    lines = [{"prompt": "", "responses": [pairs[0][0]], "reference": pairs[0][1]}]
+    lines += [{"prompt": "", "responses": [p[0] for p in pairs[1:]], "reference": "a dog ran to"}]
+    good.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    bad.write_text(json.dumps(lines[0]) + "\n" + '{"prompt": "", "responses": ["x"]}\n')
+    monkeypatch.setattr(sys, "argv", ["bleu.py", str(good)])
+    bleu.main()
+    expected = bleu.corpus_bleu(pairs)
+    assert expected > 0 and f"BLEU {expected:.4f} of 3 responses" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["bleu.py", str(good), str(bad)])
+    with pytest.raises(SystemExit, match="2"):
+        bleu.main()
+    assert f"{bad}:2: no samples with `reference`: KeyError" in capsys.readouterr().err
+
+
 def test_bleu_at_its_ends():
     text = "To fix a bike, you need logs and oil."
     assert bleu.corpus_bleu([(text, text)]) == 1 == bleu.score("", text, reference=text)
