@@ -73,15 +73,15 @@ def main():
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     for path in sys.argv[1:]:
-        pairs, number = [], 0
+        pairs, where = [], path
         try:
             with open(path, encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
-                    record = json.loads(line)
+                    where, record = f"{path}:{number}", json.loads(line)
                     pairs += [(text, record["reference"]) for text in record["responses"]]
             found = corpus_bleu(pairs)
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            print(f"{path}:{number}: no samples with `reference`: {error!r}", file=sys.stderr)
+            print(f"{where}: no samples with `reference`: {error!r}", file=sys.stderr)
             sys.exit(2)
         print(f"{path}: BLEU {found:.4f} of {len(pairs)} responses")
 
