@@ -77,7 +77,8 @@ def main():
         try:
             with open(path, encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
-                    where, record = f"{path}:{number}", json.loads(line)
+                    where = f"{path}:{number}"
+                    record = json.loads(line)
                     pairs += [(text, record["reference"]) for text in record["responses"]]
             found = corpus_bleu(pairs)
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:

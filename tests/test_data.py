@@ -684,6 +684,10 @@ def test_bleu_of_samples(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         bleu.main()
     assert f"{bad}:2: no samples with `reference`: KeyError" in capsys.readouterr().err
+    bad.write_text("{")
+    with pytest.raises(SystemExit, match="2"):
+        bleu.main()
+    assert f"{bad}:1: no samples with `reference`: JSONDecodeError" in capsys.readouterr().err
 
 
 def test_bleu_at_its_ends():
