@@ -325,6 +325,12 @@ MUTATIONS = {
             'value_init = models[0] if models else "policy"',
         ),
         (
+            "a value network from scratch that is the policy's trunk",
+            "ppo.py",
+            'modules["value"] = GPT(policy.config, scalar_head=True)',
+            'modules["value"] = add_scalar_head(policy)',
+        ),
+        (
             "NaN goes on",
             "ppo.py",
             "if not finite and scaler.get_scale() <= 1:",
@@ -727,6 +733,94 @@ MUTATIONS = {
             "rlaif.py",
             'group["lr"] = rate * peak',
             'group["lr"] = peak',
+        ),
+    ],
+    "evaluate": [
+        (
+            "KL the other way round",
+            "evaluate.py",
+            "kl = (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)",
+            "kl = (ref_logprobs.exp() * (ref_logprobs - logprobs)).sum(-1)",
+        ),
+        (
+            "the reference's entropy",
+            "evaluate.py",
+            "pieces.append(torch.stack([kl, entropy(logprobs)]))",
+            "pieces.append(torch.stack([kl, entropy(ref_logprobs)]))",
+        ),
+        (
+            "the reference at the policy's temperature",
+            "evaluate.py",
+            "ref_logprobs = reference.head(ref_piece).log_softmax(-1)",
+            "ref_logprobs = (reference.head(ref_piece) / (temperature or 1)).log_softmax(-1)",
+        ),
+        (
+            "entropy of different words, not of how often",
+            "evaluate.py",
+            "shares = [count / counts.total() for count in counts.values()]",
+            "shares = [1 / len(counts) for count in counts.values()]",
+        ),
+        (
+            "best of n with replacement",
+            "evaluate.py",
+            "weights[n - 1, i - 1] = math.comb(i - 1, n - 1) / math.comb(N, n)",
+            "weights[n - 1, i - 1] = (i / N) ** n - ((i - 1) / N) ** n",
+        ),
+        (
+            "ties of the proxy as they stand",
+            "evaluate.py",
+            "values[:] = (np.bincount(which, weights=values) / counts)[which]",
+            "pass",
+        ),
+        (
+            "a law of RL for best-of-n",
+            "evaluate.py",
+            "bend = d**2 if best_of else d * np.log(d)",
+            "bend = d * np.log(d)",
+        ),
+        (
+            "gold gained over nothing",
+            "evaluate.py",
+            "x[y] - lines[0][y]) for x in lines[1:]",
+            "x[y]) for x in lines[1:]",
+        ),
+        (
+            "intervals of a normal distribution",
+            "evaluate.py",
+            "t = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom",
+            "t = 1.96",
+        ),
+        (
+            "the worst of several chosen",
+            "evaluate.py",
+            "some[max(group, key=lambda k: values[k])]",
+            "some[min(group, key=lambda k: values[k])]",
+        ),
+        (
+            "KL of an evaluation's wrong policy",
+            "evaluate.py",
+            'policy, first = report["policies"][part], next(iter(report["policies"]))',
+            'policy = report["policies"][first := next(iter(report["policies"]))]',
+        ),
+    ],
+    "data": [
+        (
+            "n-grams counted as often as they are said",
+            "data/bleu.py",
+            "sum(min(count, known[gram]) for gram, count in grams.items())",
+            "sum(count for gram, count in grams.items() if gram in known)",
+        ),
+        (
+            "no brevity penalty",
+            "data/bleu.py",
+            "math.exp(min(0.0, 1 - r / c) + sum",
+            "math.exp(sum",
+        ),
+        (
+            "each prompt's last response alone",
+            "data/bleu.py",
+            'pairs += [(text, record["reference"]) for text in record["responses"]]',
+            'pairs += [(record["responses"][-1], record["reference"])]',
         ),
     ],
     "collapse": [
