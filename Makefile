@@ -360,8 +360,10 @@ collapse-ppo: $(SEEDS:%=$(E)/collapse-evaluation-%/report.json)
 
 # Curves need evaluations along a run, held-out demonstrations among them: what the policy forgets.
 ALONG := --ptx_validation data/toy/demonstrations_validation.jsonl --eval_every 5
-# Points and rows are judged by evaluate.py, all policies on the same prompts.
+# Points and rows are judged by evaluate.py, all policies on the same prompts; score and KL have
+# settled long before iteration 30.
 LATER := --eval_every 0 --num_prompts 100
+SHORT := $(LATER) --steps 30
 # $(1) the run's name without its seed, $(2) seed, $(3) rewards' runs, $(4) flags, $(5) policy, if
 # not SFT's, $(6) command, if not ppo.py's
 define ppo_run
@@ -376,11 +378,10 @@ free := $(LINES:%=free-%)
 held := $(LINES:%=held-%)
 # 2. Score against KL: betas. 0.2 is PPO's default, 0.3 is DPO's.
 BETAS := 0 0.05 0.1 0.2 0.5
-DPO_BETAS := 0.03 0.1 0.3 1
+DPO_BETAS := 0.1 0.3 1
 # 4. PPO without one of its parts, or with another in its place.
-ABLATIONS := from_scratch from_sft top_k unwhitened epochs_1 epochs_4 kl reinforce rloo grpo
+ABLATIONS := from_scratch top_k unwhitened epochs_1 epochs_4 kl reinforce rloo grpo
 ABLATION_from_scratch := --value_init random
-ABLATION_from_sft := --value_init policy
 ABLATION_unwhitened := --no-whiten_advantages
 ABLATION_epochs_1 := --update_epochs 1
 ABLATION_epochs_4 := --update_epochs 4
@@ -399,7 +400,7 @@ BLEU := --reward data/bleu.py --beta 0 --advantage rloo --num_samples 4 --update
 MLE := --ptx_data data/toy/demonstrations.jsonl --ptx_coef 0.1
 BLEUS := scratch alone mixed
 
-METHODS := chosen ppo-beta-0.2 dpo-beta-0.3
+METHODS := chosen held-12000 dpo-beta-0.3
 POINTS := chosen $(BETAS:%=ppo-beta-%) $(DPO_BETAS:%=dpo-beta-%) $(ABLATIONS:%=ablation-%)
 
 define sources
@@ -409,16 +410,16 @@ $(E)/best-of-$(n)-$(1)/report.json: $(E)/reward-medium-$(n)-$(1)/report.json eva
 	$(RUN) evaluate.py --policies $(E)/sft-medium-$(1) --gold data/toy.py --best_of_n 32 --num_samples 1 --num_prompts 500 \
 	  --proxy $(E)/reward-medium-$(n)-$(1) --seed $(1) --out_dir $$(@D) --overwrite
 )
-$(foreach b,$(BETAS),$(call ppo_run,ppo-beta-$(b),$(1),$(BEST)-$(1),$(LATER) --beta $(b))
+$(foreach b,$(BETAS),$(call ppo_run,ppo-beta-$(b),$(1),$(BEST)-$(1),$(SHORT) --beta $(b))
 )
 $(foreach b,$(DPO_BETAS),
 $(E)/dpo-beta-$(b)-$(1)/report.json: $(E)/rankings-$(1)-12000.jsonl dpo.py
 	$$(call go,$(DPO) --init $(E)/sft-medium-$(1) --data $(E)/rankings-$(1)-12000.jsonl --seed $(1) --beta $(b) \
 	  --validation "" $(LATER) --cache $(E)/cache,dpo.py,$$(@D))
 )
-$(foreach a,$(filter-out top_k,$(ABLATIONS)),$(call ppo_run,ablation-$(a),$(1),$(BEST)-$(1),$(LATER) $(ABLATION_$(a)))
+$(foreach a,$(filter-out top_k,$(ABLATIONS)),$(call ppo_run,ablation-$(a),$(1),$(BEST)-$(1),$(SHORT) $(ABLATION_$(a)))
 )
-$(call ppo_run,ablation-top_k,$(1),$(BEST)-$(1),$(LATER),,$(TOP_K))
+$(call ppo_run,ablation-top_k,$(1),$(BEST)-$(1),$(SHORT),,$(TOP_K))
 $(call ppo_run,ptx,$(1),$(BEST)-$(1),$(ALONG) --ptx_coef 1 --ptx_data data/toy/demonstrations.jsonl)
 
 $(E)/chosen-$(1).jsonl: $(E)/feedback-$(1)/report.json
@@ -465,8 +466,8 @@ $(E)/points-$(1)/report.json: $(foreach p,$(POINTS),$(E)/$(p)-$(1)/report.json) 
 # 3. The methods at several temperatures. 8. At temperature 1, four samples a prompt.
 $(E)/temperatures-$(1)/report.json $(E)/diversity-$(1)/report.json: $(METHODS:%=$(E)/%-$(1)/report.json) evaluate.py
 $(E)/temperatures-$(1)/report.json:
-	$(RUN) evaluate.py --gold data/toy.py --seed $(1) --num_samples 1 --bootstrap 200 --out_dir $$(@D) --overwrite \
-	  --policies $$(call list,$(E)/sft-medium-$(1) $(foreach t,0 0.25 0.5 0.75 1,\
+	$(RUN) evaluate.py --gold data/toy.py --seed $(1) --num_prompts 500 --num_samples 1 --bootstrap 200 --out_dir $$(@D) \
+	  --overwrite --policies $$(call list,$(E)/sft-medium-$(1) $(foreach t,0 0.25 0.5 0.75 1,\
 	  $(E)/sft-medium-$(1)@temperature=$(t) $(METHODS:%=$(E)/%-$(1)@temperature=$(t)) \
 	  $(if $(filter-out 0,$(t)),$(E)/sft-medium-$(1)@temperature=$(t)@best_of=4:$(E)/$(BEST)-$(1))))
 $(E)/diversity-$(1)/report.json:
@@ -485,7 +486,7 @@ point = $(call policy,points,$(1))
 best_of = $(call list,$(foreach s,$(SEEDS),$(E)/best-of-$(1)-$(s)$(hash)best_of$(2)))
 reports = $(foreach r,$(1),$(SEEDS:%=$(E)/$(r)-%/report.json))
 FIGURE = $(PYTHON) evaluate.py
-FIGURES := overoptimisation frontier temperatures ablations bleu ensembles tax diversity noise
+FIGURES := overoptimisation frontier ablations temperatures diversity tax bleu noise ensembles
 
 figures: $(FIGURES:%=figure-%)
 
@@ -504,7 +505,7 @@ figure-frontier: $(call reports,points best-of-12000)
 	  --title "Score against KL; labels are beta, or n" --out runs/figures/frontier
 
 figure-temperatures: $(call reports,temperatures)
-	$(FIGURE) points $(foreach t,0 0.25 0.5 0.75 1,$(foreach m,SFT=sft-medium SFT_on_chosen=chosen PPO=ppo-beta-0.2 \
+	$(FIGURE) points $(foreach t,0 0.25 0.5 0.75 1,$(foreach m,SFT=sft-medium SFT_on_chosen=chosen PPO=held-12000 \
 	  DPO=dpo-beta-0.3,"$(subst _, ,$(firstword $(subst =, ,$(m)))):$(t)=$(call policy,temperatures,$(lastword $(subst =, ,$(m))),@temperature=$(t))")) \
 	  $(foreach t,0.25 0.5 0.75 1,"best of 4:$(t)=$(call best_of_4,temperatures,@temperature=$(t))") \
 	  --x label --y wins,gold --x_label "sampling temperature" \
@@ -512,7 +513,7 @@ figure-temperatures: $(call reports,temperatures)
 
 figure-ablations: $(call reports,points)
 	$(FIGURE) rows "PPO=$(call point,ppo-beta-0.2)" "no KL=$(call point,ppo-beta-0)" \
-	  "value network from scratch=$(call point,ablation-from_scratch)" "value network from SFT=$(call point,ablation-from_sft)" "8 likeliest tokens sampled=$(call point,ablation-top_k)" \
+	  "value network from scratch=$(call point,ablation-from_scratch)" "8 likeliest tokens sampled=$(call point,ablation-top_k)" \
 	  "advantages not whitened=$(call point,ablation-unwhitened)" "1 epoch=$(call point,ablation-epochs_1)" \
 	  "4 epochs=$(call point,ablation-epochs_4)" "J^KL=$(call point,ablation-kl)" \
 	  "REINFORCE=$(call point,ablation-reinforce)" "RLOO$(comma) 4 samples=$(call point,ablation-rloo)" \
@@ -540,12 +541,12 @@ figure-tax: $(call reports,held-12000 free-12000 ptx)
 
 figure-diversity: $(call reports,diversity)
 	$(FIGURE) rows "SFT=$(call policy,diversity,sft-medium)" "SFT on chosen=$(call policy,diversity,chosen)" \
-	  "PPO=$(call policy,diversity,ppo-beta-0.2)" "DPO=$(call policy,diversity,dpo-beta-0.3)" \
+	  "PPO=$(call policy,diversity,held-12000)" "DPO=$(call policy,diversity,dpo-beta-0.3)" \
 	  "best of 4=$(call best_of_4,diversity)" \
 	  --columns distinct_2_a_prompt,different_a_prompt,entropy_2_a_prompt,distinct_1,distinct_2,entropy_2 \
 	  --title "Diversity at temperature 1: of four responses to a prompt, and of all" --out runs/figures/diversity
 	$(FIGURE) rows "SFT=$(call policy,diversity,sft-medium)" "SFT on chosen=$(call policy,diversity,chosen)" \
-	  "PPO=$(call policy,diversity,ppo-beta-0.2)" "DPO=$(call policy,diversity,dpo-beta-0.3)" \
+	  "PPO=$(call policy,diversity,held-12000)" "DPO=$(call policy,diversity,dpo-beta-0.3)" \
 	  --columns entropy,kl,gold --title "Entropy of a response" --out runs/figures/entropy
 
 figure-noise: $(call reports,$(foreach l,unflipped dpo conservative robust,noise-$(l)))
