@@ -47,6 +47,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from model import (
     at_least_float32,
@@ -190,6 +191,7 @@ class RowsConfig:
 # --- from the plumbing of the training scripts (tests/test_copies.py) -----------------------------
 
 stop_signals = []  # the SIGTERMs that came to this rank
+stores = []  # torchrun's, where ranks leave word for each other
 
 
 def refuse(message):
@@ -238,8 +240,42 @@ def start_process(cfg):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         limit = datetime.timedelta(seconds=cfg.timeout_s)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+        store, rank, world = next(rendezvous("env://", timeout=limit))
+        stores.append(store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     return device, dtype, rank, world
+
+
+def guarded(main):
+    """Runs a script's main(). What the machine, the user or another rank does to it ends it in one
+    line with a status other than 0; what was saved stays."""
+    try:
+        main()
+    except OSError as error:  # a full disk, a folder that can't be written
+        sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from what was saved", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except RuntimeError as error:
+        # gloo's errors have no type of their own.
+        if not (stores and ("gloo" in str(error) or isinstance(error, dist.DistError))):
+            raise
+        sys.exit(
+            f"rank {dist.get_rank()}: rank {silent_ranks()} is gone, or did not answer within "
+            f"--timeout_s; --resume goes on from what was saved ({str(error)[:200]})"
+        )
+
+
+def silent_ranks():
+    """Those, as text, that do not say that they have waited in vain too."""
+    try:
+        stores[0].set(f"waiting {dist.get_rank()}", "")
+        time.sleep(2)  # their time runs out at nearly the same moment
+        others = range(dist.get_world_size())
+        return ", ".join(f"{n}" for n in others if not stores[0].check([f"waiting {n}"])) or "?"
+    except RuntimeError:  # without torchrun rank 0 keeps the store
+        return "0"
 
 
 def all_reduce(values, device):
@@ -2033,10 +2069,4 @@ def write_jsonl(path, records):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:  # a full disk, a folder that can't be written
-        sys.exit(f"{error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    guarded(main)

@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 from contextlib import contextmanager
 from itertools import pairwise
@@ -692,6 +693,17 @@ def whole_file(path):
         raise
 
 
+def check_space(path, tensors):
+    """OSError, in one line, unless the disk that `path` is to be on has room for the tensors."""
+    size = sum(x.numel() * x.element_size() for x in tensors)
+    free = shutil.disk_usage(Path(path).parent).free
+    if size > free:
+        raise OSError(
+            f"{path}: not written: {size / 2**30:.3f} GiB do not fit into the {free / 2**30:.3f} "
+            f"GiB that are free"
+        )
+
+
 def write_json(path, contents):
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -740,6 +752,7 @@ def save_model(directory, model, tokenizer, extra=None):
         tensor = tensor.t() if is_transposed(name) else tensor
         name = name if name == "score.weight" else "transformer." + name
         tensors[name] = tensor.detach().float().cpu().contiguous()
+    check_space(directory / "model.safetensors", tensors.values())
     with whole_file(directory / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     for name, contents in files.items():

@@ -60,12 +60,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from model import (
     GPT,
     at_least_float32,
+    check_space,
     check_tokenizer,
     encode,
     entropy,
@@ -257,6 +260,7 @@ class DirectConfig:
 # --- plumbing: the same text in every script (tests/test_copies.py) ---
 
 stop_signals = []  # the SIGTERMs that came to this rank
+stores = []  # torchrun's, where ranks leave word for each other
 
 
 def refuse(message):
@@ -305,8 +309,42 @@ def start_process(cfg):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         limit = datetime.timedelta(seconds=cfg.timeout_s)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+        store, rank, world = next(rendezvous("env://", timeout=limit))
+        stores.append(store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     return device, dtype, rank, world
+
+
+def guarded(main):
+    """Runs a script's main(). What the machine, the user or another rank does to it ends it in one
+    line with a status other than 0; what was saved stays."""
+    try:
+        main()
+    except OSError as error:  # a full disk, a folder that can't be written
+        sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from what was saved", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except RuntimeError as error:
+        # gloo's errors have no type of their own.
+        if not (stores and ("gloo" in str(error) or isinstance(error, dist.DistError))):
+            raise
+        sys.exit(
+            f"rank {dist.get_rank()}: rank {silent_ranks()} is gone, or did not answer within "
+            f"--timeout_s; --resume goes on from what was saved ({str(error)[:200]})"
+        )
+
+
+def silent_ranks():
+    """Those, as text, that do not say that they have waited in vain too."""
+    try:
+        stores[0].set(f"waiting {dist.get_rank()}", "")
+        time.sleep(2)  # their time runs out at nearly the same moment
+        others = range(dist.get_world_size())
+        return ", ".join(f"{n}" for n in others if not stores[0].check([f"waiting {n}"])) or "?"
+    except RuntimeError:  # without torchrun rank 0 keeps the store
+        return "0"
 
 
 def all_reduce(values, device):
@@ -422,8 +460,11 @@ def open_run(cfg, inputs, device, rank, world):
 
 
 def append_line(path, record):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OSError(f"{path}: could not be written: {error}") from error
 
 
 def save_checkpoint(cfg, step, modules, optimizers, state, device, rank):
@@ -445,6 +486,7 @@ def save_checkpoint(cfg, step, modules, optimizers, state, device, rank):
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"{name}.{index}.{key}": value for key, value in moments.items()}
     final = Path(cfg.out_dir) / f"checkpoint-{step}"
+    check_space(final, tensors.values())
     temporary = final.with_name(".checkpoint.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -453,6 +495,7 @@ def save_checkpoint(cfg, step, modules, optimizers, state, device, rank):
             save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path)
         logs = {log.name: log.stat().st_size for log in final.parent.glob("*.jsonl")}
         state = state | {"step": step, "generators": generators, "logs": logs}
+        state["script"] = Path(__file__).name
         write_json(temporary / "state.json", state)
         names = ("tensors.safetensors", "state.json")
         write_json(temporary / "sha256.json", {name: sha256(temporary / name) for name in names})
@@ -466,14 +509,33 @@ def save_checkpoint(cfg, step, modules, optimizers, state, device, rank):
 
 
 def load_checkpoint(path, modules, optimizers, device, rank):
-    """Restores exactly what save_checkpoint wrote, and returns its `state`."""
+    """Restores exactly what save_checkpoint wrote, and returns its `state`; refuses anything else.
+
+    No pickle is ever read: a file that someone put beside ours is named, not opened.
+    """
+    names = ("tensors.safetensors", "state.json")
+    expected = {
+        f"{name}.{key}": value.shape
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
     try:
-        for name in ("tensors.safetensors", "state.json"):
-            if sha256(path / name) != read_json(path / "sha256.json").get(name):
+        known = read_json(path / "sha256.json")
+        for name in names:
+            if sha256(path / name) != known.get(name):
                 raise ValueError(f"{path / name}: damaged: its sha256 is not the recorded one")
+        for name in sorted(file.name for file in path.iterdir()):
+            if name not in (*names, "sha256.json"):
+                raise ValueError(f"{path / name}: a file that no script of ours wrote")
+        tensors, state = load_file(path / names[0]), read_json(path / names[1])
+        script = state.get("script", "another program")
+        found = {key: x.shape for key, x in tensors.items() if key.split(".")[0] in modules}
+        if script != Path(__file__).name or found != expected:
+            raise ValueError(f"{path / names[0]}: of {script}, or of another model than this run's")
+    except SafetensorError as error:
+        refuse(f"{path / names[0]}: {error}; this checkpoint can't be resumed")
     except (OSError, ValueError) as error:
         refuse(f"{error}; this checkpoint can't be resumed")
-    tensors, state = load_file(path / "tensors.safetensors"), read_json(path / "state.json")
     generators = [torch.tensor(list(bytes.fromhex(g))).byte() for g in state["generators"][rank]]
     torch.set_rng_state(generators[0])
     if device.type == "cuda":
@@ -2288,10 +2350,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:  # a full disk, a folder that can't be written
-        sys.exit(f"{error}")
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    guarded(main)
