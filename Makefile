@@ -392,7 +392,8 @@ ABLATION_grpo := --advantage grpo --num_samples 4 --no-whiten_advantages --kl_in
 # Samples of the 8 likeliest tokens, log-probabilities of all: an error that other code makes.
 TOP_K = $(PYTHON) -c "import functools$$(comma) sys$$(comma) ppo; sys.argv[0] = 'ppo.py'; \
   ppo.generate = functools.partial(ppo.generate$$(comma) top_k=8); ppo.main()"
-# 6. With a quarter of the labels turned round: one reward model, four, the least of four.
+# 6. With a quarter of the labels turned round, on a pair of each of 4,000 prompts: one reward model,
+# four, the least of four. 9. DPO on the same.
 MEMBERS := 0 1 2 3
 # 5. BLEU against references, by REINFORCE: the machine-translation example.
 BLEU := --reward data/bleu.py --beta 0 --advantage rloo --num_samples 4 --update_epochs 1 \
@@ -441,20 +442,20 @@ $(E)/bleu-$(1)/report.json: $(BLEUS:%=$(E)/bleu-%-$(1)/report.json) evaluate.py
 	$(RUN) evaluate.py --gold data/toy.py --judges data/bleu.py --seed $(1) --num_samples 1 --bootstrap 200 --out_dir $$(@D) \
 	  --overwrite --policies $$(call list,$(E)/sft-medium-$(1) $(BLEUS:%=$(E)/bleu-%-$(1)))
 
-$(E)/flipped-$(1).jsonl: $(E)/feedback-$(1)/report.json
-	$(PYTHON) data/convert.py pairs $$(<D)/rankings.jsonl $$@ --flip 0.25 --seed $(1)
-$(E)/pairs-$(1).jsonl: $(E)/feedback-$(1)/report.json
-	$(PYTHON) data/convert.py pairs $$(<D)/rankings.jsonl $$@ --seed $(1)
+$(E)/flipped-$(1).jsonl: $(E)/rankings-$(1)-4000.jsonl
+	$(PYTHON) data/convert.py pairs $$< $$@ --flip 0.25 --seed $(1)
+$(E)/unflipped-$(1).jsonl: $(E)/rankings-$(1)-4000.jsonl
+	$(PYTHON) data/convert.py pairs $$< $$@ --seed $(1)
 $(foreach m,$(MEMBERS),
 $(E)/member-$(m)-$(1)/report.json: $(E)/flipped-$(1).jsonl $(E)/feedback-test-$(1)/report.json reward.py
 	$$(call go,$(REWARD) --init $(E)/sft-medium-$(1) --data $$< --seed $$(shell expr 10 \* $(1) + $(m)) --eval_every 0 \
 	  --validation $(E)/feedback-test-$(1)/rankings.jsonl,reward.py,$$(@D))
 )
-$(call ppo_run,single,$(1),member-0-$(1),$(ALONG) --beta 0)
-$(foreach c,mean min,$(call ppo_run,$(c),$(1),$(MEMBERS:%=member-%-$(1)),$(ALONG) --beta 0 --combine $(c))
+$(call ppo_run,single,$(1),member-0-$(1),$(ALONG) --beta 0 --steps 40)
+$(foreach c,mean min,$(call ppo_run,$(c),$(1),$(MEMBERS:%=member-%-$(1)),$(ALONG) --beta 0 --steps 40 --combine $(c))
 )
 $(foreach l,dpo conservative robust unflipped,
-$(E)/noise-$(l)-$(1)/report.json: $(E)/$(if $(filter unflipped,$(l)),pairs,flipped)-$(1).jsonl dpo.py
+$(E)/noise-$(l)-$(1)/report.json: $(E)/$(if $(filter unflipped,$(l)),unflipped,flipped)-$(1).jsonl dpo.py
 	$$(call go,$(DPO) --init $(E)/sft-medium-$(1) --data $$< --seed $(1) --validation "" --num_prompts 500 --eval_every 0 \
 	  --cache $(E)/cache $(if $(filter robust,$(l)),--loss robust) \
 	  $(if $(filter conservative robust,$(l)),--label_smoothing 0.25),dpo.py,$$(@D))
