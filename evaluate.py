@@ -196,7 +196,8 @@ stores = []  # torchrun's, where ranks leave word for each other
 
 def refuse(message):
     """Ends the script for bad input: one line, exit status 2."""
-    print(message, file=sys.stderr, flush=True)
+    # What is quoted in it may be of any length, and of many lines.
+    print(" ".join(f"{message}".splitlines())[:2000], file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -1591,7 +1592,7 @@ def numbers_of(name):
                 found[f"{prefix}distinct_2"] = report[side]["distinct_2"][0]
                 for judge, wins in report[side]["win_rate"].items():
                     found[prefix + ("wins" if judge == "gold" else f"{judge}_wins")] = wins[0]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         refuse(f"{name}: report.json: nothing to compare: {type(error).__name__}: {error}")
     if found.get("kl") is not None:
         found["sqrt_kl"] = math.sqrt(max(found["kl"], 0.0))
@@ -1607,12 +1608,13 @@ def evaluations_of(name):
         try:
             report = read_json(Path(run) / "report.json")
             counts = [row["n"] for row in report["best_of_n"]]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             refuse(f"{name}: report.json: no best-of-n curve: {error}")
         lines = {n: {"step": n} | numbers_of(f"{run}#best_of={n}") for n in counts}
     else:
         for _, line in read_jsonl(Path(run) / "metrics.jsonl", {}):
-            found = {k[5:]: v for k, v in line.items() if k[:5] == "eval_"}
+            numbers = {k: v for k, v in line.items() if type(v) in (int, float)}
+            found = {k[5:]: v for k, v in numbers.items() if k[:5] == "eval_"}
             if found and type(line.get("step")) is int:
                 lines.setdefault(line["step"], {"step": line["step"]}).update(found)
     for line in lines.values():

@@ -713,7 +713,7 @@ def read_json(path):
     """The object in a JSON file; ValueError in one line if there is none."""
     try:
         contents = json.loads(Path(path).read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(contents, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(contents).__name__}")
@@ -827,22 +827,35 @@ def load_model(directory, device="cpu"):
     if lm_head is not None and not torch.equal(lm_head, tensors.get("wte.weight", lm_head)):
         raise ValueError(f"{directory}: lm_head.weight differs from wte.weight; GPT-2 ties them")
 
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    # First what the sizes follow from: a wrong number would ask for a network of any size.
+    shapes = {"wpe.weight": (config.n_positions, config.n_embd)}
+    shapes["wte.weight"] = (config.vocab_size, config.n_embd)
+    check_shapes(directory, {name: found[name] for name in shapes if name in found}, shapes)
+    blocks = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+    if blocks != config.n_layer:
+        raise ValueError(f"{directory}: has {blocks} blocks, config.json says {config.n_layer}")
     with torch.device("meta"):  # no time spent on initial weights that would be overwritten
         model = GPT(config, scalar_head="score.weight" in tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted(shapes.keys() | tensors.keys()):
-        if name not in tensors:
-            raise ValueError(f"{directory}: weight {name} is missing")
-        if name not in shapes:
-            raise ValueError(f"{directory}: weight {name} is not GPT-2's")
-        if shapes[name] != tuple(tensors[name].shape):
-            raise ValueError(
-                f"{directory}: weight {name} has shape {tuple(tensors[name].shape)}, "
-                f"config.json says {shapes[name]}"
-            )
+    check_shapes(directory, found, shapes)
     weights = {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_().to(device).eval()
+
+
+def check_shapes(directory, found, expected):
+    """ValueError unless these two {weight: shape} are the same."""
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            raise ValueError(f"{directory}: weight {name} is missing")
+        if name not in expected:
+            raise ValueError(f"{directory}: weight {name} is not GPT-2's")
+        if found[name] != expected[name]:
+            raise ValueError(
+                f"{directory}: weight {name} has shape {found[name]}, "
+                f"config.json says {expected[name]}"
+            )
 
 
 def weight_files(directory):

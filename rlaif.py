@@ -106,6 +106,8 @@ FIELDS = {
     "ending rationale": (),
 }
 EXEMPLAR = ("prompt", "response_1", "response_2", "rationale")
+# What comes of JSON that is none, or none of the form that was expected.
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +267,8 @@ stores = []  # torchrun's, where ranks leave word for each other
 
 def refuse(message):
     """Ends the script for bad input: one line, exit status 2."""
-    print(message, file=sys.stderr, flush=True)
+    # What is quoted in it may be of any length, and of many lines.
+    print(" ".join(f"{message}".splitlines())[:2000], file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -797,7 +800,7 @@ def read_template(path):
     for name in ("answers", "ratings"):
         try:
             sections[name] = json.loads(sections.get(name, "[]"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             refuse(f"{path}:0: {name}: not JSON: {error}")
         good = isinstance(sections[name], list)
         if not good or not all(isinstance(answer, str) and answer for answer in sections[name]):
@@ -808,7 +811,7 @@ def read_template(path):
             exemplar = json.loads(line)
             good = type(exemplar["preferred"]) is int and exemplar["preferred"] in (1, 2)
             good &= all(isinstance(exemplar[name], str) for name in EXEMPLAR)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             good = False
         if not good:
             refuse(f"{path}:0: exemplars: expected {', '.join(EXEMPLAR)}, preferred (1 or 2)")
@@ -925,7 +928,7 @@ class Judge:
             try:
                 record = json.loads(line)
                 self.known[record["key"]] = record["answer"]
-            except (ValueError, KeyError, TypeError):
+            except UNREADABLE:
                 continue  # torn: asked again
         return self
 
@@ -1096,7 +1099,7 @@ class ServerJudge(Judge):
             top = list(found["top_logprobs"][0].items())
         else:  # llama.cpp's newer form
             top = [(x["token"], x["logprob"]) for x in found["content"][0]["top_logprobs"]]
-        if not top or not all(math.isfinite(logprob) for _, logprob in top):
+        if not top or not all(-math.inf < logprob < 1e-3 for _, logprob in top):
             raise ValueError("no log-probabilities")
         floor, result = min(logprob for _, logprob in top), []
         for answer in answers:
@@ -1127,7 +1130,7 @@ class ServerJudge(Judge):
                 pause = max(pause, float(after)) if after.isdecimal() else pause
             except (OSError, http.client.HTTPException) as error:
                 why = f"{type(error).__name__}: {error}"
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            except UNREADABLE as error:
                 why = f"a reply of another form ({type(error).__name__}: {error})"
             until = time.time() + min(pause, 60.0) * (attempt < self.cfg.retries)
             while time.time() < until and not stop_signals:
@@ -1322,7 +1325,7 @@ def read_samples(paths, count):
 def read_constitution(path):
     try:
         principles = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         refuse(f"{path}:0: file: {error}")
     good = isinstance(principles, list) and principles
     if not good or not all(isinstance(p, str) and p.strip() for p in principles):

@@ -29,7 +29,8 @@ from pathlib import Path
 
 def refuse(message):
     """Ends the script for bad input: one line, exit status 2."""
-    print(message, file=sys.stderr, flush=True)
+    # What is quoted in it may be of any length, and of many lines.
+    print(" ".join(f"{message}".splitlines())[:2000], file=sys.stderr, flush=True)
     sys.exit(2)
 
 
