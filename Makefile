@@ -2,7 +2,7 @@
 #   make                 installs, writes the embedded task, runs every stage that exists, reports
 #   make test            installs, runs all tests
 #   make test-mutations  plants bugs in the sources, each of which the tests must catch
-#   make test-faults     kills every script at random moments (QUICK=1: two each)
+#   make test-faults     plants every fault in every script, many times (QUICK=1: few)
 #   make test-peers      installs transformers and TRL beside torch, runs the tests that compare
 #   make bench           measures against peers
 #   make all             the pipeline, AI feedback (judge, Constitutional AI, RLAIF), reward collapse
@@ -566,7 +566,7 @@ test-mutations: $(VENV)/installed
 	$(PYTHON) tests/mutations.py
 
 test-faults: $(VENV)/installed
-	QUICK=$(QUICK) $(PYTHON) -m pytest -m faults tests/test_faults.py
+	QUICK=$(QUICK) $(PYTHON) -m pytest -m faults tests
 
 test-peers: $(PEERS)/installed
 	$(PEERS)/bin/python -m pytest -m peers tests/test_peers.py

@@ -221,6 +221,10 @@ def start_process(cfg):
     if world > 1:
         limit = datetime.timedelta(seconds=cfg.timeout_s)
         store, rank, world = next(rendezvous("env://", timeout=limit))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # torchrun on one node keeps its store when it starts the ranks again: without a name of
+            # their own they may read the addresses of those that died, and wait for them.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         stores.append(store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
@@ -242,7 +246,7 @@ def guarded(main):
         if not (stores and ("gloo" in str(error) or isinstance(error, dist.DistError))):
             raise
         sys.exit(
-            f"rank {dist.get_rank()}: rank {silent_ranks()} is gone, or did not answer within "
+            f"rank {os.environ['RANK']}: rank {silent_ranks()} is gone, or did not answer within "
             f"--timeout_s; --resume goes on from what was saved ({str(error)[:200]})"
         )
 
@@ -250,9 +254,9 @@ def guarded(main):
 def silent_ranks():
     """Those, as text, that do not say that they have waited in vain too."""
     try:
-        stores[0].set(f"waiting {dist.get_rank()}", "")
+        stores[0].set(f"waiting {os.environ['RANK']}", "")
         time.sleep(2)  # their time runs out at nearly the same moment
-        others = range(dist.get_world_size())
+        others = range(int(os.environ["WORLD_SIZE"]))
         return ", ".join(f"{n}" for n in others if not stores[0].check([f"waiting {n}"])) or "?"
     except RuntimeError:  # without torchrun rank 0 keeps the store
         return "0"

@@ -130,3 +130,15 @@ def test_planted_bugs_still_fit_the_sources():
         assert len({name for name, *_ in mutations}) == len(mutations), script
         for mutation in mutations:
             assert mutated(*mutation)
+
+
+def test_readme_names_the_tests_of_faults():
+    """Each line of "What survives what" ends in the names of tests that there are."""
+    text = (ROOT / "README.md").read_text()
+    rows = text[text.index("## What survives what") :].split("\n## ")[0].splitlines()
+    rows = [row for row in rows if row.startswith("| ") and "`test_" in row]
+    known = {name for path in ROOT.glob("tests/test_*.py") for name in functions(path)}
+    assert len(rows) == 20
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row.rsplit("|", 2)[1])
+        assert named and set(named) <= known, row

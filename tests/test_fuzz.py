@@ -213,7 +213,7 @@ def write_lines(rng, folder, record):
     data = rng.choice([b"\n", b"\n", b"\r\n", b"\n\n"]).join(lines) + rng.choice([b"", b"\n"])
     if rng.random() < 0.1:
         path = folder / "lines.jsonl.gz"
-        data = gzip.compress(data)
+        data = gzip.compress(data, mtime=0)
         path.write_bytes(damaged(rng, data) if rng.random() < 0.7 else data)
         return path
     path = folder / "lines.jsonl"
