@@ -491,12 +491,15 @@ FIGURES := overoptimisation frontier ablations temperatures diversity tax bleu n
 
 figures: $(FIGURES:%=figure-%)
 
+DEFAULT_BETA = $(foreach n,$(LINES),"beta 0.2$(comma) $(n) prompts=$(call runs,held-$(n))")
+CHOOSING = $(foreach n,$(LINES),"best of n$(comma) $(n) prompts=$(call best_of,$(n))")
+PROXY_AND_GOLD = --x sqrt_kl --y proxy,gold --y_labels "reward model's score (std of SFT)"
 figure-overoptimisation: $(call reports,$(free) $(held) $(LINES:%=best-of-%))
 	$(FIGURE) curves $(foreach n,$(LINES),"beta 0$(comma) $(n) prompts=$(call runs,free-$(n))") \
-	  $(foreach n,$(LINES),"beta 0.2$(comma) $(n) prompts=$(call runs,held-$(n))") \
-	  $(foreach n,$(LINES),"best of n$(comma) $(n) prompts=$(call best_of,$(n))") \
-	  --x sqrt_kl --y proxy,gold --y_labels "reward model's score (std of SFT)" --fit gold --title "Over-optimisation of reward models of three sizes of data" \
-	  --out runs/figures/overoptimisation
+	  $(DEFAULT_BETA) $(CHOOSING) $(PROXY_AND_GOLD) --fit gold \
+	  --title "Over-optimisation of reward models of three sizes of data" --out runs/figures/overoptimisation
+	$(FIGURE) curves $(DEFAULT_BETA) $(CHOOSING) $(PROXY_AND_GOLD) --fit gold \
+	  --title "The same near the start" --out runs/figures/overoptimisation_near
 
 figure-frontier: $(call reports,points best-of-12000)
 	$(FIGURE) points $(foreach b,$(BETAS),"PPO:$(b)=$(call point,ppo-beta-$(b))") \

@@ -655,6 +655,8 @@ def test_the_laws_of_over_optimisation():
     assert law == pytest.approx((0.491466, 0.164026), abs=1e-6)
     exact = [(d, d * (0.9 - 0.3 * math.log(d))) for d in (0.3, 1, 2.2, 3)]
     assert evaluate.gao_law(exact, best_of=False) == pytest.approx((0.9, 0.3), abs=1e-9)
+    with pytest.raises(ValueError, match=r"distances of 1.00 to 1.20 do not tell a from b"):
+        evaluate.gao_law([(1.0, 0.5), (1.1, 0.6), (1.2, 0.55)], best_of=False)
 
 
 @pytest.fixture
