@@ -1632,7 +1632,7 @@ def gao_law(points, best_of):
     of the KL, R the score gained: R = d (a - b d) of best-of-n, d (a - b log d) of RL.
     -> a, b. Points of one run share prompts and a start: what a and b are worth, seeds tell."""
     d, R = np.asarray(points, dtype=np.float64).T
-    if d.max() < 1.5 * d.min():
+    if d.max() < 1.3 * d.min():
         raise ValueError(f"distances of {d.min():.2f} to {d.max():.2f} do not tell a from b")
     bend = d**2 if best_of else d * np.log(d)
     (a, b), _ = least_squares(np.stack([d, -bend], 1), R)
