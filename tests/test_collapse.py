@@ -470,26 +470,6 @@ def test_two_lines_are_interpolated(data, tmp_path, monkeypatch):
     assert again["train"] == report["train"]
 
 
-def test_sigterm_to_one_of_two_ranks(data, tmp_path):
-    """Both stop at the same step; resumed, the weights are those of an unbroken run."""
-    whole = ["collapse.py", *flags(data, tmp_path / "whole", *LONG)]
-    broken = ["collapse.py", *flags(data, tmp_path / "run", *LONG, "--resume")]
-    interrupt = (
-        "import signal\nreal = collapse.learning_rate\n"
-        "def rate(step, total, cfg):\n"
-        "    if step == 4 and os.environ['RANK'] == '1':\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return real(step, total, cfg)\n"
-        "collapse.learning_rate = rate\n"
-    )
-    done = on_ranks("collapse", f"{interrupt}sys.argv = {broken!r}\ncollapse.main()\n")
-    assert done.returncode == 1 and "stopped by SIGTERM at step 5" in done.stdout
-    for argv in (broken, whole):
-        done = on_ranks("collapse", f"sys.argv = {argv!r}\ncollapse.main()\n")
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
-
-
 def test_nan_stops_before_the_update(data, tmp_path):
     argv = ["collapse.py", *flags(data, tmp_path / "run", *LONG)]
     code = (

@@ -325,7 +325,7 @@ def test_kill_within_the_save(script, data, whole, tmp_path, capsys):
 
 
 def test_a_kill_within_the_save(data, whole, tmp_path):
-    assert kills_in_the_save("ppo", data, whole, tmp_path, 2) == 2
+    assert kills_in_the_save("ppo", data, whole, tmp_path, 1) == 1
 
 
 DIE_ONCE = "os.path.exists(DIED) or (open(DIED, 'w').close(), os.kill(os.getpid(), signal.SIGKILL))"
@@ -490,8 +490,9 @@ def test_a_damaged_checkpoint(data, whole, tmp_path):
     assert counts == {"tried": 12, "refused": 12}
 
 
-def refusals_of_checkpoints(script, data, out):
-    """Damage with its sha256 put right, and what belongs to others. -> what was said."""
+def refusals_of_checkpoints(script, data, out, *chosen):
+    """Damage with its sha256 put right, and what belongs to others; those named, or all.
+    -> what was said."""
     interrupted(script, data, out)
     (folder,) = out.glob("checkpoint-*")
     kept = out.with_name("kept")
@@ -527,6 +528,8 @@ def refusals_of_checkpoints(script, data, out):
 
     said = {}
     for change in (of_another_model, of_another_script, with_a_pickle, no_tensors):
+        if chosen and change.__name__ not in chosen:
+            continue
         change()
         argv = argv_of(script, data, out, "--resume")
         done = on_ranks(module_of(script), code_of(script, argv), 1)
@@ -551,10 +554,8 @@ def test_checkpoints_of_others(script, data, whole, tmp_path, capsys):
 
 
 def test_a_foreign_checkpoint(data, tmp_path):
-    said = refusals_of_checkpoints("ppo", data, tmp_path / "run")
+    said = refusals_of_checkpoints("ppo", data, tmp_path / "run", "with_a_pickle", "no_tensors")
     assert "optimizer.pt: a file that no script of ours wrote" in said["with_a_pickle"]
-    assert "of other.py" in said["of_another_script"]
-    assert "tensors.safetensors" in said["of_another_model"]
     assert "tensors.safetensors" in said["no_tensors"]
 
 
@@ -801,8 +802,7 @@ def test_memory_is_flat(tokenizer, tmp_path, capsys):
 
 
 @matrix
-@pytest.mark.skipif(QUICK, reason="minutes")
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS[:1] if QUICK else SCRIPTS)
 def test_compiled_models_are_the_same(script, data, tmp_path):
     """--compile: sums have another order, and that is all, where nothing is dropped (dropout, when
     compiled, draws its own numbers). Outputs are compared, not weights: those without effect, the
