@@ -360,8 +360,8 @@ collapse-ppo: $(SEEDS:%=$(E)/collapse-evaluation-%/report.json)
 
 # Curves need evaluations along a run, held-out demonstrations among them: what the policy forgets.
 ALONG := --ptx_validation data/toy/demonstrations_validation.jsonl --eval_every 5
-# Points and rows are judged by evaluate.py, all policies on the same prompts; score and KL have
-# settled long before iteration 30.
+# Points and rows are judged by evaluate.py, all policies on the same prompts (best-of-n on the first
+# 500). Score and KL have settled long before iteration 30, but for beta 0, which never does.
 LATER := --eval_every 0 --num_prompts 100
 SHORT := $(LATER) --steps 30
 # $(1) the run's name without its seed, $(2) seed, $(3) rewards' runs, $(4) flags, $(5) policy, if
@@ -438,6 +438,7 @@ $(call ppo_run,bleu-scratch,$(1),,$(ALONG) $(BLEU),untrained)
 $(call ppo_run,bleu-alone,$(1),,$(ALONG) $(BLEU))
 $(call ppo_run,bleu-mixed,$(1),,$(ALONG) $(BLEU) $(MLE))
 
+$(BLEUS:%=$(E)/bleu-%-$(1)/report.json) $(E)/bleu-$(1)/report.json: data/bleu.py
 $(E)/bleu-$(1)/report.json: $(BLEUS:%=$(E)/bleu-%-$(1)/report.json) evaluate.py
 	$(RUN) evaluate.py --gold data/toy.py --judges data/bleu.py --seed $(1) --num_samples 1 --bootstrap 200 --out_dir $$(@D) \
 	  --overwrite --policies $$(call list,$(E)/sft-medium-$(1) $(BLEUS:%=$(E)/bleu-%-$(1)))
@@ -531,7 +532,7 @@ figure-bleu: $(call reports,bleu)
 	$(FIGURE) rows "MLE=$(call policy,bleu,sft-medium)" "RL from scratch=$(call policy,bleu,bleu-scratch)" \
 	  "RL after MLE=$(call policy,bleu,bleu-alone)" "RL mixed with MLE=$(call policy,bleu,bleu-mixed)" \
 	  --columns data/bleu.py,gold,wins,kl,entropy --title "BLEU as the reward, on test prompts" --out runs/figures/bleu_rows
-	for seed in $(SEEDS); do $(PYTHON) data/bleu.py $(E)/bleu-$$seed/samples-?.jsonl; done
+	for seed in $(SEEDS); do $(PYTHON) data/bleu.py $(E)/bleu-$$seed/samples-?.jsonl || exit 1; done
 
 figure-ensembles: $(call reports,single mean min)
 	$(FIGURE) curves "one reward model=$(call runs,single)" "mean of four=$(call runs,mean)" \

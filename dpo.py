@@ -213,8 +213,9 @@ def start_process(cfg):
         limit = datetime.timedelta(seconds=cfg.timeout_s)
         store, rank, world = next(rendezvous("env://", timeout=limit))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            # torchrun on one node keeps its store when it starts the ranks again: without a name of
-            # their own they may read the addresses of those that died, and wait for them.
+            # torchrun keeps its store when it starts the ranks again: without a name of their own
+            # they may read the addresses of those that died, and wait for them. Agents on several
+            # nodes count restarts each for itself, so that there such a name would part them.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         stores.append(store)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -223,32 +224,37 @@ def start_process(cfg):
 
 
 def guarded(main):
-    """Runs a script's main(). What the machine, the user or another rank does to it ends it in one
-    line with a status other than 0; what was saved stays."""
+    """Runs a script's main(). A disk, an interrupt or another rank that ends it leaves one line and
+    a status other than 0; what was saved stays."""
     try:
         main()
     except OSError as error:  # a full disk, a folder that can't be written
         sys.exit(f"{error}")
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from what was saved", file=sys.stderr)
+        print("interrupted; what was saved stays", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except RuntimeError as error:
-        # gloo's errors have no type of their own.
+        # gloo's errors have no type of their own; NCCL's watchdog ends a rank without one.
         if not (stores and ("gloo" in str(error) or isinstance(error, dist.DistError))):
             raise
+        silent, said = silent_ranks(), " ".join(str(error).splitlines())
+        why = (
+            f"no answer within --timeout_s from rank {silent}, or it is gone; what was saved stays"
+        )
         sys.exit(
-            f"rank {os.environ['RANK']}: rank {silent_ranks()} is gone, or did not answer within "
-            f"--timeout_s; --resume goes on from what was saved ({str(error)[:200]})"
+            f"rank {os.environ['RANK']}: {why if silent else 'ranks can not reach each other'} "
+            f"({said if len(said) < 400 else said[:200] + ' ... ' + said[-200:]})"
         )
 
 
 def silent_ranks():
-    """Those, as text, that do not say that they have waited in vain too."""
+    """Those, as text, that do not say within two seconds that they have waited in vain too: with
+    more than two ranks, the lost one may be among others that still wait for it."""
     try:
         stores[0].set(f"waiting {os.environ['RANK']}", "")
-        time.sleep(2)  # their time runs out at nearly the same moment
+        time.sleep(2)
         others = range(int(os.environ["WORLD_SIZE"]))
-        return ", ".join(f"{n}" for n in others if not stores[0].check([f"waiting {n}"])) or "?"
+        return ", ".join(f"{n}" for n in others if not stores[0].check([f"waiting {n}"]))
     except RuntimeError:  # without torchrun rank 0 keeps the store
         return "0"
 
@@ -327,7 +333,10 @@ def may_resume(cfg, settings):
         refuse(f"{out_dir}: in use; --resume goes on with its run, --overwrite deletes it")
     if not (known and cfg.resume):
         return False
-    old = read_json(out_dir / "args.json").get("settings", {})
+    try:
+        old = dict(read_json(out_dir / "args.json").get("settings", {}))
+    except (ValueError, TypeError, OSError) as error:
+        refuse(f"{out_dir / 'args.json'}: says no settings, so nothing can be resumed: {error}")
     changed = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
     if changed:
         changes = [f"{name}: {old.get(name)!r} -> {settings.get(name)!r}" for name in changed]
@@ -392,9 +401,9 @@ def save_checkpoint(cfg, step, modules, optimizers, state, device, rank):
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"{name}.{index}.{key}": value for key, value in moments.items()}
     final = Path(cfg.out_dir) / f"checkpoint-{step}"
-    check_space(final, tensors.values())
     temporary = final.with_name(".checkpoint.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # what a kill left of an earlier save
+    check_space(final, tensors.values())
     temporary.mkdir()
     try:
         with whole_file(temporary / "tensors.safetensors") as path:
@@ -435,9 +444,11 @@ def load_checkpoint(path, modules, optimizers, device, rank):
                 raise ValueError(f"{path / name}: a file that no script of ours wrote")
         tensors, state = load_file(path / names[0]), read_json(path / names[1])
         script = state.get("script", "another program")
+        if script != Path(__file__).name or len(state.get("generators", [])) <= rank:
+            raise ValueError(f"{path / names[1]}: of {script}, or of fewer ranks")
         found = {key: x.shape for key, x in tensors.items() if key.split(".")[0] in modules}
-        if script != Path(__file__).name or found != expected:
-            raise ValueError(f"{path / names[0]}: of {script}, or of another model than this run's")
+        if found != expected:
+            raise ValueError(f"{path / names[0]}: of another model than this run's")
     except SafetensorError as error:
         refuse(f"{path / names[0]}: {error}; this checkpoint can't be resumed")
     except (OSError, ValueError) as error:

@@ -243,8 +243,9 @@ def start_process(cfg):
         limit = datetime.timedelta(seconds=cfg.timeout_s)
         store, rank, world = next(rendezvous("env://", timeout=limit))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            # torchrun on one node keeps its store when it starts the ranks again: without a name of
-            # their own they may read the addresses of those that died, and wait for them.
+            # torchrun keeps its store when it starts the ranks again: without a name of their own
+            # they may read the addresses of those that died, and wait for them. Agents on several
+            # nodes count restarts each for itself, so that there such a name would part them.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         stores.append(store)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -253,32 +254,37 @@ def start_process(cfg):
 
 
 def guarded(main):
-    """Runs a script's main(). What the machine, the user or another rank does to it ends it in one
-    line with a status other than 0; what was saved stays."""
+    """Runs a script's main(). A disk, an interrupt or another rank that ends it leaves one line and
+    a status other than 0; what was saved stays."""
     try:
         main()
     except OSError as error:  # a full disk, a folder that can't be written
         sys.exit(f"{error}")
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from what was saved", file=sys.stderr)
+        print("interrupted; what was saved stays", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except RuntimeError as error:
-        # gloo's errors have no type of their own.
+        # gloo's errors have no type of their own; NCCL's watchdog ends a rank without one.
         if not (stores and ("gloo" in str(error) or isinstance(error, dist.DistError))):
             raise
+        silent, said = silent_ranks(), " ".join(str(error).splitlines())
+        why = (
+            f"no answer within --timeout_s from rank {silent}, or it is gone; what was saved stays"
+        )
         sys.exit(
-            f"rank {os.environ['RANK']}: rank {silent_ranks()} is gone, or did not answer within "
-            f"--timeout_s; --resume goes on from what was saved ({str(error)[:200]})"
+            f"rank {os.environ['RANK']}: {why if silent else 'ranks can not reach each other'} "
+            f"({said if len(said) < 400 else said[:200] + ' ... ' + said[-200:]})"
         )
 
 
 def silent_ranks():
-    """Those, as text, that do not say that they have waited in vain too."""
+    """Those, as text, that do not say within two seconds that they have waited in vain too: with
+    more than two ranks, the lost one may be among others that still wait for it."""
     try:
         stores[0].set(f"waiting {os.environ['RANK']}", "")
-        time.sleep(2)  # their time runs out at nearly the same moment
+        time.sleep(2)
         others = range(int(os.environ["WORLD_SIZE"]))
-        return ", ".join(f"{n}" for n in others if not stores[0].check([f"waiting {n}"])) or "?"
+        return ", ".join(f"{n}" for n in others if not stores[0].check([f"waiting {n}"]))
     except RuntimeError:  # without torchrun rank 0 keeps the store
         return "0"
 
@@ -349,7 +355,10 @@ def may_resume(cfg, settings):
         refuse(f"{out_dir}: in use; --resume goes on with its run, --overwrite deletes it")
     if not (known and cfg.resume):
         return False
-    old = read_json(out_dir / "args.json").get("settings", {})
+    try:
+        old = dict(read_json(out_dir / "args.json").get("settings", {}))
+    except (ValueError, TypeError, OSError) as error:
+        refuse(f"{out_dir / 'args.json'}: says no settings, so nothing can be resumed: {error}")
     changed = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
     if changed:
         changes = [f"{name}: {old.get(name)!r} -> {settings.get(name)!r}" for name in changed]
@@ -925,8 +934,8 @@ def gram_entropy(texts, n):
         for words in (text.split() for text in texts)
         for i in range(len(words) - n + 1)
     )
-    shares = [count / counts.total() for count in counts.values()]
-    return -sum(share * math.log(share) for share in shares)
+    total = counts.total()
+    return sum(-count / total * math.log(count / total) for count in counts.values())
 
 
 def least_squares(columns, y):
@@ -1596,11 +1605,12 @@ def numbers_of(name):
                 found[f"{prefix}distinct_2"] = report[side]["distinct_2"][0]
                 for judge, wins in report[side]["win_rate"].items():
                     found[prefix + ("wins" if judge == "gold" else f"{judge}_wins")] = wins[0]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        found = {k: v for k, v in found.items() if v is not None and math.isfinite(v)}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         refuse(f"{name}: report.json: nothing to compare: {type(error).__name__}: {error}")
-    if found.get("kl") is not None:
+    if "kl" in found:
         found["sqrt_kl"] = math.sqrt(max(found["kl"], 0.0))
-    return {key: value for key, value in found.items() if value is not None}
+    return found
 
 
 def evaluations_of(name):
@@ -1617,7 +1627,7 @@ def evaluations_of(name):
         lines = {n: {"step": n} | numbers_of(f"{run}#best_of={n}") for n in counts}
     else:
         for _, line in read_jsonl(Path(run) / "metrics.jsonl", {}):
-            numbers = {k: v for k, v in line.items() if type(v) in (int, float)}
+            numbers = {k: v for k, v in line.items() if type(v) in (int, float) and abs(v) < 1e300}
             found = {k[5:]: v for k, v in numbers.items() if k[:5] == "eval_"}
             if found and type(line.get("step")) is int:
                 lines.setdefault(line["step"], {"step": line["step"]}).update(found)

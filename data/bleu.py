@@ -69,7 +69,8 @@ def explain(prompt, response, *, reference, **fields):
 
 
 def main():
-    """Prints BLEU-4 of each samples file, all its responses being one corpus."""
+    """Prints BLEU-4 of each samples file, all its responses being one corpus. Samples files leave
+    out responses that are empty, and so does this figure."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     for path in sys.argv[1:]:
@@ -79,7 +80,10 @@ def main():
                 for number, line in enumerate(file, 1):
                     where = f"{path}:{number}"
                     record = json.loads(line)
-                    pairs += [(text, record["reference"]) for text in record["responses"]]
+                    texts = [record["reference"], *record["responses"]]
+                    if not isinstance(record["responses"], list) or set(map(type, texts)) != {str}:
+                        raise ValueError("expected texts")
+                    pairs += [(text, texts[0]) for text in texts[1:]]
             found = corpus_bleu(pairs)
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             print(f"{where}: no samples with `reference`: {error!r}", file=sys.stderr)

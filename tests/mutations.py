@@ -757,8 +757,8 @@ MUTATIONS = {
         (
             "entropy of different words, not of how often",
             "evaluate.py",
-            "shares = [count / counts.total() for count in counts.values()]",
-            "shares = [1 / len(counts) for count in counts.values()]",
+            "return sum(-count / total * math.log(count / total) for count in counts.values())",
+            "return math.log(len(counts) or 1)",
         ),
         (
             "best of n with replacement",
@@ -819,8 +819,8 @@ MUTATIONS = {
         (
             "each prompt's last response alone",
             "data/bleu.py",
-            'pairs += [(text, record["reference"]) for text in record["responses"]]',
-            'pairs += [(record["responses"][-1], record["reference"])]',
+            "pairs += [(text, texts[0]) for text in texts[1:]]",
+            "pairs += [(text, texts[0]) for text in texts[-1:]]",
         ),
     ],
     "collapse": [

@@ -684,10 +684,16 @@ def test_bleu_of_samples(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         bleu.main()
     assert f"{bad}:2: no samples with `reference`: KeyError" in capsys.readouterr().err
-    bad.write_text("{")
-    with pytest.raises(SystemExit, match="2"):
-        bleu.main()
-    assert f"{bad}:1: no samples with `reference`: JSONDecodeError" in capsys.readouterr().err
+    for text, message in [
+        ("{", "JSONDecodeError"),
+        ('{"responses": [1], "reference": "x"}', "ValueError('expected texts')"),
+        ('{"responses": "abc", "reference": "x"}', "ValueError('expected texts')"),
+        ('{"responses": ["a"], "reference": null}', "ValueError('expected texts')"),
+    ]:
+        bad.write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            bleu.main()
+        assert f"{bad}:1: no samples with `reference`: {message}" in capsys.readouterr().err
 
 
 def test_bleu_at_its_ends():

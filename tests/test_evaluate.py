@@ -200,13 +200,13 @@ def test_distinct():
 
 
 def test_entropy_of_words():
-    """The same texts: a b twice of seven words each way; pairs ab x3, ba x1, bc x1 of five."""
+    """The same texts: a, b three times each of seven words, c once; pairs ab x3, ba, bc of five."""
     texts = ["a b a b", "a b c"]
     words = [3 / 7, 3 / 7, 1 / 7]
     expected = -sum(p * math.log(p) for p in words)
     assert evaluate.gram_entropy(texts, 1) == pytest.approx(expected)
     assert evaluate.gram_entropy(texts, 2) == pytest.approx(0.950271, abs=1e-6)
-    assert evaluate.gram_entropy(["", "a"], 2) == 0.0
+    assert evaluate.gram_entropy(["", "a"], 2) == evaluate.gram_entropy(["a"], 1) == 0.0
 
 
 # --- KL -------------------------------------------------------------------------------------------

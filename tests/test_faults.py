@@ -1,15 +1,16 @@
-"""What survives what: faults injected into every script that trains, and what must come of them.
+"""What survives what: faults planted in every script that trains, and what must come of them.
 
     make test-faults             # the whole matrix: every fault in every script, many times
     make test-faults QUICK=1     # few times each
 
-`make test` has each fault once, in tests of this file without the mark and in those of the scripts.
+`make test` has most of them once, without the mark, here and in the tests of the scripts.
 FAULTS_SEED (0) draws moments, places and damage. What was tried, survived and lost is printed.
 """
 
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -376,7 +377,7 @@ def full_disks(script, data, whole, tmp_path, repeats):
     rng, survived = random.Random(f"{SEED} disk {script}"), 0
     for repeat in range(repeats):
         out, save = tmp_path / str(repeat), rng.choice([1, 2, 3])
-        fault = FULL.replace("SAVE", str(save)).replace("BYTES", str(rng.randrange(20_000)))
+        fault = FULL.replace("SAVE", str(save)).replace("BYTES", str(rng.randrange(1_000, 20_000)))
         done = on_ranks(module_of(script), code_of(script, argv_of(script, data, out), fault), 1)
         assert done.returncode == 1, (done.returncode, done.stderr[-2000:])
         assert done.stderr.count("\n") == 1 and "could not be written" in done.stderr, done.stderr
@@ -613,7 +614,8 @@ def nan_on_one_rank(script, data, out):
     done = on_ranks(module_of(script), code_of(script, argv_of(script, data, out), fault))
     assert done.returncode == 1, done.stderr[-2000:]
     assert "Traceback" not in done.stderr and "nan" in done.stderr, done.stderr[-2000:]
-    assert "stopped before the update" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "stopped before the update" in done.stderr, done.stderr
+    assert re.match(r"(step|iteration) \d+[:,]", done.stderr), done.stderr
     assert checkpoints(out) and not (out / "report.json").exists()
 
 
@@ -637,10 +639,10 @@ STUCK = "(signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.pause())"
 
 def stuck_rank(script, data, out):
     fault = at_call("learning_rate", 4, STUCK, rank=1)
-    argv = argv_of(script, data, out, "--timeout_s", "5")
+    argv = argv_of(script, data, out, "--timeout_s", "10")
     done = on_ranks(module_of(script), code_of(script, argv, fault))
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert "rank 0: rank 1 is gone, or did not answer within --timeout_s" in done.stderr
+    assert "rank 0: no answer within --timeout_s from rank 1, or it is gone" in done.stderr
     assert checkpoints(out)
 
 
@@ -758,9 +760,13 @@ def test_two_agents_take_the_same_gradient(script, data, tmp_path, capsys):
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
                 )
             )
-        for agent in agents:
-            error = agent.communicate(timeout=300)[1]
-            assert agent.returncode == 0, error[-3000:]
+        try:
+            for agent in agents:
+                error = agent.communicate(timeout=300)[1]
+                assert agent.returncode == 0, error[-3000:]
+        finally:
+            for agent in agents:
+                agent.kill()
     expected, found = gradient(tmp_path / "one"), []
     for name in ("two", "three"):
         found.append(((gradient(tmp_path / name) - expected).norm() / expected.norm()).item())

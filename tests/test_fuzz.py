@@ -34,6 +34,7 @@ from model import load_tokenizer
 
 SEED = int(os.environ.get("FAULTS_SEED", 0))
 HANG_S, FLOOD_BYTES = 10, 2 * 2**30
+REFUSED = (ValueError, OSError)  # what model.py's readers raise
 
 
 # --- what is read ---------------------------------------------------------------------------------
@@ -225,8 +226,9 @@ class TooLong(BaseException):
     """No refusal: the alarm."""
 
 
-def outcome(call, *args):
-    """ "read", or "refused": with exit status 2 or an error that scripts print, in one line."""
+def outcome(call, given, raises=()):
+    """Whether it was "read" or "refused": with exit status 2 and one line, or with an error of
+    those that the reader says it raises, and that scripts give to refuse."""
 
     def hangs(*_):
         raise TooLong
@@ -235,11 +237,11 @@ def outcome(call, *args):
     signal.setitimer(signal.ITIMER_REAL, HANG_S)
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            call(*args)
+            call(given)
     except SystemExit as ended:
         assert ended.code == 2 and said.getvalue().count("\n") == 1, said.getvalue()[:500]
         return "refused"
-    except (ValueError, OSError) as error:  # which scripts give to refuse
+    except raises as error:
         assert str(error)
         return "refused"
     finally:
@@ -248,17 +250,21 @@ def outcome(call, *args):
     return "read"
 
 
-def tried(name, count, make, call):
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def tried(name, count, make, call, raises=()):
     """`count` inputs by `make` of a generator; -> {"read", "refused"}, each a count."""
-    found = {"read": 0, "refused": 0}
+    found, before = {"read": 0, "refused": 0}, peak_bytes()
     for number in range(count):
         rng = random.Random(f"{SEED} {name} {number}")
         given = make(rng)
         try:
-            found[outcome(call, given)] += 1
+            found[outcome(call, given, raises)] += 1
         except BaseException as error:
             pytest.fail(f"{name}, input {number}: {type(error).__name__}: {error}\n{shown(given)}")
-    flood = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    flood = peak_bytes() - before
     assert flood < FLOOD_BYTES, f"{name}: {flood / 2**30:.1f} GiB"
     return found
 
@@ -329,7 +335,7 @@ def test_vocabularies(times, tmp_path, toy_data, tokenizer, policy_run, capsys):
         path.write_bytes(damaged(rng, data) if how else data)
         return path
 
-    found = tried(".tiktoken", 100 * times, a_file, load_tokenizer)
+    found = tried(".tiktoken", 100 * times, a_file, load_tokenizer, REFUSED)
     contents = json.loads((policy_run / "tokenizer.json").read_text())
     ranks = dict(list(contents["model"]["vocab"].items())[:256])
     contents = {"model": {"type": "BPE", "vocab": ranks, "merges": []}}
@@ -338,7 +344,7 @@ def test_vocabularies(times, tmp_path, toy_data, tokenizer, policy_run, capsys):
         (tmp_path / "tokenizer.json").write_bytes(text_of_json(rng, contents))
         return tmp_path
 
-    more = tried("tokenizer.json", 40 * times, a_folder, load_tokenizer)
+    more = tried("tokenizer.json", 40 * times, a_folder, load_tokenizer, REFUSED)
     if times > 1:
         tell(capsys, "vocabularies", {key: found[key] + more[key] for key in found})
 
@@ -353,9 +359,6 @@ def test_models(times, tmp_path, policy_run, capsys):
     whole = (tmp_path / "run/model.safetensors").read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
     header = json.loads(whole[8 : 8 + length])
-
-    def load(folder):
-        evaluate.load_reward_model(folder)
 
     def a_config(rng):
         (tmp_path / "run/model.safetensors").write_bytes(whole)
@@ -383,7 +386,7 @@ def test_models(times, tmp_path, policy_run, capsys):
 
     total = {"read": 0, "refused": 0}
     for name, make in [("config.json", a_config), ("sizes", sizes), ("safetensors", a_header)]:
-        found = tried(name, 60 * times, make, load)
+        found = tried(name, 60 * times, make, evaluate.load_reward_model, REFUSED)
         total = {key: total[key] + found[key] for key in total}
     if times > 1:
         tell(capsys, "models", total)
@@ -445,13 +448,10 @@ def test_answers_of_a_server(times, monkeypatch, capsys):
         replies.append(data)
         request = {"prompt": "x"}
         for more in ({"answers": [" 1", " 2"]}, {"max_tokens": 3, "temperature": 0.0, "seed": 1}):
-            try:
-                found = judge.one(request | more)
-            except rlaif.JudgeError as error:
-                raise ValueError(f"{error}") from None
+            found = judge.one(request | more)
             assert isinstance(found, str) or all(-1e9 < p <= 1e-3 for p in found), found
 
-    found = tried("replies", 100 * times, a_reply, ask)
+    found = tried("replies", 100 * times, a_reply, ask, rlaif.JudgeError)
     if times > 1:
         tell(capsys, "answers of a server", found)
 
