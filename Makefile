@@ -503,7 +503,7 @@ figure-overoptimisation: $(call reports,$(free) $(held) $(LINES:%=best-of-%))
 	  --title "The same near the start" --out runs/figures/overoptimisation_near
 
 figure-frontier: $(call reports,points best-of-12000)
-	$(FIGURE) points $(foreach b,$(BETAS),"PPO:$(b)=$(call point,ppo-beta-$(b))") \
+	$(FIGURE) points $(foreach b,$(filter-out 0,$(BETAS)),"PPO:$(b)=$(call point,ppo-beta-$(b))") \
 	  $(foreach b,$(DPO_BETAS),"DPO:$(b)=$(call point,dpo-beta-$(b))") \
 	  $(foreach n,2 4 8 16,"best of n (KL at most):$(n)=$(call best_of,12000,=$(n))") \
 	  "SFT on chosen=$(call point,chosen)" "SFT=$(call point,sft-medium)" \

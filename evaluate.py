@@ -1747,8 +1747,9 @@ def finish_figure(figure, panel, cfg, count):
 
 
 def read_columns(groups, names):
-    """{label: {column: [mean, low, high] over its runs}}."""
-    table = {}
+    """{label: {column: [mean, low, high] over its runs}}, and the same of what each has over the
+    first group, run by run: seeds differ more from one another than groups do in a seed."""
+    table, over, first = {}, {}, None
     for label, runs in groups.items():
         seeds = [numbers_of(run) for run in runs]
         for run, found in zip(runs, seeds, strict=True):
@@ -1756,13 +1757,19 @@ def read_columns(groups, names):
             if missing:
                 refuse(f"{run}: no {', '.join(missing)}; there are {', '.join(sorted(found))}")
         table[label] = {name: over_seeds([found[name] for found in seeds]) for name in names}
-    return table
+        first = first or seeds
+        if len(seeds) == len(first):
+            pairs = list(zip(seeds, first, strict=True))
+            over[label] = {
+                name: over_seeds([a[name] - b[name] for a, b in pairs]) for name in names
+            }
+    return table, over
 
 
 def points(cfg):
     """evaluate.py points: a point a group, mean and 95% interval over seeds; a line a method."""
     groups, wanted = read_groups(cfg.groups), split_names(cfg.y)
-    table = read_columns(groups, [*([] if cfg.x == "label" else [cfg.x]), *wanted])
+    table, _ = read_columns(groups, [*([] if cfg.x == "label" else [cfg.x]), *wanted])
     methods = {}
     for label in groups:
         method, _, name = label.partition(":")
@@ -1814,11 +1821,14 @@ def points(cfg):
 def groups_in_rows(cfg):
     """evaluate.py rows: groups below one another, a column a panel."""
     groups, wanted = read_groups(cfg.groups), split_names(cfg.columns)
-    table = read_columns(groups, wanted)
-    text = [["", "seeds", *wanted]]
+    table, over = read_columns(groups, wanted)
+    text = [["", "seeds", *wanted, *(f"{c}: over {next(iter(groups))}'s" for c in wanted)]]
     for label, found in table.items():
-        text.append([label, str(len(groups[label])), *(interval_text(found[c], 3) for c in wanted)])
-    write_tables(cfg.out, {"groups": groups, "columns": table}, markdown(text))
+        cells = [interval_text(found[c], 3) for c in wanted]
+        cells += [interval_text(over.get(label, {}).get(c), 3) for c in wanted]
+        text.append([label, str(len(groups[label])), *cells])
+    result = {"groups": groups, "columns": table, "over_first": over}
+    write_tables(cfg.out, result, markdown(text))
     plt = matplotlib_pyplot()
     if plt is None:
         return

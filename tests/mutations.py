@@ -791,6 +791,12 @@ MUTATIONS = {
             "t = 1.96",
         ),
         (
+            "seeds set against each other in another order",
+            "evaluate.py",
+            "pairs = list(zip(seeds, first, strict=True))",
+            "pairs = list(zip(seeds, first[::-1], strict=True))",
+        ),
+        (
             "the worst of several chosen",
             "evaluate.py",
             "some[max(group, key=lambda k: values[k])]",

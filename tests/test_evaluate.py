@@ -740,7 +740,11 @@ def test_points_and_rows_of_groups(groups_of_runs, monkeypatch, capsys):
 
     columns = ["--columns", "gold,seconds,greedy_wins", "--out", out]
     assert run(monkeypatch, "rows", *groups[:2], *columns) == 0
-    found = json.loads(out.with_suffix(".json").read_text())["columns"]
+    result = json.loads(out.with_suffix(".json").read_text())
+    more = result["over_first"]["PPO:2"]["seconds"]  # 60 and 72, run by run
+    assert more == pytest.approx([66, 66 - 12.706 * 6, 66 + 12.706 * 6])
+    assert "seconds: over PPO:1's" in out.with_suffix(".md").read_text()
+    found = result["columns"]
     assert found["PPO:2"]["seconds"][0] == pytest.approx(132)
     assert found["PPO:1"]["greedy_wins"][0] == pytest.approx(0.61)
     for args, message in [
