@@ -90,6 +90,8 @@ LOSSES = {
     "rlaif direct": "reinforce",
     "collapse": "ranking_loss",
 }
+# How often learning_rate is asked for a step: by the first three, for each group of parameters.
+ASKED = {"sft": 2, "reward": 2, "dpo": 2, "dpo --online": 2}
 SCRIPTS = list(COMMANDS)
 
 
@@ -122,6 +124,11 @@ def at_call(function, call, what, rank=0):
         f"    return real_{function}(*args, **kwargs)\n"
         f"SCRIPT.{function} = {function}\n"
     )
+
+
+def at_step(script, step, what, rank=0):
+    """A fault: `what` runs as that step (from 1) sets its learning rate, on one rank."""
+    return at_call("learning_rate", 1 + (step - 1) * ASKED.get(script, 1), what, rank)
 
 
 def same(out, other):
@@ -334,7 +341,7 @@ DIE_ONCE = "os.path.exists(DIED) or (open(DIED, 'w').close(), os.kill(os.getpid(
 
 def restarts(script, data, out, died):
     """torchrun --max-restarts 1, one of its two ranks dying in the middle."""
-    fault = at_call("learning_rate", 4, DIE_ONCE.replace("DIED", repr(str(died))), rank=1)
+    fault = at_step(script, 4, DIE_ONCE.replace("DIED", repr(str(died))), rank=1)
     driver = out.with_suffix(".py")
     paths = f"import os, sys, torch\nsys.path[:0] = [{str(ROOT)!r}]\n"
     argv = argv_of(script, data, out, "--resume", "--timeout_s", "30")
@@ -460,8 +467,8 @@ SCRIPT.load_checkpoint = load_checkpoint
 
 
 def interrupted(script, data, out):
-    """A run that ended in its fourth step or so, with a checkpoint."""
-    fault = at_call("learning_rate", 4, "os.kill(os.getpid(), signal.SIGKILL)")
+    """A run that was killed in its fourth step, and left a checkpoint."""
+    fault = at_step(script, 4, "os.kill(os.getpid(), signal.SIGKILL)")
     argv = argv_of(script, data, out)
     done = on_ranks(module_of(script), code_of(script, argv, fault), 1)
     assert done.returncode == -signal.SIGKILL and checkpoints(out), done.stderr[-2000:]
@@ -565,9 +572,12 @@ def test_a_foreign_checkpoint(data, tmp_path):
 
 def terms_one_rank(script, phase, data, out):
     """SIGTERM to the second of two ranks in a phase; both must stop together."""
-    places = {"update": ("learning_rate", 3), "save": ("save_checkpoint", 1)}
-    function, call = (places | PHASES[script])[phase]
-    fault = at_call(function, call, "os.kill(os.getpid(), signal.SIGTERM)", rank=1)
+    places = PHASES[script] | {"save": ("save_checkpoint", 1)}
+    term = "os.kill(os.getpid(), signal.SIGTERM)"
+    if phase == "update":
+        fault = at_step(script, 3, term, rank=1)
+    else:
+        fault = at_call(*places[phase], term, rank=1)
     argv = argv_of(script, data, out, "--timeout_s", "60")
     done = on_ranks(module_of(script), code_of(script, argv, fault))
     assert done.returncode == 1 and "stopped by SIGTERM" in done.stdout, done.stderr[-2000:]
@@ -638,7 +648,7 @@ STUCK = "(signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.pause())"
 
 
 def stuck_rank(script, data, out):
-    fault = at_call("learning_rate", 4, STUCK, rank=1)
+    fault = at_step(script, 4, STUCK, rank=1)
     argv = argv_of(script, data, out, "--timeout_s", "10")
     done = on_ranks(module_of(script), code_of(script, argv, fault))
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
