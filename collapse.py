@@ -136,6 +136,9 @@ class Config:
         str, "float32, bfloat16, float16, float64; empty: bfloat16 on cuda, else float32"
     ] = ""
     compile: Annotated[bool, "torch.compile the model"] = False
+    checkpoint_activations: Annotated[bool, "less memory: a block's computed anew in backward"] = (
+        False
+    )
     log_every: Annotated[int, "steps between printed lines"] = 50
     eval_every: Annotated[int, "steps between evaluations; 0: only at the end"] = 40
     eval_lines: Annotated[int, "training lines in an evaluation, from the first; 0: all"] = 512
@@ -1357,6 +1360,7 @@ def main():
     elif not cfg.normalise_with:
         refuse(f"--init {cfg.init}: a reward model: --normalise_with must name a policy, or none")
     set_dropout(model, 0.0)
+    model.checkpoint_activations = cfg.checkpoint_activations
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     model.to(device, precision)
     max_length = min(cfg.max_length or model.config.n_positions, model.config.n_positions)

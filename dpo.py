@@ -150,6 +150,9 @@ class Config:
         str, "float32, bfloat16, float16, float64; empty: bfloat16 on cuda, else float32"
     ] = ""
     compile: Annotated[bool, "torch.compile the policy"] = False
+    checkpoint_activations: Annotated[bool, "less memory: a block's computed anew in backward"] = (
+        False
+    )
     log_every: Annotated[int, "steps between printed lines"] = 20
     eval_every: Annotated[int, "steps between evaluations; 0: only at the end"] = 100
     save_every: Annotated[int, "steps between checkpoints; 0: only at the end"] = 100
@@ -1268,6 +1271,7 @@ def main():
 
     policy, tokenizer = load_policy(cfg.init)
     reference, theirs = load_policy(reference_name)
+    policy.checkpoint_activations = cfg.checkpoint_activations
     reference.requires_grad_(False)
     if tokenizer_hash(theirs) != tokenizer_hash(tokenizer):
         refuse(f"--reference {cfg.reference}: another tokenizer than {cfg.init}'s")

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's split into words: contractions, letters, digits, other signs, spaces; a word takes along
@@ -138,12 +139,15 @@ class GPT(nn.Module):
     """GPT-2: pre-LayerNorm blocks, learned absolute positions, tanh GELU, head tied to `wte`.
 
     With `scalar_head` the trunk carries one linear output a position and no language-model head:
-    a reward or value model. Modules bear the names of Hugging Face's GPT-2.
+    a reward or value model. Modules bear the names of Hugging Face's GPT-2. With
+    `checkpoint_activations` set, the backward pass computes each block's activations anew: of all
+    layers only their inputs are kept, for a third more work.
     """
 
     def __init__(self, config, scalar_head=False):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -171,7 +175,10 @@ class GPT(nn.Module):
         """Hidden states (B, T, C) after the last LayerNorm, of tokens (B, T) at `positions`."""
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for i, block in enumerate(self.h):
-            x = block(x, None if caches is None else caches[i], start, visible)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, None if caches is None else caches[i], start, visible)
         return self.ln_f(x)
 
     def read(self, tokens, caches):

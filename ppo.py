@@ -200,6 +200,9 @@ class Config:
         str, "float32, bfloat16, float16, float64; empty: bfloat16 on cuda, else float32"
     ] = ""
     compile: Annotated[bool, "torch.compile the policy and the value network"] = False
+    checkpoint_activations: Annotated[bool, "less memory: a block's computed anew in backward"] = (
+        False
+    )
     log_every: Annotated[int, "iterations between printed lines"] = 1
     eval_every: Annotated[int, "iterations between evaluations; 0: only at the end"] = 10
     save_every: Annotated[int, "iterations between checkpoints; 0: only at the end"] = 10
@@ -1282,6 +1285,7 @@ def main():
         statistics = raw if cfg.combine == "llama2" else theirs
     for model in modules.values():
         model.eval().to(device, precision)
+        model.checkpoint_activations = cfg.checkpoint_activations
     read_by = [*modules.values(), *(reward[1] for reward in rewards if reward[0] == "model")]
     positions = min(model.config.n_positions for model in read_by)
     if cfg.max_new_tokens >= positions:

@@ -129,6 +129,9 @@ class Config:
         str, "float32, bfloat16, float16, float64; empty: bfloat16 on cuda, else float32"
     ] = ""
     compile: Annotated[bool, "torch.compile the model"] = False
+    checkpoint_activations: Annotated[bool, "less memory: a block's computed anew in backward"] = (
+        False
+    )
     log_every: Annotated[int, "steps between printed lines"] = 20
     eval_every: Annotated[int, "steps between evaluations; 0: only at the end"] = 100
     save_every: Annotated[int, "steps between checkpoints; 0: only at the end"] = 100
@@ -1256,6 +1259,7 @@ def main():
     if old and old[0].config.n_positions < (cfg.max_length or model.config.n_positions):
         refuse(f"--old {cfg.old}: has fewer positions than {cfg.init}: give a --max_length")
     set_dropout(model, 0.0)
+    model.checkpoint_activations = cfg.checkpoint_activations
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     model.to(device, precision)
     max_length = min(cfg.max_length or model.config.n_positions, model.config.n_positions)

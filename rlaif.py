@@ -251,6 +251,9 @@ class DirectConfig:
         str, "float32, bfloat16, float16, float64; empty: bfloat16 on cuda, else float32"
     ] = ""
     compile: Annotated[bool, "torch.compile the policy and the value network"] = False
+    checkpoint_activations: Annotated[bool, "less memory: a block's computed anew in backward"] = (
+        False
+    )
     log_every: Annotated[int, "iterations between printed lines"] = 1
     eval_every: Annotated[int, "iterations between evaluations; 0: only at the end"] = 20
     save_every: Annotated[int, "iterations between checkpoints; 0: only at the end"] = 20
@@ -1957,6 +1960,7 @@ def direct_main(cfg):
     torch.nn.init.zeros_(value_model.score.weight)
     for model in (policy, value_model):
         model.eval().to(device, precision)
+        model.checkpoint_activations = cfg.checkpoint_activations
     positions = policy.config.n_positions
     if cfg.max_new_tokens >= positions:
         refuse(f"--max_new_tokens {cfg.max_new_tokens}: leaves no room in {positions} positions")

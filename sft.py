@@ -116,6 +116,9 @@ class Config:
         str, "float32, bfloat16, float16, float64; empty: bfloat16 on cuda, else float32"
     ] = ""
     compile: Annotated[bool, "torch.compile the model"] = False
+    checkpoint_activations: Annotated[bool, "less memory: a block's computed anew in backward"] = (
+        False
+    )
     log_every: Annotated[int, "steps between printed lines"] = 50
     eval_every: Annotated[int, "steps between evaluations; 0: only at the end"] = 250
     save_every: Annotated[int, "steps between checkpoints; 0: only at the end"] = 250
@@ -770,6 +773,7 @@ def main():
     except (OSError, ValueError) as error:
         refuse(error)
     set_dropout(policy, cfg.dropout)
+    policy.checkpoint_activations = cfg.checkpoint_activations
     policy.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     max_length = min(cfg.max_length or policy.config.n_positions, policy.config.n_positions)
     if cfg.max_new_tokens >= policy.config.n_positions:

@@ -1,21 +1,29 @@
-"""Measurements beside peers: the same weights, the same token ids, alternated in one process.
+"""Measurements beside peers and against the machine's floor.
 
-    make bench                                    # in an environment that has transformers
+    make bench                    # everything that takes less than some minutes a line
+    make bench BENCH=--full       # the 124M shape too
+    python tests/bench.py --gpu   # on a GPU: GPT-2's shape, no peers
 
-Each comparison has a gate: unless both sides give the same tokens, nothing is timed. Blocks run in
-the order A B B A, so that a drift of the machine's speed falls on both; the figure is the median of
-the pairs' ratios with a bootstrap 95% interval.
+Both sides start from the same files, on the same lines, and take the same batches with dropout
+off, each by its own script. Each comparison has a gate: losses equal to 1e-5 and parameters after
+a step to 1e-4, or the same greedy tokens; else nothing is timed. Blocks run in the order A B B A,
+so that a drift of the machine's speed falls on both; within a block the first step is not timed.
+The figure is the median of the pairs' ratios with a bootstrap 95% interval. The floor of a piece
+of work is its FLOPs over the matrix rate that this machine showed, or its bytes over the rate of
+copies, whichever is more.
 """
 
 import argparse
 import json
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -26,24 +34,42 @@ warnings.simplefilter("ignore")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import transformers  # noqa: E402
-import trl  # noqa: E402
-import trl.experimental.ppo as trl_ppo  # noqa: E402
-from datasets import Dataset, disable_progress_bars  # noqa: E402
-
 import dpo  # noqa: E402
 import ppo  # noqa: E402
+import reward  # noqa: E402
+import sft  # noqa: E402
 from model import (  # noqa: E402
     GPT,
     GPTConfig,
     generate,
     load_model,
-    load_tokenizer,
     make_encoding,
     pad,
     save_model,
     tiktoken_file,
 )
+
+TOY = GPTConfig(
+    vocab_size=1024, n_positions=128, n_embd=128, n_layer=3, n_head=4, initializer_range=0.1
+)
+MODULES = {"sft": sft, "reward": reward, "dpo": dpo}
+# {work: the least ratio to the peer that we want}
+TARGETS = {
+    "SFT step, toy": 1.6,
+    "reward step, toy": 1.6,
+    "DPO step, toy": 2.0,
+    "SFT step, 124M": 1.15,
+    "reward step, 124M": 1.15,
+    "DPO step, 124M": 1.15,
+    "PPO iteration, toy": 3.0,
+    "PPO iteration, 124M": 1.5,
+    "sampling, toy, 256": 3.0,
+    "sampling, toy, 16": 3.0,
+    "sampling, 124M": 1.7,
+}
+# Lengths in GPT-2's tokens, deciles from 5% to 95%, of 1,000 comparisons of HH-RLHF (harmless).
+HH_PROMPTS = (16, 20, 28, 58, 80, 106, 134, 168, 225, 349)
+HH_RESPONSES = (6, 11, 16, 22, 28, 38, 48, 61, 83, 135)
 
 
 def any_tokenizer():
@@ -51,10 +77,63 @@ def any_tokenizer():
     return make_encoding({bytes([byte]): byte for byte in range(256)}, "bench")
 
 
+def quietly(function, *args):
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        return function(*args)
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
 def seconds(function):
     began = time.perf_counter()
     function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+class Machine:
+    """What it can do at best: FLOP/s of a square float32 product, bytes/s read and written."""
+
+    def __init__(self, device="cpu", dtype=torch.float32):
+        n, size = (8192, 2**30) if device == "cuda" else (1536, 2**26)
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
+        source, sink = (torch.empty(size // 4, device=device) for _ in "ab")
+        source.fill_(1)
+        times = [seconds(lambda: torch.mm(a, b, out=a)) for _ in range(12)]
+        copies = [seconds(lambda: sink.copy_(source)) for _ in range(12)]
+        self.flops = 2 * n**3 / min(times)
+        self.bytes = 2 * size / min(copies)
+
+    def floor(self, flops, n_bytes=0):
+        """Seconds."""
+        return max(flops / self.flops, n_bytes / self.bytes)
+
+
+def weights_of(config):
+    """Entries of the matrices of all blocks; what a token is multiplied by, but for the head."""
+    return 12 * config.n_layer * config.n_embd**2
+
+
+def forward_flops(config, lengths, outputs):
+    """FLOPs of a forward pass over rows of these lengths, pads left out, causal attention counted
+    as half a square; `outputs` positions go through the head of a language model."""
+    attention = 2 * config.n_layer * config.n_embd * sum(n * n for n in lengths)
+    head = 2 * config.vocab_size * config.n_embd * outputs
+    return 2 * weights_of(config) * sum(lengths) + attention + head
+
+
+def sampling_floor(machine, config, prompts, samples, new_tokens, width=4):
+    """Seconds: prompts read once, then steps that read all weights and the caches so far."""
+    rows, total = len(prompts) * samples, machine.floor(forward_flops(config, prompts, 0))
+    weights = weights_of(config) + config.vocab_size * config.n_embd
+    for step in range(new_tokens):
+        columns = samples * sum(prompts) + rows * step
+        flops = 2 * weights * rows + 4 * config.n_layer * config.n_embd * columns
+        cache = 2 * config.n_layer * config.n_embd * columns
+        total += machine.floor(flops, width * (weights + cache))
+    return total
 
 
 def compare(ours, theirs, pairs, warm_ups=3):
@@ -64,28 +143,298 @@ def compare(ours, theirs, pairs, warm_ups=3):
         theirs()
     times = ([], [])
     for i in range(pairs):
-        order = (0, 1) if i % 2 == 0 else (1, 0)
-        for side in order:
+        for side in (0, 1) if i % 2 == 0 else (1, 0):
             times[side].append(seconds((ours, theirs)[side]))
     return times
 
 
-def report(name, what, amount, times, peer="transformers"):
-    """Amounts a second of both sides, and the median of their ratio with its 95% interval."""
+def report(name, amounts, times, peer, floor=None):
+    """Amounts ({unit: how many}) a second of both sides, the median of the ratios of times with its
+    95% interval, and what our time is of the floor."""
     ratios = np.array(times[1]) / np.array(times[0])
     rng = np.random.default_rng(0)
     medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
     low, high = np.percentile(medians, [2.5, 97.5])
-    ours, theirs = (amount / statistics.median(side) for side in times)
+    ours, theirs = (statistics.median(side) for side in times)
+    speeds = ", ".join(
+        f"{amount / ours:,.0f} {unit} a second ({amount / theirs:,.0f})"
+        for unit, amount in amounts.items()
+    )
+    target = next((TARGETS[key] for key in TARGETS if name.startswith(key)), None)
+    ratio = np.median(ratios)
+    verdict = ""
+    if target:
+        verdict = f"; target {target:g}: {'met' if ratio >= target else 'NOT met'}"
+    above = f"; {ours / floor:.1f} x the floor" if floor else ""
     print(
-        f"{name}: {ours:,.1f} {what} a second, {peer} {theirs:,.1f}; "
-        f"ratio {np.median(ratios):.2f} [{low:.2f}, {high:.2f}] over {len(ratios)} pairs",
+        f"{name}: {ours * 1e3:,.1f} ms, {peer} {theirs * 1e3:,.1f}; ratio {ratio:.2f} [{low:.2f}, "
+        f"{high:.2f}] over {len(ratios)} pairs{verdict}{above}; {speeds}",
         flush=True,
     )
 
 
-def bench_sampling(name, config, batch, prompt_length, new_tokens, pairs, ragged=False):
+# --- one optimiser step of sft.py, reward.py, dpo.py ----------------------------------------------
+
+
+def plain_words(tokenizer):
+    """Words with a space before them that are one token each, alone and in a row."""
+    words = [tokenizer.decode([i]) for i in range(tokenizer.n_vocab - 1)]
+    words = [w for w in words if w[:1] == " " and w[1:].isalpha() and w.isascii()]
+    return [w for w in words if len(tokenizer.encode_ordinary(w)) == 1]
+
+
+def lines_of(tokenizer, lengths, responses=2):
+    """Lines of random words: `lengths` are (prompt, first response, second, ...), in tokens, the
+    end of text counted."""
+    rng, words, lines = np.random.default_rng(0), plain_words(tokenizer), []
+    for prompt, *rest in lengths:
+        texts = ["".join(rng.choice(words, n)) for n in (prompt, *(n - 1 for n in rest))]
+        line = {"prompt": texts[0], "response": texts[1], "responses": texts[1 : responses + 1]}
+        line |= {
+            "chosen": texts[1],
+            "rejected": texts[-1],
+            "scores": [float(-i) for i in range(responses)],
+        }
+        lines.append(line)
+    return lines
+
+
+def as_in_hh(count, longest):
+    """(prompt, chosen, rejected) lengths, cut to `longest` together."""
+    rng = np.random.default_rng(1)
+    drawn = [
+        (rng.choice(HH_PROMPTS), rng.choice(HH_RESPONSES), rng.choice(HH_RESPONSES))
+        for _ in range(count)
+    ]
+    return [(min(int(p), longest - max(a, b)), int(a), int(b)) for p, a, b in drawn]
+
+
+def step_files(kind, folder, config, tokenizer, lines):
+    """What both sides start from."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    model = GPT(config)
+    if kind == "reward":
+        model = ppo.add_scalar_head(model.eval())
+    save_model(folder / "model", model, tokenizer, {})
+    names = {
+        "sft": ("prompt", "response"),
+        "reward": ("prompt", "responses", "scores"),
+        "dpo": ("prompt", "chosen", "rejected"),
+    }[kind]
+    text = "".join(json.dumps({name: line[name] for name in names}) + "\n" for line in lines)
+    (folder / "lines.jsonl").write_text(text)
+
+
+def our_step(kind, folder, steps, *more):
+    """-> seconds of each step of our script, all lines in each, and of what DPO does first: the
+    reference's log-probabilities, once."""
+    module, stamps, caching = MODULES[kind], [], []
+    flags = ["--data", folder / "lines.jsonl", "--validation", "", "--init", folder / "model"]
+    flags += ["--out_dir", folder / "ours", "--overwrite", "--batch_size", 10**6, "--steps", steps]
+    flags += ["--save_every", 0, "--lr", 5e-5, "--warmup", 0, "--final_lr", 1]
+    flags += ["--adam_beta2", 0.999, "--clip_norm", 1]
+    flags += ["--log_every", 1]  # as theirs computes its metrics at every step
+    flags += {"sft": ["--prompts", ""], "dpo": ["--prompts", "", "--cache", "", "--beta", 0.1]}.get(
+        kind, ["--normalise_with", "none"]
+    )
+    real = module.learning_rate
+
+    def stamped(step, *args):
+        if len(stamps) == step:  # asked for each group of parameters
+            stamps.append(time.perf_counter())
+        return real(step, *args)
+
+    module.learning_rate = stamped
+    if kind == "dpo":
+        compute = dpo.logprobs_of_rows
+
+        def timed(*args):
+            began = time.perf_counter()
+            found = compute(*args)
+            caching.append(time.perf_counter() - began)
+            return found
+
+        dpo.logprobs_of_rows = timed
+    sys.argv = [f"{kind}.py", *map(str, flags), *map(str, more)]
+    if "--device" not in sys.argv:
+        sys.argv += ["--device", "cpu"]
+    try:
+        quietly(module.main)
+    finally:
+        module.learning_rate = real
+        if kind == "dpo":
+            dpo.logprobs_of_rows = compute
+    return np.diff(stamps).tolist(), sum(caching)
+
+
+def their_step(kind, folder, steps):
+    """-> seconds of each step of TRL's trainer, and the trainer. Off: reports, saves, gradient
+    checkpointing, bfloat16, dropout. On: the metrics that it always computes. Its fastest loss."""
+    import transformers
+    import trl
+    from datasets import Dataset
+
+    class Stamps(transformers.TrainerCallback):
+        def __init__(self):
+            self.at = []
+
+        def on_step_end(self, *args, **kwargs):
+            self.at.append(time.perf_counter())
+
+    lines = [json.loads(line) for line in (folder / "lines.jsonl").read_text().splitlines()]
+    if kind == "sft":
+        lines = [{"prompt": line["prompt"], "completion": line["response"]} for line in lines]
+    if kind == "reward":
+        pairs = [(line["prompt"], *line["responses"]) for line in lines]
+        lines = [{"chosen": p + a, "rejected": p + b} for p, a, b in pairs]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    # TRL's reward model reads the last token that is no pad: the end of text must not be one.
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    heads = transformers.AutoModelForSequenceClassification
+    if kind == "reward":
+        model = heads.from_pretrained(folder / "model", num_labels=1)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    trainer, settings, more, models = {
+        "sft": (trl.SFTTrainer, trl.SFTConfig, {"max_length": None, "loss_type": "nll"}, []),
+        "reward": (trl.RewardTrainer, trl.RewardConfig, {"max_length": None}, []),
+        "dpo": (trl.DPOTrainer, trl.DPOConfig, {"max_length": None, "beta": 0.1}, [model]),
+    }[kind]
+    if models:
+        models = [transformers.AutoModelForCausalLM.from_pretrained(folder / "model")]
+    args = settings(
+        output_dir=str(folder / "theirs"),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="steps",
+        logging_steps=1,
+        per_device_train_batch_size=len(lines),
+        max_steps=steps,
+        learning_rate=5e-5,
+        lr_scheduler_type="constant",
+        **more,
+    )
+    stamps = Stamps()
+
+    def train():
+        made = trainer(
+            model,
+            *models,
+            args=args,
+            train_dataset=Dataset.from_list(lines),
+            processing_class=tokenizer,
+            callbacks=[stamps],
+        )
+        made.train()
+        return made
+
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        made = quietly(train)
+    return np.diff(stamps.at).tolist(), made
+
+
+def step_gate(kind, folder, name):
+    """The first loss to 1e-5, the parameters after the step to 1e-4; and, as a step is no longer
+    than that, the step itself to a twentieth of its length (Adam's first is the learning rate times
+    the gradient's sign, in which rounding shows where a gradient is nearly 0)."""
+    our_step(kind, folder, 1)
+    _, trainer = their_step(kind, folder, 1)
+    record = json.loads((folder / "ours/metrics.jsonl").read_text().splitlines()[0])
+    their_loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
+    before = load_model(folder / "model").state_dict()
+    after = load_model(folder / "ours").state_dict()
+    theirs = trainer.model.state_dict()
+    gaps, moves, largest = [], [], 0.0
+    for key, ours in after.items():
+        other = theirs[f"transformer.{key}" if f"transformer.{key}" in theirs else key]
+        other = other.t() if other.shape != ours.shape else other
+        # Square matrices can't be told by their shape from their transposes.
+        gap = min(((o - ours) for o in (other, other.t()) if o.shape == ours.shape), key=torch.norm)
+        gaps.append(gap.norm())
+        moves.append((ours - before[key]).norm())
+        largest = max(largest, gap.abs().max().item())
+    apart = (torch.stack(gaps).norm() / torch.stack(moves).norm()).item()
+    gap = abs(record["loss"] - their_loss)
+    if not (gap < 1e-5 * max(1, their_loss) and apart < 0.05 and largest <= 1e-4):
+        sys.exit(f"{name}: losses {gap:.1e} apart, steps {apart:.3f}, parameters {largest:.1e}")
+    return f"  gate: losses {gap:.0e} apart, steps {apart:.4f} of their length"
+
+
+def step_floor(kind, machine, config, lengths):
+    """Three forward passes' FLOPs, a backward being two; DPO's reference counted apart."""
+    if kind == "sft":
+        rows, outputs = [p + a for p, a, *_ in lengths], sum(a for _, a, *_ in lengths)
+    else:
+        rows = [p + r for p, *rest in lengths for r in rest]
+        outputs = sum(sum(rest) for _, *rest in lengths) * (kind == "dpo")
+    parameters = weights_of(config) + config.vocab_size * config.n_embd
+    adam = machine.floor(0, 4 * 7 * parameters)  # reads 4 and writes 3 numbers a parameter
+    return machine.floor(3 * forward_flops(config, rows, outputs)) + adam
+
+
+def bench_step(kind, shape, config, tokenizer, lengths, pairs, machine, memory=False):
+    """A step on the same lines each time."""
+    name = {"sft": "SFT step", "reward": "reward step", "dpo": "DPO step"}[kind] + f", {shape}"
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        step_files(kind, folder, config, tokenizer, lines_of(tokenizer, lengths))
+        gate = step_gate(kind, folder, name)
+        times, caching = ([], []), []
+        for i in range(pairs):
+            for side in (0, 1) if i % 2 == 0 else (1, 0):
+                if side == 0:
+                    found, cached = our_step(kind, folder, 6)
+                    caching.append(cached)
+                else:
+                    found = their_step(kind, folder, 6)[0]
+                times[side].append(statistics.median(found[1:]))
+        prompts = sum(p for p, *_ in lengths)
+        responses = sum(sum(rest[: 1 if kind == "sft" else None]) for _, *rest in lengths)
+        amounts = {"prompt tokens": prompts, "response tokens": responses}
+        floor = step_floor(kind, machine, config, lengths)
+        report(name, amounts, times, "TRL", floor)
+        print(gate)
+        if kind == "dpo":
+            print(f"  the reference's log-probabilities, once: {statistics.median(caching):.3f} s")
+        if memory:
+            peaks = [peak_of(kind, side, folder) for side in ("ours", "theirs")]
+            print("  memory above that of the imports: {:,.0f} MiB, TRL {:,.0f}".format(*peaks))
+
+
+def peak_of(kind, side, folder):
+    """MiB that three steps add to the peak of a process of their own."""
+    command = [sys.executable, __file__, "--peak", kind, side, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    return float(done.stdout.split("peak ")[1])
+
+
+def print_peak(kind, side, folder):
+    """In a process of its own: that of `peak_of`."""
+    if side == "theirs":
+        import trl  # noqa: F401
+    usage = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # noqa: E731
+    before = usage()
+    (our_step if side == "ours" else their_step)(kind, Path(folder), 3)
+    print(f"peak {usage() - before}")
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def bench_sampling(
+    name, config, batch, prompt_length, new_tokens, pairs, machine, ragged=False, warm_ups=3
+):
     """Sampled tokens a second, prefill included, at temperature 1 from the full softmax, no EOS."""
+    import transformers
+
     torch.manual_seed(0)
     ours = GPT(config).eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -126,26 +475,24 @@ def bench_sampling(name, config, batch, prompt_length, new_tokens, pairs, ragged
         lambda: generate(ours, lists, new_tokens, generator=generator),
         lambda: their_generate(True),
         pairs,
+        warm_ups,
     )
-    report(name, "tokens", batch * new_tokens, times)
+    floor = sampling_floor(machine, config, lengths, 1, new_tokens)
+    report(name, {"tokens": batch * new_tokens}, times, "transformers", floor)
 
 
 # --- PPO ------------------------------------------------------------------------------------------
 
 
-def ppo_files(folder, config, prompts, tokenizer, prompt_length):
+def ppo_files(folder, config, prompts, tokenizer, prompt_length, ragged=True):
     """Prompts of up to prompt_length tokens, a policy that all but never ends a response, and a
     reward model; both sides start from these files. -> the prompts' token ids."""
     rng = np.random.default_rng(0)
-    words = [tokenizer.decode([i]) for i in range(tokenizer.n_vocab - 1)]
-    words = [w for w in words if w[:1] == " " and w[1:].isalpha() and w.isascii()]
-    ids, lines = [], []
-    while len(ids) < prompts:
-        text = "".join(rng.choice(words, int(rng.integers(prompt_length // 2, prompt_length + 1))))
-        encoded = tokenizer.encode_ordinary(text)
-        if len(encoded) <= prompt_length:
-            lines.append({"prompt": text})
-            ids.append(encoded)
+    shortest = prompt_length // 2 if ragged else prompt_length
+    lengths = rng.integers(shortest, prompt_length + 1, prompts)
+    lines = lines_of(tokenizer, [(int(n), 1) for n in lengths])
+    lines = [{"prompt": line["prompt"]} for line in lines]
+    ids = [tokenizer.encode_ordinary(line["prompt"]) for line in lines]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     torch.manual_seed(0)
     policy = GPT(config).eval()
@@ -162,7 +509,7 @@ def our_ppo(folder, c, *more):
     """Seconds of each iteration of ppo.py, as it logs them; its run stays in folder/ours."""
     flags = ["--prompts", folder / "prompts.jsonl", "--validation", "", "--init", folder / "policy"]
     flags += ["--reward", folder / "reward", "--out_dir", folder / "ours", "--overwrite"]
-    flags += ["--missing_eos_score", "none", "--save_every", 0, "--device", "cpu"]
+    flags += ["--missing_eos_score", "none", "--save_every", 0]
     flags += ["--lr", 1e-4, "--value_lr", 1e-4, "--warmup", 0, "--final_lr", 1]
     flags += ["--adam_beta2", 0.999, "--adam_eps", 1e-8, "--clip_norm", 1e9]
     for name in ("batch_size", "minibatch_size", "update_epochs", "max_new_tokens", "steps"):
@@ -173,11 +520,12 @@ def our_ppo(folder, c, *more):
         stamps.append(time.perf_counter())
         return real(*args)
 
-    sys.argv = ["ppo.py", *map(str, flags), *more]
+    sys.argv = ["ppo.py", *map(str, flags), *map(str, more)]
+    if "--device" not in sys.argv:
+        sys.argv += ["--device", "cpu"]
     ppo.prompts_of_step = stamped
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            ppo.main()
+        quietly(ppo.main)
     finally:
         ppo.prompts_of_step = real
     return np.diff(stamps).tolist()
@@ -186,6 +534,9 @@ def our_ppo(folder, c, *more):
 def their_ppo(folder, ids, c, micro_batch_size, accumulation):
     """Seconds of each iteration of TRL's PPOTrainer, and the trainer. Off: sample generation,
     reports, saves, gradient checkpointing, bf16. On: what it always computes and logs."""
+    import transformers
+    import trl.experimental.ppo as trl_ppo
+    from datasets import Dataset
 
     class Stamps(transformers.TrainerCallback):
         def __init__(self):
@@ -262,6 +613,8 @@ def ppo_gate(folder, ids, c):
         ended = torch.ones(len(prompts), dtype=torch.bool)
         return batch | {"responses": responses, "ended": ended}
 
+    import trl.experimental.ppo  # noqa: F401
+
     trainer_module = sys.modules["trl.experimental.ppo.ppo_trainer"]
 
     def their_batch(model, queries, size, pad_id, config):
@@ -293,10 +646,24 @@ def ppo_gate(folder, ids, c):
     # Adam's first step is lr times the gradient's sign: rounding shows where it is nearly 0.
     if not gap < 0.05:
         sys.exit(f"gate: the update differs by {gap:.3f} of its size: no timing")
-    print(f"  gate: losses equal, updates {gap:.4f} apart")
+    return f"  gate: scores and losses equal to 1e-4, updates {gap:.4f} of their length apart"
 
 
-def bench_ppo(name, config, tokenizer, prompt_length, c, pairs):
+def ppo_floor(machine, config, prompts, c, width=4):
+    """Seconds of one iteration: sampling; a forward of policy, reference, value network and reward
+    model; epochs of forward and backward of policy and value network, and their updates."""
+    new = c["max_new_tokens"]
+    rows, outputs = [p + new for p in prompts], new * len(prompts)
+    policy = machine.floor(forward_flops(config, rows, outputs))
+    trunk = machine.floor(forward_flops(config, rows, 0))
+    updates = c["update_epochs"] * c["batch_size"] // c["minibatch_size"]
+    parameters = 2 * weights_of(config) + config.vocab_size * config.n_embd
+    adam = updates * machine.floor(0, 4 * 7 * parameters)
+    sampled = sampling_floor(machine, config, prompts, 1, new, width)
+    return sampled + (2 + 3 * c["update_epochs"]) * (policy + trunk) + adam
+
+
+def bench_ppo(name, config, tokenizer, prompt_length, c, pairs, machine):
     """One iteration: rollout without end-of-text, scores, values, epochs of minibatches. Both sides
     do each block's first iteration untimed. TRL accumulates over the minibatches here, and so takes
     one optimiser step where ppo.py takes one a minibatch: the same forward and backward passes."""
@@ -306,7 +673,7 @@ def bench_ppo(name, config, tokenizer, prompt_length, c, pairs):
             (folder / part).mkdir()
             ids = ppo_files(folder / part, config, count, tokenizer, prompt_length)
             if part == "gate":
-                ppo_gate(folder / part, ids, c)
+                gate = ppo_gate(folder / part, ids, c)
         folder = folder / "timing"
         accumulation = c["batch_size"] // c["minibatch_size"]
         times = ([], [])
@@ -317,169 +684,293 @@ def bench_ppo(name, config, tokenizer, prompt_length, c, pairs):
                 else:
                     found = their_ppo(folder, ids, c, c["minibatch_size"], accumulation)[0]
                 times[side].append(statistics.median(found[1:]))
-    report(name, "episodes", c["batch_size"], times, "TRL")
+    prompts = [len(prompt) for prompt in ids]
+    amounts = {"prompt tokens": sum(prompts), "response tokens": len(ids) * c["max_new_tokens"]}
+    report(name, amounts, times, "TRL", ppo_floor(machine, config, prompts, c))
+    print(gate)
 
 
-# --- DPO ------------------------------------------------------------------------------------------
+# --- how cost grows -------------------------------------------------------------------------------
 
 
-def our_dpo(folder, steps):
-    """Seconds of each step of dpo.py on the same batch, and of caching the reference's."""
-    flags = ["--data", folder / "pairs.jsonl", "--validation", "", "--prompts", "", "--cache", ""]
-    flags += ["--init", folder / "policy", "--out_dir", folder / "ours", "--overwrite"]
-    flags += ["--batch_size", 10**6, "--steps", steps, "--save_every", 0, "--device", "cpu"]
-    flags += ["--lr", 1e-4, "--warmup", 0, "--final_lr", 1, "--adam_beta2", 0.999]
-    flags += ["--log_every", 1]  # as theirs computes its metrics at every step
-    stamps, caching = [], []
-    real, compute = dpo.learning_rate, dpo.logprobs_of_rows
-
-    def stamped(*args):
-        stamps.append(time.perf_counter())
-        return real(*args)
-
-    def timed(*args):
-        began = time.perf_counter()
-        found = compute(*args)
-        caching.append(time.perf_counter() - began)
-        return found
-
-    sys.argv = ["dpo.py", *map(str, flags)]
-    dpo.learning_rate, dpo.logprobs_of_rows = stamped, timed
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            dpo.main()
-    finally:
-        dpo.learning_rate, dpo.logprobs_of_rows = real, compute
-    return np.diff(stamps).tolist(), caching[0]
+def exponent(sizes, times):
+    """The slope of log time over log size, by least squares, and its standard error."""
+    x, y = np.log(sizes), np.log(times)
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    residual = y - y.mean() - slope * (x - x.mean())
+    error = np.sqrt(residual @ residual / (len(x) - 2) / ((x - x.mean()) ** 2).sum())
+    return slope, error
 
 
-def their_dpo(folder, steps):
-    """Seconds of each step of TRL's DPOTrainer, with its reference model in each, and the trainer.
-    Off: reports, saves, gradient checkpointing, bf16. On: the metrics that it always computes."""
+def bench_growth(tokenizer):
+    """One thing grows at a time, the rest is as it is: fitted exponents of time, and of the memory
+    that a process adds."""
 
-    class Stamps(transformers.TrainerCallback):
-        def __init__(self):
-            self.at = []
+    def step(kind, lengths, memory=True, **sizes):
+        config = GPTConfig(**{**vars(TOY), "n_positions": 1024, **sizes})
+        responses = len(lengths[0]) - 1
+        with tempfile.TemporaryDirectory() as folder:
+            lines = lines_of(tokenizer, lengths, responses)
+            step_files(kind, Path(folder), config, tokenizer, lines)
+            times = our_step(kind, Path(folder), 6)[0]
+            return statistics.median(times[1:]), peak_of(kind, "ours", folder)
 
-        def on_step_end(self, *args, **kwargs):
-            self.at.append(time.perf_counter())
+    def sampled(batch, prompt, new):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**{**vars(TOY), "n_positions": 1024})).eval()
+        prompts = torch.randint(0, 1024, (batch, prompt)).tolist()
+        with torch.no_grad():
+            work = lambda: generate(model, prompts, new)  # noqa: E731
+            return min(seconds(work) for _ in range(3)), None
 
-    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
-    lines = [{name: line[name] for name in ("prompt", "chosen", "rejected")} for line in lines]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "policy")
-    tokenizer.pad_token = tokenizer.eos_token
-    policy, reference = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder / "policy") for _ in "ab"
-    )
-    args = trl.DPOConfig(
-        output_dir=str(folder / "theirs"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
-        per_device_train_batch_size=len(lines),
-        max_steps=steps,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        beta=0.1,
-        max_length=None,
-    )
-    stamps = Stamps()
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        trainer = trl.DPOTrainer(
-            policy,
-            reference,
-            args,
-            train_dataset=Dataset.from_list(lines),
-            processing_class=tokenizer,
-            callbacks=[stamps],
+    for name, sizes, work in [
+        ("SFT step / lines", (16, 32, 64, 128, 256), lambda n: step("sft", [(32, 16)] * n)),
+        (
+            "SFT step / tokens a line",
+            (48, 96, 192, 384, 768),
+            lambda n: step("sft", [(n // 2,) * 2] * 16),
+        ),
+        (
+            "SFT step / prompt's tokens",
+            (48, 96, 192, 384, 768),
+            lambda n: step("sft", [(n, 16)] * 16),
+        ),
+        ("SFT step / width", (64, 128, 256, 512), lambda n: step("sft", [(32, 16)] * 16, n_embd=n)),
+        ("SFT step / layers", (2, 4, 8, 16), lambda n: step("sft", [(32, 16)] * 16, n_layer=n)),
+        (
+            "reward step / K responses",
+            (2, 4, 8, 16),
+            lambda n: step("reward", [(32, *[16] * n)] * 16),
+        ),
+        ("sampling / prompts", (16, 64, 256, 1024), lambda n: sampled(n, 32, 32)),
+        ("sampling / new tokens", (32, 64, 128, 256, 512), lambda n: sampled(64, 32, n)),
+    ]:
+        found = [work(size) for size in sizes]
+        times = ", ".join(
+            f"{size}: {time * 1e3:,.0f} ms" for size, (time, _) in zip(sizes, found, strict=True)
         )
-        trainer.train()
-    return np.diff(stamps.at).tolist(), trainer
+        slope, error = exponent(sizes, [time for time, _ in found])
+        print(f"{name}: time to the power {slope:.2f} +- {error:.2f} ({times})", flush=True)
+        if found[0][1]:
+            slope, error = exponent(sizes, [memory for _, memory in found])
+            peaks = ", ".join(f"{memory:,.0f}" for _, memory in found)
+            print(f"  memory to the power {slope:.2f} +- {error:.2f} ({peaks} MiB)", flush=True)
 
 
-def bench_dpo(name, config, tokenizer, lines, pairs):
-    """A step on a batch of pairs, the same in every step. Gate: the first step's update."""
+def bench_ranks(config, tokenizer, lengths, pairs):
+    """sft.py on one process of two threads beside two processes of one, tokens a second."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        torch.manual_seed(0)
-        save_model(folder / "policy", GPT(config), tokenizer, {})
-        (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        our_dpo(folder, 1)
-        _, trainer = their_dpo(folder, 1)
-        before = load_model(folder / "policy").state_dict()["wte.weight"]
-        moved = load_model(folder / "ours").state_dict()["wte.weight"] - before
-        theirs = trainer.model.state_dict()["transformer.wte.weight"]
-        gap = (theirs - before - moved).norm() / moved.norm()
-        # Adam's first step is lr times the gradient's sign: rounding shows where it is nearly 0.
-        if not gap < 0.05:
-            sys.exit(f"gate: the update differs by {gap:.3f} of its size: no timing")
-        print(f"  gate: updates {gap:.4f} apart")
-        times, caching = ([], []), []
+        step_files("sft", folder, config, tokenizer, lines_of(tokenizer, lengths))
+        speeds = ([], [])
         for i in range(pairs):
             for side in (0, 1) if i % 2 == 0 else (1, 0):
-                if side == 0:
-                    found, cached = our_dpo(folder, 6)
-                    caching.append(cached)
-                else:
-                    found = their_dpo(folder, 6)[0]
-                times[side].append(statistics.median(found[1:]))
-    report(name, "pairs", len(lines), times, "TRL")
-    print(f"  caching the reference's log-probabilities, once: {statistics.median(caching):.3f} s")
+                out = folder / f"ranks_{side}"
+                flags = (
+                    f"--data {folder}/lines.jsonl --validation= --prompts= --init {folder}/model"
+                )
+                flags += f" --out_dir {out} --overwrite --steps 40 --log_every 10 --device cpu"
+                launch = [sys.executable]
+                if side:
+                    launch += "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+                subprocess.run(
+                    [*launch, str(ROOT / "sft.py"), *flags.split()],
+                    env=os.environ | {"OMP_NUM_THREADS": "1" if side else "2"},
+                    check=True,
+                    capture_output=True,
+                )
+                records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+                speeds[side].append(statistics.median(r["tokens_per_s"] for r in records[1:]))
+    one, two = map(statistics.median, speeds)
+    print(f"SFT, toy: {one:,.0f} tokens a second on one rank, {two:,.0f} on two", flush=True)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+GPT2 = GPTConfig()
+GPT2_SIZES = {
+    "gpt2": {},
+    "gpt2-medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16},
+    "gpt2-large": {"n_layer": 36, "n_embd": 1280, "n_head": 20},
+    "gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25},
+}
+
+
+def words_of_gpt2():
+    """A vocabulary of GPT-2's size that needs no download."""
+    pairs = [bytes([32 + i // 256, i % 256]) for i in range(50_000)]
+    tokens = [bytes([i]) for i in range(256)] + pairs
+    return make_encoding({token: rank for rank, token in enumerate(tokens)}, "bench")
+
+
+def bench_gpu(device, config):
+    """Steps, decoding, PPO and memory of GPT-2's shape; on the CPU a rehearsal in small."""
+    full = device == "cuda"
+    tokenizer = words_of_gpt2()
+    machines = {dtype: Machine(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    for dtype, machine in machines.items():
+        print(
+            f"{dtype}: {machine.flops / 1e12:,.1f} TFLOP/s, {machine.bytes / 1e9:,.0f} GB/s",
+            flush=True,
+        )
+    ways = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        T, rows, micro = (1024, 64, 32) if full else (64, 4, 2)
+        lengths = [(1, T - 1, T - 1)] * rows
+        step_files("sft", folder, config, tokenizer, lines_of(tokenizer, lengths))
+        flops = 3 * forward_flops(config, [T] * rows, (T - 1) * rows)
+        for dtype, compiled in ways:
+            flags = ["--device", device, "--dtype", str(dtype)[6:], "--micro_batch_size", micro]
+            times = our_step("sft", folder, 12, *flags, *["--compile"] * compiled)[0]
+            time_ = statistics.median(times[4:])
+            peak = json.loads((folder / "ours/report.json").read_text())["peak_memory_gib"]
+            print(
+                f"SFT, {rows} x {T}, {dtype}{', compiled' * compiled}: {rows * T / time_:,.0f} "
+                f"tokens a second (target 480,000), {flops / time_ / machines[dtype].flops:.0%} of "
+                f"the matrix rate, {peak} GiB",
+                flush=True,
+            )
+
+    for batch, most in ((64, 3), (512, 2)):
+        torch.manual_seed(0)
+        model = GPT(config).eval().to(device, torch.bfloat16)
+        prompt, new = (128, 128) if full else (8, 8)
+        prompts = torch.randint(0, config.vocab_size, (batch, prompt)).tolist()
+        with torch.no_grad():
+            long, short = (
+                min(seconds(lambda work=(model, prompts, n): generate(*work)) for _ in range(4))
+                for n in (new, new // 2)
+            )
+        step = (long - short) / (new - new // 2)
+        floors = (
+            sampling_floor(machines[torch.bfloat16], config, [prompt] * batch, 1, n, width=2)
+            for n in (new, new // 2)
+        )
+        floor = next(floors) - next(floors)
+        floor /= new - new // 2
+        print(
+            f"decode, {batch} rows, bfloat16: {step * 1e3:.2f} ms a step, {batch / step:,.0f} "
+            f"tokens a second, {step / floor:.1f} x the floor of {floor * 1e3:.2f} ms "
+            f"(target {most})",
+            flush=True,
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        c = {"batch_size": 512, "minibatch_size": 64, "update_epochs": 4, "max_new_tokens": 128}
+        c |= {"steps": 4}
+        if not full:
+            c |= {"batch_size": 8, "minibatch_size": 4, "max_new_tokens": 8}
+        prompt = c["max_new_tokens"]
+        ids = ppo_files(folder, config, c["batch_size"], tokenizer, prompt, ragged=False)
+        floor = ppo_floor(machines[torch.bfloat16], config, [len(i) for i in ids], c, width=2)
+        for dtype, compiled in ways:
+            flags = ["--device", device, "--dtype", str(dtype)[6:], *["--compile"] * compiled]
+            time_ = statistics.median(our_ppo(folder, c, *flags)[1:])
+            record = json.loads((folder / "ours/metrics.jsonl").read_text().splitlines()[-1])
+            shares = {k: round(v, 2) for k, v in record.items() if k.endswith("_share")}
+            print(
+                f"PPO iteration, {c['batch_size']} x ({prompt} + {prompt}), {dtype}"
+                f"{', compiled' * compiled}: {time_:.2f} s, {time_ / floor:.1f} x the floor of "
+                f"{floor:.2f} s (target 2.5); {shares}",
+                flush=True,
+            )
+
+    for name, sizes in GPT2_SIZES.items() if full else [("in small", {})]:
+        T, rows = (1024, 8) if full else (64, 2)
+        larger = GPTConfig(**{**vars(config), **sizes})
+        with tempfile.TemporaryDirectory() as folder:
+            folder, peaks = Path(folder), []
+            step_files(
+                "sft", folder, larger, tokenizer, lines_of(tokenizer, [(1, T - 1, 2)] * rows)
+            )
+            for flag in ([], ["--checkpoint_activations"]):
+                if full:
+                    torch.cuda.reset_peak_memory_stats()
+                try:
+                    flags = ["--device", device, "--dtype", "bfloat16"]
+                    times = our_step("sft", folder, 4, *flags, *flag)[0]
+                    peak = json.loads((folder / "ours/report.json").read_text())["peak_memory_gib"]
+                    peaks.append(f"{peak} GiB, {times[-1] * 1e3:,.0f} ms a step")
+                except torch.OutOfMemoryError:
+                    peaks.append("out of memory")
+        print(f"SFT of {name}, {rows} x {T}: {peaks[0]}; checkpointed {peaks[1]}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=10, help="pairs of runs at toy size (10)")
-    parser.add_argument("--full", action="store_true", help="the 124M shape too (minutes)")
-    parser.add_argument("--only", default="", help="sampling, ppo or dpo (all)")
+    parser.add_argument("--full", action="store_true", help="the 124M shape too (half an hour)")
+    parser.add_argument("--only", default="", help="steps, sampling, ppo, growth or ranks (all)")
+    parser.add_argument("--gpu", default="", help="cuda; cpu rehearses it; no peers are needed")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(2)
+    if args.peak:
+        return print_peak(*args.peak)
+    if args.gpu:
+        small = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 128}
+        return bench_gpu(args.gpu, GPTConfig(**small if args.gpu == "cpu" else {}))
+
+    import transformers
+    import trl
+    from datasets import disable_progress_bars
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     disable_progress_bars()
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"TRL {trl.__version__}, 2 threads, float32"
-    )
-    toy_shape = GPTConfig(
-        vocab_size=1024,
-        n_positions=128,
-        n_embd=128,
-        n_layer=3,
-        n_head=4,
-        initializer_range=0.1,
-    )
-    if args.only in ("", "sampling"):
-        bench_sampling("sampling, toy, 256 x (32 + 32)", toy_shape, 256, 32, 32, args.pairs)
-        name = "sampling, toy, 256 x (17 to 32 + 32), ragged"
-        bench_sampling(name, toy_shape, 256, 32, 32, args.pairs, ragged=True)
-        bench_sampling("sampling, toy, 16 x (32 + 32)", toy_shape, 16, 32, 32, args.pairs)
-        if args.full:
-            bench_sampling("sampling, 124M, 16 x (32 + 32)", GPTConfig(), 16, 32, 32, 3)
     vocabulary = ROOT / "data/toy/bpe.tiktoken"
     if not vocabulary.exists():
         sys.exit(f"{vocabulary}: not there; python data/toy.py writes it")
-    if args.only in ("", "ppo"):
+    toy, large = tiktoken_file(vocabulary), words_of_gpt2()
+    machine = Machine()
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, TRL "
+        f"{trl.__version__}, 2 threads, float32; {machine.flops / 1e9:,.0f} GFLOP/s, copies "
+        f"{machine.bytes / 1e9:,.1f} GB/s",
+        flush=True,
+    )
+
+    def asked(name):
+        return args.only in ("", name)
+
+    if asked("steps"):
+        # As in the embedded task: prompts of 30 tokens, responses of 14.
+        lengths = [(20 + 27 * i // 32, 10 + i % 9, 10 + (i + 4) % 9) for i in range(32)]
+        wide = GPTConfig(**{**vars(TOY), "n_positions": 512})
+        hh = as_in_hh(32, 512)
+        for kind in ("sft", "reward", "dpo"):
+            bench_step(kind, "toy, 32 lines", TOY, toy, lengths, args.pairs, machine)
+            bench_step(kind, "toy, 32 lines as in HH-RLHF", wide, toy, hh, args.pairs, machine)
+            if args.full:
+                four = [(64 + 10 * i, 32 - 5 * i, 20) for i in range(4)]
+                shape = "124M, 4 lines of 96 to 111"
+                bench_step(kind, shape, GPT2, large, four, 3, machine, memory=True)
+    if asked("sampling"):
+        name = "sampling, toy, 256 x (32 + 32)"
+        bench_sampling(name, TOY, 256, 32, 32, args.pairs, machine)
+        name = "sampling, toy, 256 x (17 to 32 + 32), ragged"
+        bench_sampling(name, TOY, 256, 32, 32, args.pairs, machine, ragged=True)
+        name = "sampling, toy, 16 x (32 + 32)"
+        bench_sampling(name, TOY, 16, 32, 32, args.pairs, machine)
+        if args.full:
+            name = "sampling, 124M, 16 x (32 + 32)"
+            bench_sampling(name, GPT2, 16, 32, 32, 3, machine)
+    if asked("ppo"):
         c = {"batch_size": 128, "minibatch_size": 32, "update_epochs": 2, "max_new_tokens": 32}
         c["steps"] = 4  # of which the first is not timed
         name = "PPO iteration, toy, 128 x (16 to 32 + 32), 2 epochs of 4 minibatches"
-        bench_ppo(name, toy_shape, tiktoken_file(vocabulary), 32, c, args.pairs)
+        bench_ppo(name, TOY, toy, 32, c, args.pairs, machine)
         if args.full:
             c |= {"batch_size": 8, "minibatch_size": 4, "steps": 3}
             name = "PPO iteration, 124M, 8 x (16 to 32 + 32), 2 epochs of 2 minibatches"
-            bench_ppo(name, GPTConfig(), load_tokenizer("gpt2"), 32, c, 3)
-    if args.only in ("", "dpo"):
-        lines = (ROOT / "data/toy/comparisons.jsonl").read_text().splitlines()[:32]
-        lines = [json.loads(line) for line in lines]
-        toy = tiktoken_file(vocabulary)
-        bench_dpo("DPO step, toy, 32 pairs, ragged", toy_shape, toy, lines, args.pairs)
-        if args.full:
-            gpt2 = load_tokenizer("gpt2")
-            bench_dpo("DPO step, 124M, 8 pairs, ragged", GPTConfig(), gpt2, lines[:8], 3)
+            bench_ppo(name, GPT2, large, 32, c, 3, machine)
+    if asked("growth"):
+        bench_growth(toy)
+    if asked("ranks"):
+        bench_ranks(TOY, toy, [(30 + i % 16, 10 + i % 9, 2) for i in range(512)], 3)
+    return None
 
 
 if __name__ == "__main__":

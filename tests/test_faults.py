@@ -833,3 +833,13 @@ def test_compiled_models_are_the_same(script, data, tmp_path):
         model = load_model(tmp_path / name)
         runs.append(model(torch.arange(64).view(2, 32)))
     assert torch.allclose(*runs, atol=1e-3)
+
+
+@matrix
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_checkpointed_activations_are_the_same(script, data, whole, tmp_path):
+    """--checkpoint_activations: less memory, the same weights, bit for bit."""
+    argv = argv_of(script, data, tmp_path / "run", "--checkpoint_activations")
+    done = on_ranks(module_of(script), code_of(script, argv), 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert same(tmp_path / "run", whole(script, 2))

@@ -97,6 +97,27 @@ def test_forward_is_gpt2(small_gpt):
     assert np.abs(scorer(tokens)[0].detach().numpy() - expected).max() < 1e-10
 
 
+def test_checkpointed_activations_change_no_gradient_and_keep_less():
+    """Bit for bit, dropout too, which must be drawn alike both times; of each layer but its input
+    nothing is kept for the backward pass."""
+    config = GPTConfig(20, 32, 16, n_layer=4, n_head=2, dropout=0.2, initializer_range=0.3)
+    torch.manual_seed(0)
+    model, tokens = GPT(config), torch.randint(0, 20, (3, 32))
+    gradients, kept = [], []
+    for model.checkpoint_activations in (False, True):
+        sizes = []
+        torch.manual_seed(1)
+        hooks = (lambda x: (sizes.append(x.numel()), x)[1], lambda x: x)  # noqa: B023
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            loss = model(tokens).logsumexp(-1).sum()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        kept.append(sum(sizes))
+        model.zero_grad()
+    assert all(map(torch.equal, *gradients))
+    assert kept[1] < 0.4 * kept[0]
+
+
 def test_initial_weights():
     config = GPTConfig(
         vocab_size=500, n_positions=200, n_embd=256, n_layer=8, n_head=4, initializer_range=0.05
