@@ -233,7 +233,7 @@ def start(script, data, out, more=""):
 def test_kill_at_random_moments(script, data, tmp_path, capsys):
     """kill -9 at a random moment of the run, then --resume: weights and metrics of the end are
     those of the uninterrupted run, bit for bit."""
-    rng, repeats = random.Random(f"{SEED} {script}"), 2 if QUICK else 20
+    rng, repeats = random.Random(f"{SEED} {script}"), 1 if QUICK else 20
     began = time.monotonic()
     process = start(script, data, tmp_path / "whole")
     assert process.wait(600) == 0, process.stderr.read()
@@ -322,7 +322,7 @@ def kills_in_the_save(script, data, whole, tmp_path, repeats):
 @matrix
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_kill_within_the_save(script, data, whole, tmp_path, capsys):
-    repeats = 2 if QUICK else 50
+    repeats = 1 if QUICK else 50
     survived = kills_in_the_save(script, data, whole, tmp_path, repeats)
     tell(
         capsys,
@@ -400,7 +400,7 @@ def full_disks(script, data, whole, tmp_path, repeats):
 @matrix
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_full_disks(script, data, whole, tmp_path, capsys):
-    repeats = 2 if QUICK else 20
+    repeats = 1 if QUICK else 20
     survived = full_disks(script, data, whole, tmp_path, repeats)
     tell(
         capsys,
@@ -553,10 +553,12 @@ def refusals_of_checkpoints(script, data, out, *chosen):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_checkpoints_of_others(script, data, whole, tmp_path, capsys):
     out = tmp_path / "run"
-    said = refusals_of_checkpoints(script, data, out)
+    few = ("with_a_pickle", "of_another_script", "no_tensors") if QUICK else ()
+    said = refusals_of_checkpoints(script, data, out, *few)
     assert "optimizer.pt: a file that no script of ours wrote" in said["with_a_pickle"]
     assert "of other.py" in said["of_another_script"]
-    assert "tensors.safetensors" in said["of_another_model"] + said["no_tensors"]
+    assert "tensors.safetensors" in said["no_tensors"]
+    assert QUICK or "tensors.safetensors" in said["of_another_model"]
     go_on(script, data, out)
     assert same(out, whole(script))
     tell(capsys, f"{script}: {len(said)} checkpoints of others, {len(said)} refused by name")
@@ -587,8 +589,15 @@ def terms_one_rank(script, phase, data, out):
 
 
 @matrix
-@pytest.mark.parametrize("phase", ["rollout", "update", "evaluation", "save"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("script", "phase"),
+    [
+        (script, phase)
+        for i, script in enumerate(SCRIPTS)
+        for j, phase in enumerate(["rollout", "update", "evaluation", "save"])
+        if not QUICK or i % 4 == j  # in few: a phase each
+    ],
+)
 def test_sigterm_to_one_rank(script, phase, data, whole, tmp_path, capsys):
     terms_one_rank(script, phase, data, tmp_path / "run")
     argv = argv_of(script, data, tmp_path / "run", "--timeout_s", "60", "--resume")
