@@ -66,11 +66,13 @@ from model import (
     check_tokenizer,
     encode,
     generate,
+    group_by_prompt,
     last_score,
     load_config,
     load_model,
     load_tokenizer,
-    pad,
+    masks_of_responses,
+    pad_beside,
     read_json,
     save_model,
     text_of,
@@ -603,11 +605,9 @@ def with_noise(examples, share, seed):
 
 
 def collate_rankings(examples):
-    """Examples -> tokens, mask (B * n, T), an example's responses adjacent; closed (B,) bool."""
-    prompts = [e["prompt"] for e in examples for _ in e["responses"]]
-    responses = [ids for e in examples for ids in e["responses"]]
-    closed = torch.tensor([e["kind"] == "closed" for e in examples])
-    return *pad(prompts, responses), closed
+    """Examples -> tokens, mask, segments (B, T), responses beside each other; closed (B,) bool."""
+    beside = pad_beside(*([e[name] for e in examples] for name in ("prompt", "responses")))
+    return *beside, torch.tensor([e["kind"] == "closed" for e in examples])
 
 
 def read_utility(flag, text, epsilon):
@@ -897,24 +897,31 @@ def score_rows(model, rows, cfg, device, autocast, rank, world):
     """The head's outputs, a list of numbers, for rows of (prompt ids, response ids), from all
     ranks. None if told to stop."""
     model.eval()
-    scores = []
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    size = 4 * cfg.micro_batch_size or 256  # no gradients are kept, so more fit
+    scores, groups = [], group_by_prompt(rows)
+    order = sorted(
+        range(len(groups)), key=lambda i: len(groups[i][0]) + sum(map(len, groups[i][1]))
+    )
+    size = 2 * cfg.micro_batch_size or 64  # no gradients are kept, so more fit
     last_time = time.time()
-    for begin in range(0, len(rows), size * world):
+    for begin in range(0, len(groups), size * world):
         if stop_requested(device):
             return None
         if rank == 0 and time.time() - last_time > 30:
             last_time = time.time()
-            print(f"scored {begin}/{len(rows)} responses", flush=True)
+            print(f"scored {begin}/{len(groups)} prompts' responses", flush=True)
         indices = order[begin : begin + size * world][rank::world]
         if indices:
-            tokens, mask = pad(*zip(*[rows[i] for i in indices], strict=True))
-            tokens, mask = tokens.to(device), mask.to(device)
+            some = [groups[i] for i in indices]
+            beside = pad_beside(*zip(*some, strict=True))
+            tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
-                found = last_score(model(tokens), mask)
-            scores += zip(indices, at_least_float32(found).tolist(), strict=True)
-    return [score for _, score in sorted(gather(scores, device))]
+                output = model(tokens, segments=segments)
+            count = max(len(responses) for _, responses in some)
+            masks = masks_of_responses(mask, segments, count)
+            found = torch.stack([last_score(at_least_float32(output), m) for m in masks], 1)
+            for i, (_, responses), row in zip(indices, some, found.tolist(), strict=True):
+                scores.append((i, row[: len(responses)]))
+    return [score for _, row in sorted(gather(scores, device)) for score in row]
 
 
 def score_examples(model, examples, cfg, device, autocast, rank, world):
@@ -1509,24 +1516,27 @@ def main():
         for micro, indices in enumerate(shares):
             # A rank without lines left runs too, with weight 0: the others wait for its gradients.
             some = [examples[i] for i in indices or batch[:1]]
-            tokens, mask, closed = (tensor.to(device) for tensor in collate_rankings(some))
+            tensors = [tensor.to(device) for tensor in collate_rankings(some)]
+            tokens, mask, segments, closed = tensors
             last = micro == len(shares) - 1
             with parallel.no_sync() if world > 1 and not last else nullcontext():
                 with autocast:
-                    output = parallel(tokens)  # (B * n, T)
-                raw = at_least_float32(last_score(output, mask))
-                rewards = raw.view(-1, n).sigmoid()  # (B, n), best first
+                    output = parallel(tokens, segments=segments)  # (B, T)
+                masks = masks_of_responses(mask, segments, n)
+                raw = torch.stack([last_score(output, m) for m in masks], 1)  # (B, n)
+                raw = at_least_float32(raw)
+                rewards = raw.sigmoid()  # best first
                 losses = torch.where(
                     closed,
                     ranking_loss(rewards, utilities["closed"]),
                     ranking_loss(rewards, utilities["open"]),
                 )  # (B,)
-                losses = losses + penalty * raw.view(-1, n).square().mean(1)
+                losses = losses + penalty * raw.square().mean(1)
                 loss = losses.sum() * (1.0 if indices else 0.0)
                 # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
                 scaler.scale(loss * world / len(batch)).backward()
             if indices:
-                window["tokens"] += mask.sum().item() + n * sum(len(e["prompt"]) for e in some)
+                window["tokens"] += (segments >= 0).sum().item()
             window["loss"] += loss.item()
             window["prompts"] += len(indices)
             window["cells"] += tokens.numel()

@@ -58,11 +58,14 @@ from model import (
     check_tokenizer,
     encode,
     generate,
+    group_by_prompt,
     last_score,
     load_config,
     load_model,
     load_tokenizer,
+    masks_of_responses,
     pad,
+    pad_beside,
     predicts,
     read_json,
     save_model,
@@ -659,30 +662,29 @@ def rank_share(batch, rank, world, micro_batch_size):
 
 
 def collate(examples):
-    """Examples -> tokens, mask (R, T) of all their responses; rows (B, K), which row is response k;
-    keep (B, P) bool, margin and label (B, P), of the P = K-choose-2 pairs as `ranking_loss` has
-    them. An example with fewer than K responses repeats its first, in no pair that is kept."""
+    """Examples -> tokens, mask and segments (B, T), an example's responses beside each other; keep
+    (B, P) bool, margin and label (B, P), of the P = K-choose-2 pairs as `ranking_loss` has them. An
+    example with fewer than K responses has no pair with the others."""
     K = max(len(example["responses"]) for example in examples)
     number = {pair: p for p, pair in enumerate(itertools.combinations(range(K), 2))}
-    prompts, responses, rows = [], [], []
     keep = torch.zeros(len(examples), len(number), dtype=torch.bool)
     margin, label = (torch.full(keep.shape, x, dtype=torch.float64) for x in (0.0, 1.0))
     for b, example in enumerate(examples):
-        count = len(example["responses"])
-        rows.append([len(responses) + (k if k < count else 0) for k in range(K)])
-        prompts += [example["prompt"]] * count
-        responses += example["responses"]
         for i, j, m, probability in example["pairs"]:
             p = number[i, j]
             keep[b, p], margin[b, p], label[b, p] = True, m, probability
-    return *pad(prompts, responses), torch.tensor(rows), keep, margin, label
+    beside = pad_beside(*([e[name] for e in examples] for name in ("prompt", "responses")))
+    return *beside, keep, margin, label
 
 
 def collate_pairs(examples):
-    """`collate`, and the reference's log-probabilities of its rows (R,)."""
-    refs = [ref for example in examples for ref in example["ref"]]
-    tokens, mask, rows, keep, _, label = collate(examples)
-    return tokens, mask, rows, keep, label, torch.tensor(refs, dtype=torch.float64)
+    """`collate`, and the reference's log-probabilities of the responses, (B, K), 0 where an example
+    has fewer."""
+    tokens, mask, segments, keep, _, label = collate(examples)
+    refs = torch.zeros(len(examples), max(len(example["ref"]) for example in examples)).double()
+    for b, example in enumerate(examples):
+        refs[b, : len(example["ref"])] = torch.tensor(example["ref"], dtype=torch.float64)
+    return tokens, mask, segments, keep, label, refs
 
 
 def read_prompts(path):
@@ -799,11 +801,20 @@ def cpl_loss(chosen_logprobs, rejected_logprobs, alpha, bias=1.0):
 
 
 def discounted(logprobs, mask, gamma):
-    """sum_t gamma^t log pi(token t) over each response, t counted from its first token, (B,)."""
+    """sum_t gamma^t log pi(token t) over a response of each row, t counted from its first token,
+    (B,). mask (B, T): the response."""
     if gamma == 1:
-        return logprobs.sum(1)
+        return (logprobs * mask).sum(1)
     t = (mask.cumsum(1) - 1).clamp(min=0)
-    return (logprobs.new_tensor(gamma) ** t * logprobs).sum(1)
+    return (logprobs.new_tensor(gamma) ** t * logprobs * mask).sum(1)
+
+
+def logprobs_of_responses(logits, tokens, mask, segments, count, gamma):
+    """`discounted` of each of the `count` responses of rows from `pad_beside`, (B, K), 0 where a
+    row has fewer. logits (N, V), the model's output at `predicts(mask)`."""
+    logprobs = token_logprobs(logits, tokens, mask)
+    masks = masks_of_responses(mask, segments, count)
+    return torch.stack([discounted(logprobs, m, gamma) for m in masks], 1)
 
 
 def preference_loss(logprobs, ref_logprobs, keep, label, cfg):
@@ -862,24 +873,29 @@ def logprobs_of_rows(model, rows, cfg, device, autocast, rank, world):
     """Sums of log-probabilities, a list of numbers, of rows of (prompt ids, response ids), from all
     ranks. None if told to stop."""
     model.eval()
-    found, last_time = [], time.time()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    size = 4 * cfg.micro_batch_size or 256  # no gradients are kept, so more fit
-    for begin in range(0, len(rows), size * world):
+    found, groups, last_time = [], group_by_prompt(rows), time.time()
+    order = sorted(
+        range(len(groups)), key=lambda i: len(groups[i][0]) + sum(map(len, groups[i][1]))
+    )
+    size = 2 * cfg.micro_batch_size or 64  # no gradients are kept, so more fit
+    for begin in range(0, len(groups), size * world):
         if stop_requested(device):
             return None
         if rank == 0 and time.time() - last_time > 30:
             last_time = time.time()
-            print(f"log-probabilities of {begin}/{len(rows)} responses", flush=True)
+            print(f"log-probabilities for {begin}/{len(groups)} prompts", flush=True)
         indices = order[begin : begin + size * world][rank::world]
         if indices:
-            tokens, mask = pad(*zip(*[rows[i] for i in indices], strict=True))
-            tokens, mask = tokens.to(device), mask.to(device)
+            some = [groups[i] for i in indices]
+            beside = pad_beside(*zip(*some, strict=True))
+            tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
-                logits = model(tokens, at=predicts(mask))
-            logprobs = discounted(token_logprobs(logits, tokens, mask), mask, cfg.gamma)
-            found += zip(indices, logprobs.tolist(), strict=True)
-    return [logprob for _, logprob in sorted(gather(found, device))]
+                logits = model(tokens, predicts(mask), segments)
+            count = max(len(responses) for _, responses in some)
+            logprobs = logprobs_of_responses(logits, tokens, mask, segments, count, cfg.gamma)
+            for i, (_, responses), row in zip(indices, some, logprobs.tolist(), strict=True):
+                found.append((i, row[: len(responses)]))
+    return [logprob for _, row in sorted(gather(found, device)) for logprob in row]
 
 
 def rows_of(examples):
@@ -1561,11 +1577,12 @@ def main():
             if not indices:
                 continue
             some = [tensor.to(device) for tensor in collate_pairs([held_out[i] for i in indices])]
-            tokens, mask, rows, keep, label, refs = some
+            tokens, mask, segments, keep, label, refs = some
             with torch.no_grad(), autocast:
-                logits = policy(tokens, at=predicts(mask))
-            logprobs = discounted(token_logprobs(logits, tokens, mask), mask, cfg.gamma)[rows]
-            refs = refs.to(logprobs.dtype)[rows]
+                logits = policy(tokens, predicts(mask), segments)
+            parts = tokens, mask, segments, refs.shape[1], cfg.gamma
+            logprobs = logprobs_of_responses(logits, *parts)
+            refs = refs.to(logprobs.dtype)
             label = label.to(logprobs.dtype)
             losses = preference_loss(logprobs, refs, keep, label, cfg)
             numbers = pair_numbers(logprobs, refs, keep, label, cfg)
@@ -1634,13 +1651,15 @@ def main():
         for micro, indices in enumerate(shares):
             # A rank without lines left runs too, with weight 0: the others wait for its gradients.
             some = [examples[i] for i in indices or batch[:1]]
-            tokens, mask, rows, keep, label, refs = (x.to(device) for x in collate_pairs(some))
+            tensors = [tensor.to(device) for tensor in collate_pairs(some)]
+            tokens, mask, segments, keep, label, refs = tensors
             last = micro == len(shares) - 1
             with parallel.no_sync() if world > 1 and not last else nullcontext():
                 with autocast:  # all responses of a prompt in one forward
-                    logits = parallel(tokens, at=predicts(mask))  # (N, V)
-                logprobs = discounted(token_logprobs(logits, tokens, mask), mask, cfg.gamma)[rows]
-                refs = refs.to(logprobs.dtype)[rows]  # (B, K)
+                    logits = parallel(tokens, predicts(mask), segments)  # (N, V)
+                parts = tokens, mask, segments, refs.shape[1], cfg.gamma
+                logprobs = logprobs_of_responses(logits, *parts)
+                refs = refs.to(logprobs.dtype)  # (B, K)
                 label = label.to(logprobs.dtype)
                 losses = preference_loss(logprobs, refs, keep, label, cfg)
                 loss = losses.sum() * (1.0 if indices else 0.0)
@@ -1651,9 +1670,7 @@ def main():
             if indices:
                 for name, number in pair_numbers(logprobs, refs, keep, label, cfg).items():
                     window[name] += number
-                window["tokens"] += sum(
-                    len(e["prompt"]) + len(r) for e in some for r in e["responses"]
-                )
+                window["tokens"] += (segments >= 0).sum().item()
             window["loss"] += loss.item()
             window["prompts"] += len(indices)
         norm = 0.0

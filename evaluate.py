@@ -55,11 +55,14 @@ from model import (
     encode,
     entropy,
     generate,
+    group_by_prompt,
     last_score,
     load_config,
     load_model,
     load_tokenizer,
+    masks_of_responses,
     pad,
+    pad_beside,
     predicts,
     read_json,
     text_of,
@@ -645,32 +648,40 @@ def score_rows(model, rows, cfg, device, autocast, rank, world):
     """The head's outputs, a list of numbers, for rows of (prompt ids, response ids), from all
     ranks. None if told to stop."""
     model.eval()
-    scores = []
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    size = 4 * cfg.micro_batch_size or 256  # no gradients are kept, so more fit
+    scores, groups = [], group_by_prompt(rows)
+    order = sorted(
+        range(len(groups)), key=lambda i: len(groups[i][0]) + sum(map(len, groups[i][1]))
+    )
+    size = 2 * cfg.micro_batch_size or 64  # no gradients are kept, so more fit
     last_time = time.time()
-    for begin in range(0, len(rows), size * world):
+    for begin in range(0, len(groups), size * world):
         if stop_requested(device):
             return None
         if rank == 0 and time.time() - last_time > 30:
             last_time = time.time()
-            print(f"scored {begin}/{len(rows)} responses", flush=True)
+            print(f"scored {begin}/{len(groups)} prompts' responses", flush=True)
         indices = order[begin : begin + size * world][rank::world]
         if indices:
-            tokens, mask = pad(*zip(*[rows[i] for i in indices], strict=True))
-            tokens, mask = tokens.to(device), mask.to(device)
+            some = [groups[i] for i in indices]
+            beside = pad_beside(*zip(*some, strict=True))
+            tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
-                found = last_score(model(tokens), mask)
-            scores += zip(indices, at_least_float32(found).tolist(), strict=True)
-    return [score for _, score in sorted(gather(scores, device))]
+                output = model(tokens, segments=segments)
+            count = max(len(responses) for _, responses in some)
+            masks = masks_of_responses(mask, segments, count)
+            found = torch.stack([last_score(at_least_float32(output), m) for m in masks], 1)
+            for i, (_, responses), row in zip(indices, some, found.tolist(), strict=True):
+                scores.append((i, row[: len(responses)]))
+    return [score for _, row in sorted(gather(scores, device)) for score in row]
 
 
 def load_judge(name, device):
-    """A judge's name -> ("file", module) or ("model", model, tokenizer, statistics)."""
+    """A judge's name -> ("file", module) or ("model", model, tokenizer, statistics, scores so
+    far)."""
     if name.endswith(".py"):
         return "file", load_gold(name)
     try:
-        return "model", *load_reward_model(name, device)
+        return "model", *load_reward_model(name, device), {}
     except (OSError, ValueError) as error:
         refuse(error)
 
@@ -692,12 +703,16 @@ def judge_samples(loaded, prompts, samples, cfg, device, autocast, rank, world):
             for i in range(rank, len(prompts), world)
         ]
         return [scores for _, scores in sorted(gather(mine, device), key=lambda pair: pair[0])]
-    _, model, _, statistics = loaded
-    rows = [(sample["prompt_ids"], sample["ids"]) for some in samples for sample in some]
-    raw = score_rows(model, rows, cfg, device, autocast, rank, world)
+    _, model, _, statistics, known = loaded
+    rows = [(tuple(s["prompt_ids"]), tuple(s["ids"])) for some in samples for s in some]
+    # Each text once, whoever wrote it: in another batch rounding would keep equals from being ties.
+    new = [row for row in dict.fromkeys(rows) if row not in known]
+    raw = score_rows(model, new, cfg, device, autocast, rank, world) if new else []
     if raw is None:
         return None
-    scores = iter(normalised(torch.tensor(raw, dtype=torch.float64), statistics).tolist())
+    known.update(zip(new, raw, strict=True))
+    raw = torch.tensor([known[row] for row in rows], dtype=torch.float64)
+    scores = iter(normalised(raw, statistics).tolist())
     table = [[next(scores) for _ in some] for some in samples]
     return [
         [score if sample["ended"] else math.nan for score, sample in zip(*rows, strict=True)]

@@ -91,7 +91,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, start=0, visible=None):
         """x (B, T, C) -> (B, T, C). `cache` (2, B, H, columns, D) takes this call's keys and values
-        at columns start..start+T; then queries see what `visible` (B, 1, 1, columns) allows."""
+        at columns start..start+T. Queries see what `visible` (B, 1, T or 1, columns) allows, or,
+        without it, what lies before them."""
         B, T, C = x.shape
         q, k, v = qkv = self.qkv(x)
         if cache is not None:
@@ -106,7 +107,7 @@ class Attention(nn.Module):
             v,
             attn_mask=visible,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=start == 0,
+            is_causal=start == 0 and visible is None,
         )
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -176,7 +177,7 @@ class GPT(nn.Module):
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for i, block in enumerate(self.h):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, None, start, visible, use_reentrant=False)
             else:
                 x = block(x, None if caches is None else caches[i], start, visible)
         return self.ln_f(x)
@@ -210,17 +211,25 @@ class GPT(nn.Module):
             weight = weight - weight.mean(0)
         return weight
 
-    def forward(self, tokens, at=None):
+    def forward(self, tokens, at=None, segments=None):
         """Next-token logits, or scalars, of right-padded tokens (B, T) int64.
 
         Args:
             at: (B, T) bool; the head runs on these positions alone, row by row, since over a
                 vocabulary of 50,257 it costs as much memory as all the rest. None: everywhere.
+            segments: (B, T), of rows with several responses to one prompt, from `pad_beside`.
 
         Returns:
             (B, T, V) when `at` is None, else (N, V), N = at.sum(); with a scalar head (B, T) or
-            (N,). Column t has read tokens[:, :t + 1]: pads, being on the right, are never read.
+            (N,). Column t has read tokens[:, :t + 1], with `segments` those of 0 and of its own:
+            pads, being on the right, are never read.
         """
+        if segments is not None:
+            visible = (segments[:, None] == 0) | (segments[:, None] == segments[:, :, None])
+            visible = visible.tril()  # (B, T, T)
+            positions = (visible.sum(2) - 1) * (segments >= 0)  # a token's place in what it sees
+            hidden = self.trunk(tokens, positions, visible=visible[:, None])
+            return self.head(hidden if at is None else hidden[at])
         T = tokens.shape[1]
         longest = self.config.n_positions
         if longest < T:
@@ -499,6 +508,53 @@ def pad(prompts, responses):
     columns = torch.arange(T)
     mask = (columns >= begin) & (columns < torch.tensor(lengths)[:, None])
     return torch.tensor(rows), mask
+
+
+def pad_beside(prompts, responses):
+    """Prompts with all their responses beside each other, so that a prompt is read once: at 30 + 14
+    tokens 2.1 times the speed of `pad` with four responses, 1.5 times with two (122 + 47: 1.5).
+
+    A row is the prompt but for its last token, then for each response that token and the response:
+    so every response's first token too is predicted by the column before it. Responses don't see
+    each other. For each prompt there is a list of responses.
+
+    Returns:
+        tokens (B, T) int64, padded on the right with 0; mask (B, T) bool, True on the responses;
+        segments (B, T) int64, for `GPT.forward`: k on response k = 1, 2, ... and its copy of the
+        prompt's last token, 0 on what all responses see, -1 on pads.
+    """
+    rows, inside, numbers = [], [], []
+    for prompt, some in zip(prompts, responses, strict=True):
+        shared, n = prompt[:-1], len(prompt) - 1
+        rows.append(sum(([prompt[-1], *response] for response in some), list(shared)))
+        inside.append(sum(([0] + [1] * len(response) for response in some), [0] * n))
+        numbers.append(sum(([k] * (len(r) + 1) for k, r in enumerate(some, 1)), [0] * n))
+    T = max(map(len, rows))
+    tokens, mask, segments = (
+        torch.tensor([row + [filler] * (T - len(row)) for row in table])
+        for table, filler in ((rows, 0), (inside, 0), (numbers, -1))
+    )
+    return tokens, mask.bool(), segments
+
+
+def group_by_prompt(rows, most=8):
+    """Rows (prompt ids, response ids) -> [(prompt ids, [response ids, ...])] for `pad_beside`: rows
+    that follow each other to one prompt, `most` of them at most, since attention costs as the
+    square of what stands beside each other."""
+    groups = []
+    for prompt, response in rows:
+        if groups and groups[-1][0] == prompt and len(groups[-1][1]) < most:
+            groups[-1][1].append(response)
+        else:
+            groups.append((prompt, [response]))
+    return groups
+
+
+def masks_of_responses(mask, segments, count):
+    """The mask of each response of rows from `pad_beside`: (count, B, T) bool, empty where a row
+    has fewer responses."""
+    numbers = torch.arange(1, count + 1, device=mask.device)
+    return mask & (segments == numbers[:, None, None])
 
 
 # --- sampling -------------------------------------------------------------------------------------

@@ -61,11 +61,13 @@ from model import (
     check_tokenizer,
     encode,
     generate,
+    group_by_prompt,
     last_score,
     load_config,
     load_model,
     load_tokenizer,
-    pad,
+    masks_of_responses,
+    pad_beside,
     read_json,
     save_model,
     text_of,
@@ -697,23 +699,19 @@ def rank_share(batch, rank, world, micro_batch_size):
 
 
 def collate(examples):
-    """Examples -> tokens, mask (R, T) of all their responses; rows (B, K), which row is response k;
-    keep (B, P) bool, margin and label (B, P), of the P = K-choose-2 pairs as `ranking_loss` has
-    them. An example with fewer than K responses repeats its first, in no pair that is kept."""
+    """Examples -> tokens, mask and segments (B, T), an example's responses beside each other; keep
+    (B, P) bool, margin and label (B, P), of the P = K-choose-2 pairs as `ranking_loss` has them. An
+    example with fewer than K responses has no pair with the others."""
     K = max(len(example["responses"]) for example in examples)
     number = {pair: p for p, pair in enumerate(itertools.combinations(range(K), 2))}
-    prompts, responses, rows = [], [], []
     keep = torch.zeros(len(examples), len(number), dtype=torch.bool)
     margin, label = (torch.full(keep.shape, x, dtype=torch.float64) for x in (0.0, 1.0))
     for b, example in enumerate(examples):
-        count = len(example["responses"])
-        rows.append([len(responses) + (k if k < count else 0) for k in range(K)])
-        prompts += [example["prompt"]] * count
-        responses += example["responses"]
         for i, j, m, probability in example["pairs"]:
             p = number[i, j]
             keep[b, p], margin[b, p], label[b, p] = True, m, probability
-    return *pad(prompts, responses), torch.tensor(rows), keep, margin, label
+    beside = pad_beside(*([e[name] for e in examples] for name in ("prompt", "responses")))
+    return *beside, keep, margin, label
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -818,24 +816,31 @@ def score_rows(model, rows, cfg, device, autocast, rank, world):
     """The head's outputs, a list of numbers, for rows of (prompt ids, response ids), from all
     ranks. None if told to stop."""
     model.eval()
-    scores = []
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    size = 4 * cfg.micro_batch_size or 256  # no gradients are kept, so more fit
+    scores, groups = [], group_by_prompt(rows)
+    order = sorted(
+        range(len(groups)), key=lambda i: len(groups[i][0]) + sum(map(len, groups[i][1]))
+    )
+    size = 2 * cfg.micro_batch_size or 64  # no gradients are kept, so more fit
     last_time = time.time()
-    for begin in range(0, len(rows), size * world):
+    for begin in range(0, len(groups), size * world):
         if stop_requested(device):
             return None
         if rank == 0 and time.time() - last_time > 30:
             last_time = time.time()
-            print(f"scored {begin}/{len(rows)} responses", flush=True)
+            print(f"scored {begin}/{len(groups)} prompts' responses", flush=True)
         indices = order[begin : begin + size * world][rank::world]
         if indices:
-            tokens, mask = pad(*zip(*[rows[i] for i in indices], strict=True))
-            tokens, mask = tokens.to(device), mask.to(device)
+            some = [groups[i] for i in indices]
+            beside = pad_beside(*zip(*some, strict=True))
+            tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
-                found = last_score(model(tokens), mask)
-            scores += zip(indices, at_least_float32(found).tolist(), strict=True)
-    return [score for _, score in sorted(gather(scores, device))]
+                output = model(tokens, segments=segments)
+            count = max(len(responses) for _, responses in some)
+            masks = masks_of_responses(mask, segments, count)
+            found = torch.stack([last_score(at_least_float32(output), m) for m in masks], 1)
+            for i, (_, responses), row in zip(indices, some, found.tolist(), strict=True):
+                scores.append((i, row[: len(responses)]))
+    return [score for _, row in sorted(gather(scores, device)) for score in row]
 
 
 def score_examples(model, examples, cfg, device, autocast, rank, world):
@@ -1426,12 +1431,15 @@ def main():
             # A rank without lines left runs too, with weight 0: the others wait for its gradients.
             some = [examples[i] for i in indices or batch[:1]]
             tensors = [tensor.to(device) for tensor in collate(some)]
-            tokens, mask, rows, keep, margins, labels = tensors
+            tokens, mask, segments, keep, margins, labels = tensors
+            count = max(len(example["responses"]) for example in some)  # K
             last = micro == len(shares) - 1
             with parallel.no_sync() if world > 1 and not last else nullcontext():
                 with autocast:
-                    output = parallel(tokens)  # (R, T)
-                scores = at_least_float32(last_score(output, mask))[rows]  # (B, K)
+                    output = parallel(tokens, segments=segments)  # (B, T)
+                masks = masks_of_responses(mask, segments, count)
+                scores = torch.stack([last_score(output, m) for m in masks], 1)  # (B, K)
+                scores = at_least_float32(scores)
                 losses = ranking_loss(
                     scores,
                     margin=margin_of(margins, margin_setting).to(scores.dtype),
@@ -1442,13 +1450,11 @@ def main():
                 # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
                 scaler.scale(loss * world / len(batch)).backward()
             if indices:
-                i, j = torch.triu_indices(*[rows.shape[1]] * 2, 1, device=device)
+                i, j = torch.triu_indices(count, count, 1, device=device)
                 sign = (scores[:, i] - scores[:, j]).detach().sign()[keep]
                 window["hits"] += (0.5 + 0.5 * sign).sum().item()
                 window["pairs"] += len(sign)
-                window["tokens"] += sum(
-                    len(e["prompt"]) + len(r) for e in some for r in e["responses"]
-                )
+                window["tokens"] += (segments >= 0).sum().item()
             window["loss"] += loss.item()
             window["prompts"] += len(indices)
             window["cells"] += tokens.numel()

@@ -23,6 +23,38 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # {script: [(name, file, what stands there, what the bug makes of it)]}
 MUTATIONS = {
+    "model": [
+        (
+            "responses see each other",
+            "model.py",
+            "(segments[:, None] == segments[:, :, None])",
+            "(segments[:, None] > 0)",
+        ),
+        (
+            "places counted over all responses",
+            "model.py",
+            "positions = (visible.sum(2) - 1) * (segments >= 0)",
+            "positions = (segments >= 0).cumsum(1) - 1",
+        ),
+        (
+            "responses taken for each other",
+            "model.py",
+            "[k] * (len(r) + 1) for k, r",
+            "[min(k, 2)] * (len(r) + 1) for k, r",
+        ),
+        (
+            "prompts of one length taken for one prompt",
+            "model.py",
+            "groups[-1][0] == prompt and",
+            "len(groups[-1][0]) == len(prompt) and",
+        ),
+        (
+            "checkpointed though told not to",
+            "model.py",
+            "if self.checkpoint_activations and torch.is_grad_enabled():",
+            "if torch.is_grad_enabled():",
+        ),
+    ],
     "ppo": [
         (
             "leave-one-out leaves none out",
@@ -383,8 +415,8 @@ MUTATIONS = {
         (
             "mean of log-probabilities in the sum's place",
             "dpo.py",
-            "        return logprobs.sum(1)\n",
-            "        return logprobs.sum(1) / mask.sum(1)\n",
+            "        return (logprobs * mask).sum(1)\n",
+            "        return (logprobs * mask).sum(1) / mask.sum(1).clamp(min=1)\n",
         ),
         (
             "the chosen response's reference in both places",
@@ -407,22 +439,22 @@ MUTATIONS = {
         (
             "mask one token late",
             "dpo.py",
-            "    tokens, mask, rows, keep, _, label = collate(examples)\n",
-            "    tokens, mask, rows, keep, _, label = collate(examples)\n"
+            "    tokens, mask, segments, keep, _, label = collate(examples)\n",
+            "    tokens, mask, segments, keep, _, label = collate(examples)\n"
             "    mask = mask.roll(1, 1)\n",
         ),
         (
             "prompt tokens counted",
             "dpo.py",
-            "    tokens, mask, rows, keep, _, label = collate(examples)\n",
-            "    tokens, mask, rows, keep, _, label = collate(examples)\n"
-            "    mask = mask | (mask.cumsum(1) == 0)\n    mask[:, 0] = False\n",
+            "    tokens, mask, segments, keep, _, label = collate(examples)\n",
+            "    tokens, mask, segments, keep, _, label = collate(examples)\n"
+            "    mask = segments > 0\n    mask[:, 0] = False\n",
         ),
         (
             "end of text not counted",
             "dpo.py",
-            "        return logprobs.sum(1)\n",
-            "        return (logprobs * mask.roll(-1, 1)).sum(1)\n",
+            "        return (logprobs * mask).sum(1)\n",
+            "        return (logprobs * (mask & mask.roll(-1, 1))).sum(1)\n",
         ),
         (
             "chosen and rejected swapped",
@@ -833,8 +865,8 @@ MUTATIONS = {
         (
             "no sigmoid",
             "collapse.py",
-            "rewards = raw.view(-1, n).sigmoid()",
-            "rewards = raw.view(-1, n)",
+            "rewards = raw.sigmoid()",
+            "rewards = raw",
         ),
         (
             "the kinds' utilities swapped",
@@ -943,7 +975,7 @@ MUTATIONS = {
         (
             "no penalty",
             "collapse.py",
-            "losses = losses + penalty * raw.view(-1, n).square().mean(1)",
+            "losses = losses + penalty * raw.square().mean(1)",
             "losses = losses + 0",
         ),
         (

@@ -387,7 +387,7 @@ def test_the_loss_is_the_formula(data, tmp_path, monkeypatch):
     args = ["--steps", 1, "--batch_size", 21, "--normalise_with", "none", "--eval_every", 0]
     args += ["--label_smoothing", 0.1, "--logit_penalty", 0.04, "--warmup", 2]
     assert run(monkeypatch, *flags(data, tmp_path / "run", *args)) == 0
-    rewards = seen[0].sigmoid().view(21, 4)
+    rewards = torch.stack(seen[:4], 1).sigmoid()
     examples, _, _ = collapse.read_rankings(
         data / "rankings.jsonl", collapse.load_tokenizer(data / "policy"), 96, False, 0
     )

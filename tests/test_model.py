@@ -23,12 +23,15 @@ from model import (
     encode,
     entropy,
     generate,
+    group_by_prompt,
     last_score,
     load_config,
     load_model,
     load_tokenizer,
     make_encoding,
+    masks_of_responses,
     pad,
+    pad_beside,
     predicts,
     read_json,
     sample,
@@ -189,6 +192,50 @@ def test_bad_config():
         GPTConfig(n_layer=0)
     with pytest.raises(ValueError, match="dropout"):
         GPTConfig(dropout=1.0)
+
+
+def test_responses_beside_each_other_are_as_alone(small_gpt):
+    """Rows that share a prompt give each response what a row of its own gives: logits, scores and
+    gradients. Ragged, a prompt of one token, an empty response, one response alone; and whatever
+    the pads hold."""
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    responses = [[[10, 11], [12], [13, 14, 15, 16]], [[17, 18, 19], []], [[20, 21]]]
+    rows = [(p, r) for p, some in zip(prompts, responses, strict=True) for r in some]
+    assert group_by_prompt(rows) == list(zip(prompts, responses, strict=True))
+    assert len(group_by_prompt([([1, 2], [3]), ([1, 4], [5]), ([1, 2], [6])])) == 3
+    assert group_by_prompt(rows, 2)[:2] == [
+        (prompts[0], responses[0][:2]),
+        (prompts[0], [responses[0][2]]),
+    ]
+    tokens, mask = pad(*zip(*rows, strict=True))
+    beside, inside, segments = pad_beside(prompts, responses)
+    assert beside[0].tolist() == [1, 2, 3, 10, 11, 3, 12, 3, 13, 14, 15, 16]
+    assert segments[0].tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3]
+    assert segments[1].tolist() == [1, 1, 1, 1, 2, -1, -1, -1, -1, -1, -1, -1]
+    assert inside[0].nonzero().squeeze(1).tolist() == [3, 4, 6, 8, 9, 10, 11]
+    assert torch.equal(beside[inside], tokens[mask])  # the same tokens in the same order
+    beside[segments < 0] = 33
+    for scalar_head in (False, True):
+        model = small_gpt(scalar_head, torch.float64)
+        alone = model(tokens, predicts(mask))
+        together = model(beside, predicts(inside), segments)
+        assert together.shape == alone.shape and (together - alone).abs().max() < 1e-12
+        weights = torch.randn_like(alone)
+        expected = torch.autograd.grad((alone * weights).sum(), list(model.parameters()))
+        found = torch.autograd.grad((together * weights).sum(), list(model.parameters()))
+        assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) < 1e-11
+    scores = [
+        last_score(model(beside, segments=segments), m)[0]
+        for m in masks_of_responses(inside, segments, 3)
+    ]
+    alone = last_score(model(tokens), mask)
+    assert [s.item() for s in scores] == pytest.approx(alone[:3].tolist(), abs=1e-12)
+    # Longer together than the model has positions: it is a response's own places that count.
+    long = [1] * 60, [[2] * 30, [3] * 36]
+    beside, inside, segments = pad_beside(*([x] for x in long))
+    together = model(beside, predicts(inside), segments)
+    tokens, mask = pad([long[0]] * 2, long[1])
+    assert (together - model(tokens, predicts(mask))).abs().max() < 1e-12
 
 
 # --- log-probabilities ----------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from model import (
     load_config,
     load_model,
     load_tokenizer,
+    masks_of_responses,
     pad,
     save_model,
 )
@@ -190,9 +191,13 @@ def test_k_wise_is_the_mean_over_pairs(setting, smoothing):
     ]:
         responses = [list(range(1, 3 + k % 3)) for k in range(K)]
         examples.append({"prompt": [7, 8], "responses": responses, "pairs": pairs})
-    tokens, _, rows, keep, margins, labels = reward.collate(examples)
-    assert len(tokens) == 20 and rows.shape == (5, 9) and keep.shape == (5, 36)
+    tokens, mask, segments, keep, margins, labels = reward.collate(examples)
+    assert len(tokens) == 5 and keep.shape == (5, 36) and segments.max() == 9
+    masks = masks_of_responses(mask, segments, 9)
+    assert masks.any(2).sum(0).tolist() == [4, 2, 3, 2, 9]  # responses of each example
     flat = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    numbers = [[0, 1, 2, 3], [4, 5], [6, 7, 8], [9, 10], range(11, 20)]
+    rows = torch.tensor([[*some, *[0] * (9 - len(some))] for some in numbers])  # 0 where none is
     losses = reward.ranking_loss(
         flat[rows],
         margin=reward.margin_of(margins, setting),
@@ -596,8 +601,10 @@ def test_scores_of_every_kind_of_line(data, tmp_path, monkeypatch, capsys, unint
     args = ["score", "--init", uninterrupted, "--data", path, "--out", out, "--device", "cpu"]
     assert run(monkeypatch, *args) == 0
     first, second, third = read_lines(out)
-    assert first["extra"] == 1 and first["score"] == second["chosen_score"] == third["scores"][1]
-    assert second["rejected_score"] == third["scores"][0] != first["score"]
+    same = first["score"], second["chosen_score"], third["scores"][1]
+    assert first["extra"] == 1 and same == pytest.approx([same[0]] * 3, abs=1e-5)
+    assert second["rejected_score"] == pytest.approx(third["scores"][0], abs=1e-5)
+    assert abs(third["scores"][0] - same[0]) > 1e-3
     assert run(monkeypatch, *args, "--data", out, "--out", tmp_path / "b.jsonl") == 2
     assert "scored.jsonl:1: score: is there already" in capsys.readouterr().err
     more = ["--data", out, "--out", tmp_path / "b.jsonl", "--field", "reward"]
