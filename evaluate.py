@@ -61,7 +61,6 @@ from model import (
     load_model,
     load_tokenizer,
     masks_of_responses,
-    pad,
     pad_beside,
     predicts,
     read_json,
@@ -526,25 +525,25 @@ def kl_and_entropy(policy, reference, samples, temperature, cfg, device, rank, w
     that the KL is -log pi_ref of it and the entropy 0. In the models' own precision: logits rounded
     to bfloat16 would add some 0.01 nats a token to every KL. None if told to stop.
     """
-    rows = [(i, sample) for i, some in enumerate(samples) for sample in some]
+    rows = [(s["prompt_ids"], s["ids"]) for some in samples for s in some]
+    groups = group_by_prompt(rows)
     order = sorted(
-        range(len(rows)), key=lambda n: len(rows[n][1]["prompt_ids"] + rows[n][1]["ids"])
+        range(len(groups)), key=lambda n: len(groups[n][0]) + sum(map(len, groups[n][1]))
     )
-    size, found = cfg.micro_batch_size or 64, []
-    for begin in range(0, len(rows), size * world):
+    size, found = max(cfg.micro_batch_size // 2, 1) if cfg.micro_batch_size else 32, []
+    for begin in range(0, len(groups), size * world):
         if stop_requested(device):
             return None
         numbers = order[begin : begin + size * world][rank::world]
         if not numbers:
             continue
-        some = [rows[n][1] for n in numbers]
-        tokens, mask = pad([s["prompt_ids"] for s in some], [s["ids"] for s in some])
-        tokens, mask = tokens.to(device), mask.to(device)
-        positions = torch.arange(tokens.shape[1], device=device)
+        some = [groups[n] for n in numbers]
+        beside = pad_beside(*zip(*some, strict=True))
+        tokens, mask, segments = (tensor.to(device) for tensor in beside)
         with torch.no_grad():
             at = predicts(mask)
-            hidden = policy.trunk(tokens, positions)[at]  # (N, C)
-            ref_hidden = reference.trunk(tokens, positions)[at]
+            hidden = policy.states(tokens, segments)[at]  # (N, C)
+            ref_hidden = reference.states(tokens, segments)[at]
             pieces = []
             # Whole vocabularies of all positions at once would be gigabytes.
             for piece, ref_piece, target in zip(
@@ -560,11 +559,14 @@ def kl_and_entropy(policy, reference, samples, temperature, cfg, device, rank, w
                 pieces.append(torch.stack([kl, entropy(logprobs)]))
         both = torch.cat(pieces, 1)  # (2, N)
         inside = mask.expand(2, -1, -1)
-        sums = both.new_zeros(inside.shape).masked_scatter(inside, both).sum(2)  # (2, B)
-        found += zip(numbers, *sums.tolist(), strict=True)
-    tables = []
-    for values in list(zip(*sorted(gather(found, device)), strict=True))[1:]:
-        values = iter(values)
+        tokenwise = both.new_zeros(inside.shape).masked_scatter(inside, both)  # (2, B, T)
+        masks = masks_of_responses(mask, segments, max(len(responses) for _, responses in some))
+        sums = torch.stack([(tokenwise * m).sum(2) for m in masks], 2)  # (2, B, K)
+        for n, (_, responses), kl, nats in zip(numbers, some, *sums.tolist(), strict=True):
+            found.append((n, kl[: len(responses)], nats[: len(responses)]))
+    found, tables = sorted(gather(found, device)), []
+    for which in (1, 2):
+        values = iter([value for row in found for value in row[which]])
         tables.append([[next(values) for _ in some] for some in samples])
     return tables
 
@@ -1573,6 +1575,9 @@ AXES = {
     "kl": "KL to the reference (nats a sequence)",
     "sqrt_kl": "square root of KL to the reference (nats a sequence)",
     "gold": "gold score (points)",
+    "greedy_gold": "gold score of greedy responses (points)",
+    "entropy": "entropy of a response (nats)",
+    "training_seconds": "training (seconds)",
     "proxy": "score that was optimised",
     "wins": "wins against the reference by gold",
     "nll": "loss of held-out demonstrations (nats a token)",

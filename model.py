@@ -211,6 +211,18 @@ class GPT(nn.Module):
             weight = weight - weight.mean(0)
         return weight
 
+    def states(self, tokens, segments=None):
+        """Hidden states (B, T, C) that the head reads, of tokens as `forward` takes them."""
+        T, longest = tokens.shape[1], self.config.n_positions
+        if segments is not None:
+            visible = (segments[:, None] == 0) | (segments[:, None] == segments[:, :, None])
+            visible = visible.tril()  # (B, T, T)
+            positions = (visible.sum(2) - 1) * (segments >= 0)  # a token's place in what it sees
+            return self.trunk(tokens, positions, visible=visible[:, None])
+        if longest < T:
+            raise ValueError(f"{T} tokens exceed the model's {longest} positions")
+        return self.trunk(tokens, torch.arange(T, device=tokens.device))
+
     def forward(self, tokens, at=None, segments=None):
         """Next-token logits, or scalars, of right-padded tokens (B, T) int64.
 
@@ -224,17 +236,7 @@ class GPT(nn.Module):
             (N,). Column t has read tokens[:, :t + 1], with `segments` those of 0 and of its own:
             pads, being on the right, are never read.
         """
-        if segments is not None:
-            visible = (segments[:, None] == 0) | (segments[:, None] == segments[:, :, None])
-            visible = visible.tril()  # (B, T, T)
-            positions = (visible.sum(2) - 1) * (segments >= 0)  # a token's place in what it sees
-            hidden = self.trunk(tokens, positions, visible=visible[:, None])
-            return self.head(hidden if at is None else hidden[at])
-        T = tokens.shape[1]
-        longest = self.config.n_positions
-        if longest < T:
-            raise ValueError(f"{T} tokens exceed the model's {longest} positions")
-        hidden = self.trunk(tokens, torch.arange(T, device=tokens.device))
+        hidden = self.states(tokens, segments)
         return self.head(hidden if at is None else hidden[at])
 
 
