@@ -1655,7 +1655,7 @@ def main():
             tokens, mask, segments, keep, label, refs = tensors
             last = micro == len(shares) - 1
             with parallel.no_sync() if world > 1 and not last else nullcontext():
-                with autocast:  # all responses of a prompt in one forward
+                with autocast:  # all responses to a prompt in one row
                     logits = parallel(tokens, predicts(mask), segments)  # (N, V)
                 parts = tokens, mask, segments, refs.shape[1], cfg.gamma
                 logprobs = logprobs_of_responses(logits, *parts)

@@ -514,7 +514,8 @@ def pad(prompts, responses):
 
 def pad_beside(prompts, responses):
     """Prompts with all their responses beside each other, so that a prompt is read once: at 30 + 14
-    tokens 2.1 times the speed of `pad` with four responses, 1.5 times with two (122 + 47: 1.5).
+    tokens 2.1 times the speed of `pad` with four responses, 1.5 times with two (122 + 47: 1.5);
+    arXiv:2410.20305.
 
     A row is the prompt but for its last token, then for each response that token and the response:
     so every response's first token too is predicted by the column before it. Responses don't see

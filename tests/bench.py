@@ -531,7 +531,7 @@ def our_ppo(folder, c, *more):
     return np.diff(stamps).tolist()
 
 
-def their_ppo(folder, ids, c, micro_batch_size, accumulation):
+def their_ppo(folder, ids, c):
     """Seconds of each iteration of TRL's PPOTrainer, and the trainer. Off: sample generation,
     reports, saves, gradient checkpointing, bf16. On: what it always computes and logs."""
     import transformers
@@ -564,8 +564,8 @@ def their_ppo(folder, ids, c, micro_batch_size, accumulation):
         save_strategy="no",
         logging_strategy="no",
         num_sample_generations=0,
-        per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=c["batch_size"],
+        gradient_accumulation_steps=1,
         num_mini_batches=c["batch_size"] // c["minibatch_size"],
         local_rollout_forward_batch_size=c["batch_size"],
         total_episodes=c["batch_size"] * c["steps"],
@@ -627,7 +627,7 @@ def ppo_gate(folder, ids, c):
     ppo.sample_batch, trainer_module.batch_generation = our_batch, their_batch
     try:
         our_ppo(folder, c)
-        _, trainer = their_ppo(folder, ids, c, len(ids), 1)
+        _, trainer = their_ppo(folder, ids, c)
     finally:
         ppo.sample_batch, trainer_module.batch_generation = ours, theirs
     logged = json.loads((folder / "ours/metrics.jsonl").read_text().splitlines()[0])
@@ -665,8 +665,8 @@ def ppo_floor(machine, config, prompts, c, width=4):
 
 def bench_ppo(name, config, tokenizer, prompt_length, c, pairs, machine):
     """One iteration: rollout without end-of-text, scores, values, epochs of minibatches. Both sides
-    do each block's first iteration untimed. TRL accumulates over the minibatches here, and so takes
-    one optimiser step where ppo.py takes one a minibatch: the same forward and backward passes."""
+    do each block's first iteration untimed. The same forward and backward passes and, with all of a
+    batch as TRL's micro-batch, an optimiser step for each minibatch on both sides."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for part, count in (("gate", min(16, c["batch_size"])), ("timing", c["batch_size"])):
@@ -675,14 +675,13 @@ def bench_ppo(name, config, tokenizer, prompt_length, c, pairs, machine):
             if part == "gate":
                 gate = ppo_gate(folder / part, ids, c)
         folder = folder / "timing"
-        accumulation = c["batch_size"] // c["minibatch_size"]
         times = ([], [])
         for i in range(pairs):
             for side in (0, 1) if i % 2 == 0 else (1, 0):
                 if side == 0:
                     found = our_ppo(folder, c)
                 else:
-                    found = their_ppo(folder, ids, c, c["minibatch_size"], accumulation)[0]
+                    found = their_ppo(folder, ids, c)[0]
                 times[side].append(statistics.median(found[1:]))
     prompts = [len(prompt) for prompt in ids]
     amounts = {"prompt tokens": sum(prompts), "response tokens": len(ids) * c["max_new_tokens"]}
