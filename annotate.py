@@ -264,7 +264,7 @@ def sha256(path):
 
 def settings_of(cfg, inputs, world):
     """What must be the same when a run goes on: flags, number of ranks, sha256 of the inputs."""
-    free = ("resume", "overwrite", "timeout_s")
+    free = ("resume", "overwrite", "timeout_s", "checkpoint_activations")
     settings = {name: value for name, value in vars(cfg).items() if name not in free}
     for path in inputs if cfg.overwrite else ():
         if Path(cfg.out_dir).resolve() in Path(path).resolve().parents:

@@ -62,11 +62,13 @@ from torch.nn.parallel import DistributedDataParallel
 from model import (
     GPT,
     at_least_float32,
+    batches_of_groups,
     check_space,
     check_tokenizer,
     encode,
     generate,
     group_by_prompt,
+    groups_of,
     last_score,
     load_config,
     load_model,
@@ -74,6 +76,7 @@ from model import (
     masks_of_responses,
     pad_beside,
     read_json,
+    row_length,
     save_model,
     text_of,
     tokenizer_files,
@@ -325,7 +328,7 @@ def sha256(path):
 
 def settings_of(cfg, inputs, world):
     """What must be the same when a run goes on: flags, number of ranks, sha256 of the inputs."""
-    free = ("resume", "overwrite", "timeout_s")
+    free = ("resume", "overwrite", "timeout_s", "checkpoint_activations")
     settings = {name: value for name, value in vars(cfg).items() if name not in free}
     for path in inputs if cfg.overwrite else ():
         if Path(cfg.out_dir).resolve() in Path(path).resolve().parents:
@@ -556,7 +559,7 @@ def read_rankings(path, tokenizer, max_length, cut_response, n):
     """-> examples, n, and counts of what was cut and dropped.
 
     An example: `prompt` and `responses` (token ids, best first, n of them: as many as the file's
-    first line has, where n is 0), `kind`, `length` (of its longest row). The order is taken as it
+    first line has, where n is 0), `kind`. The order is taken as it
     stands, ties in `scores` too. Of more than n responses, n are kept, the best and the worst among
     them; lines with fewer, or one that is too long, or two that are equal, are dropped.
     """
@@ -587,8 +590,7 @@ def read_rankings(path, tokenizer, max_length, cut_response, n):
         counts["texts cut"] += sum(len(ids) == limit for ids in responses) * (longest > limit)
         counts["texts cut"] += len(prompt) > room
         example = {"prompt": array("i", prompt[-room:]), "responses": responses}
-        length = min(longest, limit) + min(len(prompt), room)
-        examples.append(example | {"kind": record["kind"], "length": length})
+        examples.append(example | {"kind": record["kind"]})
     if not examples:
         what = ", ".join(f"{count} {name}" for name, count in counts.items())
         refuse(f"{path}:0: file: none of its {lines} lines can be learnt from ({what})")
@@ -604,10 +606,25 @@ def with_noise(examples, share, seed):
     return noisy
 
 
-def collate_rankings(examples):
-    """Examples -> tokens, mask, segments (B, T), responses beside each other; closed (B,) bool."""
-    beside = pad_beside(*([e[name] for e in examples] for name in ("prompt", "responses")))
-    return *beside, torch.tensor([e["kind"] == "closed" for e in examples])
+def row_lengths(examples, n_embd):
+    """Columns of each example's longest row in `collate`."""
+    groups = [groups_of(e["prompt"], e["responses"], n_embd) for e in examples]
+    return [max(row_length(*group) for group in some) for some in groups]
+
+
+def collate_rankings(examples, n_embd):
+    """Examples -> tokens, mask, segments (R, T), responses to a prompt beside each other where that
+    is cheaper for a model of width n_embd; rows (B, n): the place of response k among R * count,
+    `count` = segments.max() in each row; closed (B,) bool."""
+    groups, places = [], []
+    for example in examples:
+        some = groups_of(example["prompt"], example["responses"], n_embd)
+        places.append([(len(groups) + i, k) for i, g in enumerate(some) for k in range(len(g[1]))])
+        groups += some
+    count = max(len(members) for _, members in groups)
+    rows = torch.tensor([[row * count + k for row, k in own] for own in places])
+    closed = torch.tensor([example["kind"] == "closed" for example in examples])
+    return *pad_beside(*zip(*groups, strict=True)), rows, closed
 
 
 def read_utility(flag, text, epsilon):
@@ -897,27 +914,22 @@ def score_rows(model, rows, cfg, device, autocast, rank, world):
     """The head's outputs, a list of numbers, for rows of (prompt ids, response ids), from all
     ranks. None if told to stop."""
     model.eval()
-    scores, groups = [], group_by_prompt(rows)
-    order = sorted(
-        range(len(groups)), key=lambda i: len(groups[i][0]) + sum(map(len, groups[i][1]))
-    )
-    size = 2 * cfg.micro_batch_size or 64  # no gradients are kept, so more fit
-    last_time = time.time()
-    for begin in range(0, len(groups), size * world):
+    scores, groups = [], group_by_prompt(rows, model.config.n_embd)
+    # No gradients are kept, so more responses fit.
+    batches, last_time = batches_of_groups(groups, 4 * cfg.micro_batch_size or 256), time.time()
+    for begin in range(0, len(batches), world):
         if stop_requested(device):
             return None
         if rank == 0 and time.time() - last_time > 30:
             last_time = time.time()
-            print(f"scored {begin}/{len(groups)} prompts' responses", flush=True)
-        indices = order[begin : begin + size * world][rank::world]
-        if indices:
+            print(f"scored {begin}/{len(batches)} batches of responses", flush=True)
+        for indices in batches[begin + rank : begin + rank + 1]:
             some = [groups[i] for i in indices]
             beside = pad_beside(*zip(*some, strict=True))
             tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
                 output = model(tokens, segments=segments)
-            count = max(len(responses) for _, responses in some)
-            masks = masks_of_responses(mask, segments, count)
+            masks = masks_of_responses(mask, segments)
             found = torch.stack([last_score(at_least_float32(output), m) for m in masks], 1)
             for i, (_, responses), row in zip(indices, some, found.tolist(), strict=True):
                 scores.append((i, row[: len(responses)]))
@@ -1387,7 +1399,7 @@ def main():
         kind: optimum_of(f"--{kind}_utility", names[kind], n, U).tolist()
         for kind, U in utilities.items()
     }
-    lengths = [example["length"] for example in examples]
+    lengths = row_lengths(examples, model.config.n_embd)
     steps_an_epoch = math.ceil(len(examples) / cfg.batch_size)
     total = cfg.steps or math.ceil(cfg.epochs * steps_an_epoch)
     inputs = [path for path, _, _ in counted]
@@ -1433,7 +1445,9 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step = saved_step = 0
     interpolated = -1  # the first evaluation whose training pairs were all in order, but for 1%
-    window = dict.fromkeys(("loss", "prompts", "tokens", "cells"), 0.0)  # since the last line
+    window = dict.fromkeys(
+        ("loss", "prompts", "tokens", "read", "cells"), 0.0
+    )  # since the last line
     if checkpoint:
         state = load_checkpoint(checkpoint, {"reward": model}, {"adam": optimizer}, device, rank)
         step, interpolated = state["step"], state["interpolated"]
@@ -1516,15 +1530,15 @@ def main():
         for micro, indices in enumerate(shares):
             # A rank without lines left runs too, with weight 0: the others wait for its gradients.
             some = [examples[i] for i in indices or batch[:1]]
-            tensors = [tensor.to(device) for tensor in collate_rankings(some)]
-            tokens, mask, segments, closed = tensors
+            tensors = [x.to(device) for x in collate_rankings(some, model.config.n_embd)]
+            tokens, mask, segments, rows, closed = tensors
             last = micro == len(shares) - 1
             with parallel.no_sync() if world > 1 and not last else nullcontext():
                 with autocast:
-                    output = parallel(tokens, segments=segments)  # (B, T)
-                masks = masks_of_responses(mask, segments, n)
-                raw = torch.stack([last_score(output, m) for m in masks], 1)  # (B, n)
-                raw = at_least_float32(raw)
+                    output = parallel(tokens, segments=segments)  # (R, T)
+                masks = masks_of_responses(mask, segments)
+                raw = torch.stack([last_score(output, m) for m in masks], 1)  # (R, count)
+                raw = at_least_float32(raw.flatten()[rows])  # (B, n)
                 rewards = raw.sigmoid()  # best first
                 losses = torch.where(
                     closed,
@@ -1536,7 +1550,8 @@ def main():
                 # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
                 scaler.scale(loss * world / len(batch)).backward()
             if indices:
-                window["tokens"] += (segments >= 0).sum().item()
+                window["tokens"] += mask.sum().item() + n * sum(len(e["prompt"]) for e in some)
+                window["read"] += (segments >= 0).sum().item()
             window["loss"] += loss.item()
             window["prompts"] += len(indices)
             window["cells"] += tokens.numel()
@@ -1570,7 +1585,7 @@ def main():
                 "lr": optimizer.param_groups[0]["lr"],
                 "grad_norm": norm if math.isfinite(norm) else None,
                 "tokens_per_s": sums["tokens"] / (now - last_time),
-                "padding": 1 - sums["tokens"] / sums["cells"],
+                "padding": 1 - sums["read"] / sums["cells"],
             }
             last_time, window = now, dict.fromkeys(window, 0.0)
             if rank == 0:

@@ -54,11 +54,13 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from model import (
+    batches_of_groups,
     check_space,
     check_tokenizer,
     encode,
     generate,
     group_by_prompt,
+    groups_of,
     last_score,
     load_config,
     load_model,
@@ -68,6 +70,7 @@ from model import (
     pad_beside,
     predicts,
     read_json,
+    row_length,
     save_model,
     text_of,
     token_logprobs,
@@ -317,7 +320,7 @@ def sha256(path):
 
 def settings_of(cfg, inputs, world):
     """What must be the same when a run goes on: flags, number of ranks, sha256 of the inputs."""
-    free = ("resume", "overwrite", "timeout_s")
+    free = ("resume", "overwrite", "timeout_s", "checkpoint_activations")
     settings = {name: value for name, value in vars(cfg).items() if name not in free}
     for path in inputs if cfg.overwrite else ():
         if Path(cfg.out_dir).resolve() in Path(path).resolve().parents:
@@ -592,7 +595,7 @@ def read_examples(path, tokenizer, max_length, cut_response):
     """-> examples and counts of what was cut and dropped.
 
     An example: `prompt` and `responses` (token ids, best first), `pairs` [(i, j, margin, label)],
-    `length` (of its longest row), `texts` of the responses, and `line`, the line's other fields.
+    `texts` of the responses, and `line`, the line's other fields.
     Responses that are too long, or equal to one before, are dropped, and lines without a pair.
     """
     examples, lines = [], 0
@@ -622,7 +625,7 @@ def read_examples(path, tokenizer, max_length, cut_response):
         room = max_length - longest
         counts["cut"] += len(kept) * (len(prompt) > room)
         example = {"prompt": array("i", prompt[-room:]), "responses": list(kept.values())}
-        example |= {"pairs": pairs, "length": longest + min(len(prompt), room)}
+        example["pairs"] = pairs
         example["texts"] = [texts[k] for k in kept]
         others = ("responses", "chosen", "rejected")
         example["line"] = {name: value for name, value in record.items() if name not in others}
@@ -661,30 +664,43 @@ def rank_share(batch, rank, world, micro_batch_size):
     return [mine[i : i + size] for i in range(0, largest, size)]
 
 
-def collate(examples):
-    """Examples -> tokens, mask and segments (B, T), an example's responses beside each other; keep
-    (B, P) bool, margin and label (B, P), of the P = K-choose-2 pairs as `ranking_loss` has them. An
-    example with fewer than K responses has no pair with the others."""
+def row_lengths(examples, n_embd):
+    """Columns of each example's longest row in `collate`."""
+    groups = [groups_of(e["prompt"], e["responses"], n_embd) for e in examples]
+    return [max(row_length(*group) for group in some) for some in groups]
+
+
+def collate(examples, n_embd):
+    """Examples -> tokens, mask, segments (R, T), responses to a prompt beside each other where that
+    is cheaper for a model of width n_embd; rows (B, K): the place of response k among R * count,
+    `count` = segments.max() in each row; keep (B, P) bool, margin and label (B, P), of the P =
+    K-choose-2 pairs as `ranking_loss` has them. An example with fewer than K responses repeats its
+    first, in no pair that is kept."""
     K = max(len(example["responses"]) for example in examples)
     number = {pair: p for p, pair in enumerate(itertools.combinations(range(K), 2))}
+    groups, places = [], []
     keep = torch.zeros(len(examples), len(number), dtype=torch.bool)
     margin, label = (torch.full(keep.shape, x, dtype=torch.float64) for x in (0.0, 1.0))
     for b, example in enumerate(examples):
+        some, own = groups_of(example["prompt"], example["responses"], n_embd), []
+        for row, (_, members) in enumerate(some, len(groups)):
+            own += [(row, k) for k in range(len(members))]
+        groups += some
+        places.append(own + own[:1] * (K - len(own)))
         for i, j, m, probability in example["pairs"]:
             p = number[i, j]
             keep[b, p], margin[b, p], label[b, p] = True, m, probability
-    beside = pad_beside(*([e[name] for e in examples] for name in ("prompt", "responses")))
-    return *beside, keep, margin, label
+    count = max(len(members) for _, members in groups)
+    rows = torch.tensor([[row * count + k for row, k in own] for own in places])
+    return *pad_beside(*zip(*groups, strict=True)), rows, keep, margin, label
 
 
-def collate_pairs(examples):
-    """`collate`, and the reference's log-probabilities of the responses, (B, K), 0 where an example
-    has fewer."""
-    tokens, mask, segments, keep, _, label = collate(examples)
-    refs = torch.zeros(len(examples), max(len(example["ref"]) for example in examples)).double()
-    for b, example in enumerate(examples):
-        refs[b, : len(example["ref"])] = torch.tensor(example["ref"], dtype=torch.float64)
-    return tokens, mask, segments, keep, label, refs
+def collate_pairs(examples, n_embd):
+    """`collate`, without margins, and the reference's log-probabilities of the responses (B, K)."""
+    tokens, mask, segments, rows, keep, _, label = collate(examples, n_embd)
+    K = rows.shape[1]  # an example with fewer repeats its first
+    refs = [e["ref"] + e["ref"][:1] * (K - len(e["ref"])) for e in examples]
+    return tokens, mask, segments, rows, keep, label, torch.tensor(refs, dtype=torch.float64)
 
 
 def read_prompts(path):
@@ -809,11 +825,11 @@ def discounted(logprobs, mask, gamma):
     return (logprobs.new_tensor(gamma) ** t * logprobs * mask).sum(1)
 
 
-def logprobs_of_responses(logits, tokens, mask, segments, count, gamma):
-    """`discounted` of each of the `count` responses of rows from `pad_beside`, (B, K), 0 where a
-    row has fewer. logits (N, V), the model's output at `predicts(mask)`."""
+def logprobs_of_responses(logits, tokens, mask, segments, gamma):
+    """`discounted` of each response of rows from `pad_beside`, (R, count), 0 where a row has fewer.
+    logits (N, V), the model's output at `predicts(mask)`."""
     logprobs = token_logprobs(logits, tokens, mask)
-    masks = masks_of_responses(mask, segments, count)
+    masks = masks_of_responses(mask, segments)
     return torch.stack([discounted(logprobs, m, gamma) for m in masks], 1)
 
 
@@ -873,26 +889,22 @@ def logprobs_of_rows(model, rows, cfg, device, autocast, rank, world):
     """Sums of log-probabilities, a list of numbers, of rows of (prompt ids, response ids), from all
     ranks. None if told to stop."""
     model.eval()
-    found, groups, last_time = [], group_by_prompt(rows), time.time()
-    order = sorted(
-        range(len(groups)), key=lambda i: len(groups[i][0]) + sum(map(len, groups[i][1]))
-    )
-    size = 2 * cfg.micro_batch_size or 64  # no gradients are kept, so more fit
-    for begin in range(0, len(groups), size * world):
+    found, groups = [], group_by_prompt(rows, model.config.n_embd)
+    # No gradients are kept, so more responses fit.
+    batches, last_time = batches_of_groups(groups, 4 * cfg.micro_batch_size or 256), time.time()
+    for begin in range(0, len(batches), world):
         if stop_requested(device):
             return None
         if rank == 0 and time.time() - last_time > 30:
             last_time = time.time()
-            print(f"log-probabilities for {begin}/{len(groups)} prompts", flush=True)
-        indices = order[begin : begin + size * world][rank::world]
-        if indices:
+            print(f"log-probabilities: {begin}/{len(batches)} batches", flush=True)
+        for indices in batches[begin + rank : begin + rank + 1]:
             some = [groups[i] for i in indices]
             beside = pad_beside(*zip(*some, strict=True))
             tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
                 logits = model(tokens, predicts(mask), segments)
-            count = max(len(responses) for _, responses in some)
-            logprobs = logprobs_of_responses(logits, tokens, mask, segments, count, cfg.gamma)
+            logprobs = logprobs_of_responses(logits, tokens, mask, segments, cfg.gamma)
             for i, (_, responses), row in zip(indices, some, logprobs.tolist(), strict=True):
                 found.append((i, row[: len(responses)]))
     return [logprob for _, row in sorted(gather(found, device)) for logprob in row]
@@ -1538,7 +1550,6 @@ def main():
             if pairs:
                 example = {"prompt": prompt_ids[i], "responses": [ids[row] for row in ranked]}
                 example |= {"pairs": pairs, "line": prompts[i]}
-                example["length"] = len(prompt_ids[i]) + max(map(len, example["responses"]))
                 example["texts"] = [texts[row] for row in ranked]
                 found.append(example | {"scores": [scores[row] for row in ranked]})
         counts = [sum(scores), len(scores), int(ended.sum()), empty, len(found)]
@@ -1562,13 +1573,14 @@ def main():
                 ranking = {"responses": example["texts"], "scores": example["scores"]}
                 line = {k: v for k, v in example["line"].items() if k != "policy"}
                 append_line(out_dir / "rounds.jsonl", {"round": number} | line | ranking)
-        needed = ("prompt", "responses", "pairs", "length", "ref")
+        needed = ("prompt", "responses", "pairs", "ref")
         return [{name: example[name] for name in needed} for example in found]
 
     def evaluate():
         """{name: mean over the held-out pairs} of what is logged of the training pairs."""
         sums = dict.fromkeys(names, 0.0)
-        order = sorted(range(len(held_out)), key=lambda i: held_out[i]["length"])
+        lengths = row_lengths(held_out, policy.config.n_embd)
+        order = sorted(range(len(held_out)), key=lengths.__getitem__)
         size = cfg.micro_batch_size or 64
         for begin in range(0, len(order), size * world):
             if stop_requested(device):
@@ -1576,12 +1588,12 @@ def main():
             indices = order[begin : begin + size * world][rank::world]
             if not indices:
                 continue
-            some = [tensor.to(device) for tensor in collate_pairs([held_out[i] for i in indices])]
-            tokens, mask, segments, keep, label, refs = some
+            some = collate_pairs([held_out[i] for i in indices], policy.config.n_embd)
+            tokens, mask, segments, rows, keep, label, refs = (x.to(device) for x in some)
             with torch.no_grad(), autocast:
                 logits = policy(tokens, predicts(mask), segments)
-            parts = tokens, mask, segments, refs.shape[1], cfg.gamma
-            logprobs = logprobs_of_responses(logits, *parts)
+            logprobs = logprobs_of_responses(logits, tokens, mask, segments, cfg.gamma)
+            logprobs = logprobs.flatten()[rows]  # (B, K)
             refs = refs.to(logprobs.dtype)
             label = label.to(logprobs.dtype)
             losses = preference_loss(logprobs, refs, keep, label, cfg)
@@ -1638,7 +1650,7 @@ def main():
                 examples = judged_round(step // steps_an_epoch)
                 labels += sum(len(example["pairs"]) for example in examples)
             epoch = step // steps_an_epoch
-            lengths = [example["length"] for example in examples]
+            lengths = row_lengths(examples, policy.config.n_embd)
             batches = [[]]
             if examples:
                 batches = grouped_batches(lengths, cfg.batch_size, [cfg.seed, epoch])
@@ -1651,15 +1663,14 @@ def main():
         for micro, indices in enumerate(shares):
             # A rank without lines left runs too, with weight 0: the others wait for its gradients.
             some = [examples[i] for i in indices or batch[:1]]
-            tensors = [tensor.to(device) for tensor in collate_pairs(some)]
-            tokens, mask, segments, keep, label, refs = tensors
+            tensors = [x.to(device) for x in collate_pairs(some, policy.config.n_embd)]
+            tokens, mask, segments, rows, keep, label, refs = tensors
             last = micro == len(shares) - 1
             with parallel.no_sync() if world > 1 and not last else nullcontext():
                 with autocast:  # all responses to a prompt in one row
                     logits = parallel(tokens, predicts(mask), segments)  # (N, V)
-                parts = tokens, mask, segments, refs.shape[1], cfg.gamma
-                logprobs = logprobs_of_responses(logits, *parts)
-                refs = refs.to(logprobs.dtype)  # (B, K)
+                logprobs = logprobs_of_responses(logits, tokens, mask, segments, cfg.gamma)
+                logprobs, refs = logprobs.flatten()[rows], refs.to(logprobs.dtype)  # (B, K)
                 label = label.to(logprobs.dtype)
                 losses = preference_loss(logprobs, refs, keep, label, cfg)
                 loss = losses.sum() * (1.0 if indices else 0.0)
@@ -1670,7 +1681,9 @@ def main():
             if indices:
                 for name, number in pair_numbers(logprobs, refs, keep, label, cfg).items():
                     window[name] += number
-                window["tokens"] += (segments >= 0).sum().item()
+                window["tokens"] += sum(
+                    len(e["prompt"]) + len(r) for e in some for r in e["responses"]
+                )
             window["loss"] += loss.item()
             window["prompts"] += len(indices)
         norm = 0.0

@@ -51,6 +51,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from model import (
     at_least_float32,
+    batches_of_groups,
     check_tokenizer,
     encode,
     entropy,
@@ -335,7 +336,7 @@ def sha256(path):
 
 def settings_of(cfg, inputs, world):
     """What must be the same when a run goes on: flags, number of ranks, sha256 of the inputs."""
-    free = ("resume", "overwrite", "timeout_s")
+    free = ("resume", "overwrite", "timeout_s", "checkpoint_activations")
     settings = {name: value for name, value in vars(cfg).items() if name not in free}
     for path in inputs if cfg.overwrite else ():
         if Path(cfg.out_dir).resolve() in Path(path).resolve().parents:
@@ -526,15 +527,12 @@ def kl_and_entropy(policy, reference, samples, temperature, cfg, device, rank, w
     to bfloat16 would add some 0.01 nats a token to every KL. None if told to stop.
     """
     rows = [(s["prompt_ids"], s["ids"]) for some in samples for s in some]
-    groups = group_by_prompt(rows)
-    order = sorted(
-        range(len(groups)), key=lambda n: len(groups[n][0]) + sum(map(len, groups[n][1]))
-    )
-    size, found = max(cfg.micro_batch_size // 2, 1) if cfg.micro_batch_size else 32, []
-    for begin in range(0, len(groups), size * world):
+    groups = group_by_prompt(rows, policy.config.n_embd)
+    batches, found = batches_of_groups(groups, cfg.micro_batch_size or 64), []
+    for begin in range(0, len(batches), world):
         if stop_requested(device):
             return None
-        numbers = order[begin : begin + size * world][rank::world]
+        numbers = batches[begin + rank] if begin + rank < len(batches) else []
         if not numbers:
             continue
         some = [groups[n] for n in numbers]
@@ -560,7 +558,7 @@ def kl_and_entropy(policy, reference, samples, temperature, cfg, device, rank, w
         both = torch.cat(pieces, 1)  # (2, N)
         inside = mask.expand(2, -1, -1)
         tokenwise = both.new_zeros(inside.shape).masked_scatter(inside, both)  # (2, B, T)
-        masks = masks_of_responses(mask, segments, max(len(responses) for _, responses in some))
+        masks = masks_of_responses(mask, segments)
         sums = torch.stack([(tokenwise * m).sum(2) for m in masks], 2)  # (2, B, K)
         for n, (_, responses), kl, nats in zip(numbers, some, *sums.tolist(), strict=True):
             found.append((n, kl[: len(responses)], nats[: len(responses)]))
@@ -650,27 +648,22 @@ def score_rows(model, rows, cfg, device, autocast, rank, world):
     """The head's outputs, a list of numbers, for rows of (prompt ids, response ids), from all
     ranks. None if told to stop."""
     model.eval()
-    scores, groups = [], group_by_prompt(rows)
-    order = sorted(
-        range(len(groups)), key=lambda i: len(groups[i][0]) + sum(map(len, groups[i][1]))
-    )
-    size = 2 * cfg.micro_batch_size or 64  # no gradients are kept, so more fit
-    last_time = time.time()
-    for begin in range(0, len(groups), size * world):
+    scores, groups = [], group_by_prompt(rows, model.config.n_embd)
+    # No gradients are kept, so more responses fit.
+    batches, last_time = batches_of_groups(groups, 4 * cfg.micro_batch_size or 256), time.time()
+    for begin in range(0, len(batches), world):
         if stop_requested(device):
             return None
         if rank == 0 and time.time() - last_time > 30:
             last_time = time.time()
-            print(f"scored {begin}/{len(groups)} prompts' responses", flush=True)
-        indices = order[begin : begin + size * world][rank::world]
-        if indices:
+            print(f"scored {begin}/{len(batches)} batches of responses", flush=True)
+        for indices in batches[begin + rank : begin + rank + 1]:
             some = [groups[i] for i in indices]
             beside = pad_beside(*zip(*some, strict=True))
             tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
                 output = model(tokens, segments=segments)
-            count = max(len(responses) for _, responses in some)
-            masks = masks_of_responses(mask, segments, count)
+            masks = masks_of_responses(mask, segments)
             found = torch.stack([last_score(at_least_float32(output), m) for m in masks], 1)
             for i, (_, responses), row in zip(indices, some, found.tolist(), strict=True):
                 scores.append((i, row[: len(responses)]))

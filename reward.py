@@ -57,11 +57,13 @@ from torch.nn.parallel import DistributedDataParallel
 from model import (
     GPT,
     at_least_float32,
+    batches_of_groups,
     check_space,
     check_tokenizer,
     encode,
     generate,
     group_by_prompt,
+    groups_of,
     last_score,
     load_config,
     load_model,
@@ -69,6 +71,7 @@ from model import (
     masks_of_responses,
     pad_beside,
     read_json,
+    row_length,
     save_model,
     text_of,
     tokenizer_files,
@@ -313,7 +316,7 @@ def sha256(path):
 
 def settings_of(cfg, inputs, world):
     """What must be the same when a run goes on: flags, number of ranks, sha256 of the inputs."""
-    free = ("resume", "overwrite", "timeout_s")
+    free = ("resume", "overwrite", "timeout_s", "checkpoint_activations")
     settings = {name: value for name, value in vars(cfg).items() if name not in free}
     for path in inputs if cfg.overwrite else ():
         if Path(cfg.out_dir).resolve() in Path(path).resolve().parents:
@@ -594,7 +597,7 @@ def read_examples(path, tokenizer, max_length, cut_response):
     """-> examples and counts of what was cut and dropped.
 
     An example: `prompt` and `responses` (token ids, best first), `pairs` [(i, j, margin, label)],
-    `length` (of its longest row), `texts` of the responses, and `line`, the line's other fields.
+    `texts` of the responses, and `line`, the line's other fields.
     Responses that are too long, or equal to one before, are dropped, and lines without a pair.
     """
     examples, lines = [], 0
@@ -624,7 +627,7 @@ def read_examples(path, tokenizer, max_length, cut_response):
         room = max_length - longest
         counts["cut"] += len(kept) * (len(prompt) > room)
         example = {"prompt": array("i", prompt[-room:]), "responses": list(kept.values())}
-        example |= {"pairs": pairs, "length": longest + min(len(prompt), room)}
+        example["pairs"] = pairs
         example["texts"] = [texts[k] for k in kept]
         others = ("responses", "chosen", "rejected")
         example["line"] = {name: value for name, value in record.items() if name not in others}
@@ -698,20 +701,35 @@ def rank_share(batch, rank, world, micro_batch_size):
     return [mine[i : i + size] for i in range(0, largest, size)]
 
 
-def collate(examples):
-    """Examples -> tokens, mask and segments (B, T), an example's responses beside each other; keep
-    (B, P) bool, margin and label (B, P), of the P = K-choose-2 pairs as `ranking_loss` has them. An
-    example with fewer than K responses has no pair with the others."""
+def row_lengths(examples, n_embd):
+    """Columns of each example's longest row in `collate`."""
+    groups = [groups_of(e["prompt"], e["responses"], n_embd) for e in examples]
+    return [max(row_length(*group) for group in some) for some in groups]
+
+
+def collate(examples, n_embd):
+    """Examples -> tokens, mask, segments (R, T), responses to a prompt beside each other where that
+    is cheaper for a model of width n_embd; rows (B, K): the place of response k among R * count,
+    `count` = segments.max() in each row; keep (B, P) bool, margin and label (B, P), of the P =
+    K-choose-2 pairs as `ranking_loss` has them. An example with fewer than K responses repeats its
+    first, in no pair that is kept."""
     K = max(len(example["responses"]) for example in examples)
     number = {pair: p for p, pair in enumerate(itertools.combinations(range(K), 2))}
+    groups, places = [], []
     keep = torch.zeros(len(examples), len(number), dtype=torch.bool)
     margin, label = (torch.full(keep.shape, x, dtype=torch.float64) for x in (0.0, 1.0))
     for b, example in enumerate(examples):
+        some, own = groups_of(example["prompt"], example["responses"], n_embd), []
+        for row, (_, members) in enumerate(some, len(groups)):
+            own += [(row, k) for k in range(len(members))]
+        groups += some
+        places.append(own + own[:1] * (K - len(own)))
         for i, j, m, probability in example["pairs"]:
             p = number[i, j]
             keep[b, p], margin[b, p], label[b, p] = True, m, probability
-    beside = pad_beside(*([e[name] for e in examples] for name in ("prompt", "responses")))
-    return *beside, keep, margin, label
+    count = max(len(members) for _, members in groups)
+    rows = torch.tensor([[row * count + k for row, k in own] for own in places])
+    return *pad_beside(*zip(*groups, strict=True)), rows, keep, margin, label
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -816,27 +834,22 @@ def score_rows(model, rows, cfg, device, autocast, rank, world):
     """The head's outputs, a list of numbers, for rows of (prompt ids, response ids), from all
     ranks. None if told to stop."""
     model.eval()
-    scores, groups = [], group_by_prompt(rows)
-    order = sorted(
-        range(len(groups)), key=lambda i: len(groups[i][0]) + sum(map(len, groups[i][1]))
-    )
-    size = 2 * cfg.micro_batch_size or 64  # no gradients are kept, so more fit
-    last_time = time.time()
-    for begin in range(0, len(groups), size * world):
+    scores, groups = [], group_by_prompt(rows, model.config.n_embd)
+    # No gradients are kept, so more responses fit.
+    batches, last_time = batches_of_groups(groups, 4 * cfg.micro_batch_size or 256), time.time()
+    for begin in range(0, len(batches), world):
         if stop_requested(device):
             return None
         if rank == 0 and time.time() - last_time > 30:
             last_time = time.time()
-            print(f"scored {begin}/{len(groups)} prompts' responses", flush=True)
-        indices = order[begin : begin + size * world][rank::world]
-        if indices:
+            print(f"scored {begin}/{len(batches)} batches of responses", flush=True)
+        for indices in batches[begin + rank : begin + rank + 1]:
             some = [groups[i] for i in indices]
             beside = pad_beside(*zip(*some, strict=True))
             tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
                 output = model(tokens, segments=segments)
-            count = max(len(responses) for _, responses in some)
-            masks = masks_of_responses(mask, segments, count)
+            masks = masks_of_responses(mask, segments)
             found = torch.stack([last_score(at_least_float32(output), m) for m in masks], 1)
             for i, (_, responses), row in zip(indices, some, found.tolist(), strict=True):
                 scores.append((i, row[: len(responses)]))
@@ -1285,7 +1298,7 @@ def main():
         gold, golds = load_gold(cfg.gold), []
         for e in held_out:
             golds.append([gold_score(gold, e["line"], text) for text in e["texts"]])
-    lengths = [example["length"] for example in examples]
+    lengths = row_lengths(examples, model.config.n_embd)
     lines_an_epoch = sum(round(w * size) for w, size in zip(weights, sizes, strict=True))
     if not lines_an_epoch:
         refuse("--data_weights: no line is left")
@@ -1354,7 +1367,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step = saved_step = 0
     # Sums since the last printed line.
-    window = dict.fromkeys(("loss", "prompts", "hits", "pairs", "tokens", "cells"), 0.0)
+    window = dict.fromkeys(("loss", "prompts", "hits", "pairs", "tokens", "read", "cells"), 0.0)
     if checkpoint:
         state = load_checkpoint(checkpoint, {"reward": model}, {"adam": optimizer}, device, rank)
         step = saved_step = state["step"]
@@ -1430,16 +1443,15 @@ def main():
         for micro, indices in enumerate(shares):
             # A rank without lines left runs too, with weight 0: the others wait for its gradients.
             some = [examples[i] for i in indices or batch[:1]]
-            tensors = [tensor.to(device) for tensor in collate(some)]
-            tokens, mask, segments, keep, margins, labels = tensors
-            count = max(len(example["responses"]) for example in some)  # K
+            tensors = [x.to(device) for x in collate(some, model.config.n_embd)]
+            tokens, mask, segments, rows, keep, margins, labels = tensors
             last = micro == len(shares) - 1
             with parallel.no_sync() if world > 1 and not last else nullcontext():
                 with autocast:
-                    output = parallel(tokens, segments=segments)  # (B, T)
-                masks = masks_of_responses(mask, segments, count)
-                scores = torch.stack([last_score(output, m) for m in masks], 1)  # (B, K)
-                scores = at_least_float32(scores)
+                    output = parallel(tokens, segments=segments)  # (R, T)
+                masks = masks_of_responses(mask, segments)
+                scores = torch.stack([last_score(output, m) for m in masks], 1)  # (R, count)
+                scores = at_least_float32(scores.flatten()[rows])  # (B, K)
                 losses = ranking_loss(
                     scores,
                     margin=margin_of(margins, margin_setting).to(scores.dtype),
@@ -1450,11 +1462,14 @@ def main():
                 # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
                 scaler.scale(loss * world / len(batch)).backward()
             if indices:
-                i, j = torch.triu_indices(count, count, 1, device=device)
+                i, j = torch.triu_indices(*[rows.shape[1]] * 2, 1, device=device)
                 sign = (scores[:, i] - scores[:, j]).detach().sign()[keep]
                 window["hits"] += (0.5 + 0.5 * sign).sum().item()
                 window["pairs"] += len(sign)
-                window["tokens"] += (segments >= 0).sum().item()
+                window["tokens"] += sum(
+                    len(e["prompt"]) + len(r) for e in some for r in e["responses"]
+                )
+                window["read"] += (segments >= 0).sum().item()
             window["loss"] += loss.item()
             window["prompts"] += len(indices)
             window["cells"] += tokens.numel()
@@ -1489,7 +1504,7 @@ def main():
                 "lr": optimizer.param_groups[0]["lr"],
                 "grad_norm": norm if math.isfinite(norm) else None,
                 "tokens_per_s": sums["tokens"] / (now - last_time),
-                "padding": 1 - sums["tokens"] / sums["cells"],
+                "padding": 1 - sums["read"] / sums["cells"],
             }
             last_time, window = now, dict.fromkeys(window, 0.0)
             if rank == 0:

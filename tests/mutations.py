@@ -51,8 +51,8 @@ MUTATIONS = {
         (
             "checkpointed though told not to",
             "model.py",
-            "if self.checkpoint_activations and torch.is_grad_enabled():",
-            "if torch.is_grad_enabled():",
+            "if self.checkpoint_activations and torch.is_grad_enabled() and caches is None:",
+            "if torch.is_grad_enabled() and caches is None:",
         ),
     ],
     "ppo": [
@@ -439,15 +439,15 @@ MUTATIONS = {
         (
             "mask one token late",
             "dpo.py",
-            "    tokens, mask, segments, keep, _, label = collate(examples)\n",
-            "    tokens, mask, segments, keep, _, label = collate(examples)\n"
+            "    tokens, mask, segments, rows, keep, _, label = collate(examples, n_embd)\n",
+            "    tokens, mask, segments, rows, keep, _, label = collate(examples, n_embd)\n"
             "    mask = mask.roll(1, 1)\n",
         ),
         (
             "prompt tokens counted",
             "dpo.py",
-            "    tokens, mask, segments, keep, _, label = collate(examples)\n",
-            "    tokens, mask, segments, keep, _, label = collate(examples)\n"
+            "    tokens, mask, segments, rows, keep, _, label = collate(examples, n_embd)\n",
+            "    tokens, mask, segments, rows, keep, _, label = collate(examples, n_embd)\n"
             "    mask = segments > 0\n    mask[:, 0] = False\n",
         ),
         (
@@ -768,6 +768,12 @@ MUTATIONS = {
         ),
     ],
     "evaluate": [
+        (
+            "a text scored anew for every policy",
+            "evaluate.py",
+            "if row not in known]",
+            "]",
+        ),
         (
             "KL the other way round",
             "evaluate.py",

@@ -376,22 +376,21 @@ def test_the_loss_is_the_formula(data, tmp_path, monkeypatch):
     """One batch of all lines: the logged loss, pair by pair from the head's outputs; half of the
     penalty, as of the learning rate, at the first of two steps of warm-up."""
     seen = []
-    real = collapse.last_score
 
-    def spy(output, mask):
-        found = real(output, mask)
-        seen.append(found.detach().double())
-        return found
+    def spy(x):  # first called on the head's outputs for the batch, (B, n)
+        seen.append(x.detach().double())
+        return x.float()
 
-    monkeypatch.setattr(collapse, "last_score", spy)
+    monkeypatch.setattr(collapse, "at_least_float32", spy)
     args = ["--steps", 1, "--batch_size", 21, "--normalise_with", "none", "--eval_every", 0]
     args += ["--label_smoothing", 0.1, "--logit_penalty", 0.04, "--warmup", 2]
     assert run(monkeypatch, *flags(data, tmp_path / "run", *args)) == 0
-    rewards = torch.stack(seen[:4], 1).sigmoid()
+    rewards = seen[0].sigmoid()
     examples, _, _ = collapse.read_rankings(
         data / "rankings.jsonl", collapse.load_tokenizer(data / "policy"), 96, False, 0
     )
-    order = collapse.grouped_batches([e["length"] for e in examples], 21, [0, 0])[0]
+    lengths = collapse.row_lengths(examples, collapse.load_model(data / "policy").config.n_embd)
+    order = collapse.grouped_batches(lengths, 21, [0, 0])[0]
     losses = []
     for row, i in zip(rewards.tolist(), order, strict=True):
         pairs = [a - b for a, b in itertools.combinations(row, 2)]
@@ -575,7 +574,7 @@ def test_which_lines_are_read(data, tmp_path, capsys):
     thin = [collapse.text_of(tokenizer, list(ids)[:-1]) for ids in found[1]["responses"]]
     assert thin == [" a", " bb", " d", " f"]
     longest = max(map(len, found[2]["responses"]))
-    assert len(found[2]["prompt"]) + longest == found[2]["length"] == 32
+    assert len(found[2]["prompt"]) + longest == 32
     found, _, counts = collapse.read_rankings(path, tokenizer, 32, True, 4)
     assert len(found) == 4 and counts["texts cut"] == 3  # a response, and its prompt
     assert max(map(len, found[2]["responses"])) == 31 and len(found[2]["prompt"]) == 1

@@ -379,7 +379,7 @@ def steps_by_hand(data, tokenizer, cfg, steps):
     def examples():
         return dpo.read_examples(data / "train.jsonl", tokenizer, 96, False)[0]
 
-    lengths = [example["length"] for example in examples()]
+    lengths = dpo.row_lengths(examples(), policy.config.n_embd)
     batches = dpo.grouped_batches(lengths, cfg.batch_size, [cfg.seed, 0])
     assert len(lengths) == len(lines)
     moments = {}

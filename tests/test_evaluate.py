@@ -250,6 +250,33 @@ def test_kl_and_entropy_are_exact(small_gpt, temperature):
     assert zero == pytest.approx(np.zeros(len(zero)), abs=1e-12)
 
 
+def test_equal_texts_are_ties_whoever_wrote_them(small_gpt):
+    """Two policies say much the same, in other company: a reward model scores a text once."""
+    statistics = {"reward_mean": 0.0, "reward_std": 1.0, "score_transform": "identity"}
+    model = small_gpt(scalar_head=True, initializer_range=1.0)
+    judge = "model", model, None, statistics, {}
+    rng = np.random.default_rng(0)
+
+    def response(length):
+        return {"ids": rng.integers(1, 50, length).tolist(), "ended": True}
+
+    prompts = [rng.integers(1, 50, 4 + n).tolist() for n in range(8)]
+    shared = [response(3 + n) for n in range(8)]
+    ours = [[response(9), same, same] for same in shared]
+    theirs = [[same, response(2 + n)] for n, same in enumerate(shared)]
+    for table in (ours, theirs):
+        for prompt, some in zip(prompts, table, strict=True):
+            some[:] = [sample | {"prompt_ids": prompt} for sample in some]
+    device, none = torch.device("cpu"), evaluate.nullcontext()
+    cfg = evaluate.Config(micro_batch_size=1)
+    a, b = (
+        evaluate.judge_samples(judge, prompts, table, cfg, device, none, 0, 1)
+        for table in (ours, theirs)
+    )
+    assert [row[1] for row in a] == [row[2] for row in a] == [row[0] for row in b]
+    assert len(judge[-1]) == 24 and len({row[1] for row in a}) == 8
+
+
 def test_samples_are_those_of_generate(small_gpt, tokenizer):
     """Ids, texts and endings in the order of the prompts, K to each."""
     model = small_gpt(vocab_size=tokenizer.n_vocab)

@@ -18,6 +18,7 @@ from model import (
     END_OF_TEXT,
     GPT,
     GPTConfig,
+    batches_of_groups,
     check_tokenizer,
     decode,
     encode,
@@ -34,6 +35,7 @@ from model import (
     pad_beside,
     predicts,
     read_json,
+    row_length,
     sample,
     save_model,
     text_of,
@@ -201,12 +203,17 @@ def test_responses_beside_each_other_are_as_alone(small_gpt):
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     responses = [[[10, 11], [12], [13, 14, 15, 16]], [[17, 18, 19], []], [[20, 21]]]
     rows = [(p, r) for p, some in zip(prompts, responses, strict=True) for r in some]
-    assert group_by_prompt(rows) == list(zip(prompts, responses, strict=True))
-    assert len(group_by_prompt([([1, 2], [3]), ([1, 4], [5]), ([1, 2], [6])])) == 3
-    assert group_by_prompt(rows, 2)[:2] == [
+    assert group_by_prompt(rows, 32) == list(zip(prompts, responses, strict=True))
+    assert len(group_by_prompt([([1, 2], [3]), ([1, 4], [5]), ([1, 2], [6])], 32)) == 3
+    # The third response has 4 tokens, beside 3 others: 12 > 3 * n_embd * 3 tokens of the prompt.
+    assert group_by_prompt(rows, 1)[:2] == [
         (prompts[0], responses[0][:2]),
         (prompts[0], [responses[0][2]]),
     ]
+    groups = group_by_prompt(rows, 32)
+    assert [row_length(*group) for group in groups] == [12, 5, 7]
+    assert batches_of_groups(groups, 3) == [[1, 2], [0]] and batches_of_groups([], 3) == []
+    assert batches_of_groups(groups, 1) == [[1], [2], [0]]
     tokens, mask = pad(*zip(*rows, strict=True))
     beside, inside, segments = pad_beside(prompts, responses)
     assert beside[0].tolist() == [1, 2, 3, 10, 11, 3, 12, 3, 13, 14, 15, 16]
@@ -226,7 +233,7 @@ def test_responses_beside_each_other_are_as_alone(small_gpt):
         assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) < 1e-11
     scores = [
         last_score(model(beside, segments=segments), m)[0]
-        for m in masks_of_responses(inside, segments, 3)
+        for m in masks_of_responses(inside, segments)
     ]
     alone = last_score(model(tokens), mask)
     assert [s.item() for s in scores] == pytest.approx(alone[:3].tolist(), abs=1e-12)

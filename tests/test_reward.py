@@ -177,7 +177,8 @@ def one_pair_at_a_time(examples, scores, setting, smoothing):
 
 @pytest.mark.parametrize("setting", ["none", "data", SMALL, LARGE])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_k_wise_is_the_mean_over_pairs(setting, smoothing):
+@pytest.mark.parametrize("width", [1, 1000])  # a prompt's responses in several rows, or in one
+def test_k_wise_is_the_mean_over_pairs(setting, smoothing, width):
     """Ragged K, ties, margins, soft labels and smoothing in one batch: the value and the gradient
     equal those of the pairs taken one by one."""
     torch.manual_seed(0)
@@ -189,15 +190,18 @@ def test_k_wise_is_the_mean_over_pairs(setting, smoothing):
         (2, [(0, 1, 1.0, 0.5)]),
         (9, [(i, j, 0.5, 1.0) for i, j in itertools.combinations(range(9), 2)]),
     ]:
-        responses = [list(range(1, 3 + k % 3)) for k in range(K)]
+        responses = [[k + 1] * (1 + k % 3) for k in range(K)]
         examples.append({"prompt": [7, 8], "responses": responses, "pairs": pairs})
-    tokens, mask, segments, keep, margins, labels = reward.collate(examples)
-    assert len(tokens) == 5 and keep.shape == (5, 36) and segments.max() == 9
-    masks = masks_of_responses(mask, segments, 9)
-    assert masks.any(2).sum(0).tolist() == [4, 2, 3, 2, 9]  # responses of each example
-    flat = torch.randn(20, dtype=torch.float64, requires_grad=True)
-    numbers = [[0, 1, 2, 3], [4, 5], [6, 7, 8], [9, 10], range(11, 20)]
-    rows = torch.tensor([[*some, *[0] * (9 - len(some))] for some in numbers])  # 0 where none is
+    tokens, mask, segments, rows, keep, margins, labels = reward.collate(examples, width)
+    assert rows.shape == (5, 9) and keep.shape == (5, 36) and (len(tokens) > 5) == (width == 1)
+    masks = masks_of_responses(mask, segments)
+    for b, example in enumerate(examples):
+        for k, response in enumerate(example["responses"]):
+            row, number = divmod(rows[b, k].item(), len(masks))
+            assert tokens[row][masks[number, row]].tolist() == response
+    lengths = (segments >= 0).sum(1).tolist()
+    assert max(reward.row_lengths(examples, width)) == max(lengths)
+    flat = torch.randn(len(tokens) * len(masks), dtype=torch.float64, requires_grad=True)
     losses = reward.ranking_loss(
         flat[rows],
         margin=reward.margin_of(margins, setting),
@@ -205,10 +209,7 @@ def test_k_wise_is_the_mean_over_pairs(setting, smoothing):
         keep=keep,
     )
     (found,) = torch.autograd.grad(losses.sum(), flat)
-    scores, begin = [], 0
-    for example in examples:
-        scores.append(flat[begin : begin + len(example["responses"])])
-        begin += len(example["responses"])
+    scores = [flat[rows[b, : len(e["responses"])]] for b, e in enumerate(examples)]
     expected = one_pair_at_a_time(examples, scores, setting, smoothing)
     assert losses.sum().item() == pytest.approx(expected.item(), rel=1e-12)
     (slow,) = torch.autograd.grad(expected, flat)
@@ -284,7 +285,7 @@ def test_read_examples(tmp_path, tokenizer):
     examples, counts = reward.read_examples(path, tokenizer, 8, True)
     long = examples[-1]
     assert len(long["responses"][0]) == 7 and eos not in long["responses"][0]
-    assert len(long["prompt"]) == 1 and long["length"] == 8 and counts["cut"] == 4
+    assert len(long["prompt"]) == 1 and counts["cut"] == 4
 
 
 def test_epoch_order():
