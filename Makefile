@@ -4,7 +4,7 @@
 #   make test-mutations  plants bugs in the sources, each of which the tests must catch
 #   make test-faults     plants every fault in every script, many times (QUICK=1: few)
 #   make test-peers      installs transformers and TRL beside torch, runs the tests that compare
-#   make bench           measures against peers
+#   make bench           measures against peers (BENCH=--full: GPT-2's shape too)
 #   make all             the pipeline, AI feedback (judge, Constitutional AI, RLAIF), reward collapse
 #   make reward-scaling, reward-margins, best-of-n, online-dpo, rlaif, collapse, collapse-ppo
 #                        experiments, three seeds each
@@ -576,7 +576,7 @@ test-peers: $(PEERS)/installed
 	$(PEERS)/bin/python -m pytest -m peers tests/test_peers.py
 
 bench: $(PEERS)/installed
-	$(PEERS)/bin/python tests/bench.py
+	$(PEERS)/bin/python tests/bench.py $(BENCH)
 
 clean:
 	rm -rf runs data/toy

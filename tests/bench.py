@@ -2,7 +2,7 @@
 
     make bench                    # everything that takes less than some minutes a line
     make bench BENCH=--full       # the 124M shape too
-    python tests/bench.py --gpu   # on a GPU: GPT-2's shape, no peers
+    python tests/bench.py --gpu   # on a GPU: GPT-2's shape, without peers
 
 Both sides start from the same files, on the same lines, and take the same batches with dropout
 off, each by its own script. Each comparison has a gate: losses equal to 1e-5 and parameters after
@@ -16,7 +16,6 @@ copies, whichever is more.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -94,14 +93,14 @@ def seconds(function):
 
 
 class Machine:
-    """What it can do at best: FLOP/s of a square float32 product, bytes/s read and written."""
+    """What it can do at best: FLOP/s of a square product, bytes/s read and written."""
 
     def __init__(self, device="cpu", dtype=torch.float32):
         n, size = (8192, 2**30) if device == "cuda" else (1536, 2**26)
-        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
+        a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in "abc")
         source, sink = (torch.empty(size // 4, device=device) for _ in "ab")
         source.fill_(1)
-        times = [seconds(lambda: torch.mm(a, b, out=a)) for _ in range(12)]
+        times = [seconds(lambda: torch.mm(a, b, out=c)) for _ in range(12)]
         copies = [seconds(lambda: sink.copy_(source)) for _ in range(12)]
         self.flops = 2 * n**3 / min(times)
         self.bytes = 2 * size / min(copies)
@@ -268,9 +267,10 @@ def our_step(kind, folder, steps, *more):
     return np.diff(stamps).tolist(), sum(caching)
 
 
-def their_step(kind, folder, steps):
+def their_step(kind, folder, steps, loss="chunked_nll"):
     """-> seconds of each step of TRL's trainer, and the trainer. Off: reports, saves, gradient
-    checkpointing, bfloat16, dropout. On: the metrics that it always computes. Its fastest loss."""
+    checkpointing, bfloat16, dropout. On: the metrics that it always computes; DPO's reference in
+    every step, as is its default (ours is read once, before the steps, and reported apart)."""
     import transformers
     import trl
     from datasets import Dataset
@@ -298,7 +298,7 @@ def their_step(kind, folder, steps):
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     trainer, settings, more, models = {
-        "sft": (trl.SFTTrainer, trl.SFTConfig, {"max_length": None, "loss_type": "nll"}, []),
+        "sft": (trl.SFTTrainer, trl.SFTConfig, {"max_length": None, "loss_type": loss}, []),
         "reward": (trl.RewardTrainer, trl.RewardConfig, {"max_length": None}, []),
         "dpo": (trl.DPOTrainer, trl.DPOConfig, {"max_length": None, "beta": 0.1}, [model]),
     }[kind]
@@ -367,15 +367,19 @@ def step_gate(kind, folder, name):
 
 
 def step_floor(kind, machine, config, lengths):
-    """Three forward passes' FLOPs, a backward being two; DPO's reference counted apart."""
-    if kind == "sft":
-        rows, outputs = [p + a for p, a, *_ in lengths], sum(a for _, a, *_ in lengths)
-    else:
-        rows = [p + r for p, *rest in lengths for r in rest]
-        outputs = sum(sum(rest) for _, *rest in lengths) * (kind == "dpo")
+    """Three forward passes' FLOPs, a backward being two, each prompt read once; Adam's bytes. DPO's
+    reference is counted apart."""
+    flops = 0
+    for prompt, *responses in lengths:
+        responses = responses[: 1 if kind == "sft" else None]
+        outputs = 0 if kind == "reward" else sum(responses)
+        flops += forward_flops(config, [prompt], outputs)
+        for response in responses:  # causal attention over the prompt and itself
+            whole = forward_flops(config, [prompt + response], 0)
+            flops += whole - forward_flops(config, [prompt], 0)
     parameters = weights_of(config) + config.vocab_size * config.n_embd
     adam = machine.floor(0, 4 * 7 * parameters)  # reads 4 and writes 3 numbers a parameter
-    return machine.floor(3 * forward_flops(config, rows, outputs)) + adam
+    return machine.floor(3 * flops) + adam
 
 
 def bench_step(kind, shape, config, tokenizer, lengths, pairs, machine, memory=False):
@@ -385,6 +389,9 @@ def bench_step(kind, shape, config, tokenizer, lengths, pairs, machine, memory=F
         folder = Path(folder)
         step_files(kind, folder, config, tokenizer, lines_of(tokenizer, lengths))
         gate = step_gate(kind, folder, name)
+        # Their two forms of SFT's loss: the faster one is timed; memory is of the thrifty default.
+        losses = ("nll", "chunked_nll") if kind == "sft" else ("",)
+        loss = min(losses, key=lambda loss: np.median(their_step(kind, folder, 6, loss)[0][1:]))
         times, caching = ([], []), []
         for i in range(pairs):
             for side in (0, 1) if i % 2 == 0 else (1, 0):
@@ -392,14 +399,14 @@ def bench_step(kind, shape, config, tokenizer, lengths, pairs, machine, memory=F
                     found, cached = our_step(kind, folder, 6)
                     caching.append(cached)
                 else:
-                    found = their_step(kind, folder, 6)[0]
+                    found = their_step(kind, folder, 6, loss)[0]
                 times[side].append(statistics.median(found[1:]))
         prompts = sum(p for p, *_ in lengths)
         responses = sum(sum(rest[: 1 if kind == "sft" else None]) for _, *rest in lengths)
         amounts = {"prompt tokens": prompts, "response tokens": responses}
         floor = step_floor(kind, machine, config, lengths)
         report(name, amounts, times, "TRL", floor)
-        print(gate)
+        print(gate + f", TRL's loss {loss}" * (kind == "sft"))
         if kind == "dpo":
             print(f"  the reference's log-probabilities, once: {statistics.median(caching):.3f} s")
         if memory:
@@ -418,12 +425,23 @@ def peak_of(kind, side, folder):
 
 def print_peak(kind, side, folder):
     """In a process of its own: that of `peak_of`."""
-    if side == "theirs":
-        import trl  # noqa: F401
-    usage = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # noqa: E731
-    before = usage()
+    if side == "theirs":  # what importing costs is no step's memory
+        import transformers
+        import trl
+        from datasets import Dataset  # noqa: F401
+
+        for names in ("SFT", "Reward", "DPO"):
+            getattr(trl, f"{names}Trainer"), getattr(trl, f"{names}Config")
+        _ = transformers.GPT2LMHeadModel, transformers.GPT2ForSequenceClassification
+
+    def resident(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+    Path("/proc/self/clear_refs").write_text("5")  # a child's peak begins as its parent's
+    before = resident("VmRSS")
     (our_step if side == "ours" else their_step)(kind, Path(folder), 3)
-    print(f"peak {usage() - before}")
+    print(f"peak {resident('VmHWM') - before}")
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -657,7 +675,7 @@ def ppo_floor(machine, config, prompts, c, width=4):
     policy = machine.floor(forward_flops(config, rows, outputs))
     trunk = machine.floor(forward_flops(config, rows, 0))
     updates = c["update_epochs"] * c["batch_size"] // c["minibatch_size"]
-    parameters = 2 * weights_of(config) + config.vocab_size * config.n_embd
+    parameters = 2 * (weights_of(config) + config.vocab_size * config.n_embd)
     adam = updates * machine.floor(0, 4 * 7 * parameters)
     sampled = sampling_floor(machine, config, prompts, 1, new, width)
     return sampled + (2 + 3 * c["update_epochs"]) * (policy + trunk) + adam
@@ -705,7 +723,7 @@ def bench_growth(tokenizer):
     """One thing grows at a time, the rest is as it is: fitted exponents of time, and of the memory
     that a process adds."""
 
-    def step(kind, lengths, memory=True, **sizes):
+    def step(kind, lengths, **sizes):
         config = GPTConfig(**{**vars(TOY), "n_positions": 1024, **sizes})
         responses = len(lengths[0]) - 1
         with tempfile.TemporaryDirectory() as folder:
@@ -821,6 +839,8 @@ def bench_gpu(device, config):
         flops = 3 * forward_flops(config, [T] * rows, (T - 1) * rows)
         for dtype, compiled in ways:
             flags = ["--device", device, "--dtype", str(dtype)[6:], "--micro_batch_size", micro]
+            if full:
+                torch.cuda.reset_peak_memory_stats()
             times = our_step("sft", folder, 12, *flags, *["--compile"] * compiled)[0]
             time_ = statistics.median(times[4:])
             peak = json.loads((folder / "ours/report.json").read_text())["peak_memory_gib"]
@@ -901,8 +921,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=10, help="pairs of runs at toy size (10)")
     parser.add_argument("--full", action="store_true", help="the 124M shape too (half an hour)")
-    parser.add_argument("--only", default="", help="steps, sampling, ppo, growth or ranks (all)")
-    parser.add_argument("--gpu", default="", help="cuda; cpu rehearses it; no peers are needed")
+    parts = ["steps", "sampling", "ppo", "growth", "ranks"]
+    parser.add_argument("--only", default="", choices=["", *parts], help="one part (all)")
+    parser.add_argument(
+        "--gpu", nargs="?", const="cuda", help="GPT-2's shape, no peers; --gpu cpu rehearses it"
+    )
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(2)
