@@ -96,7 +96,7 @@ class Machine:
     """What it can do at best: FLOP/s of a square product, bytes/s read and written."""
 
     def __init__(self, device="cpu", dtype=torch.float32):
-        n, size = (8192, 2**30) if device == "cuda" else (1536, 2**26)
+        n, size = (8192, 2**30) if device == "cuda" else (1536, 2**29)
         a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in "abc")
         source, sink = (torch.empty(size // 4, device=device) for _ in "ab")
         source.fill_(1)

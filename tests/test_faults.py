@@ -848,8 +848,14 @@ def test_compiled_models_are_the_same(script, data, tmp_path):
 @matrix
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_checkpointed_activations_are_the_same(script, data, whole, tmp_path):
-    """--checkpoint_activations: less memory, the same weights, bit for bit."""
+    """--checkpoint_activations: less memory, the same weights, bit for bit; a run that stopped for
+    want of memory goes on with it."""
     argv = argv_of(script, data, tmp_path / "run", "--checkpoint_activations")
     done = on_ranks(module_of(script), code_of(script, argv), 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert same(tmp_path / "run", whole(script, 2))
+    interrupted(script, data, tmp_path / "stopped")
+    argv = argv_of(script, data, tmp_path / "stopped", "--resume", "--checkpoint_activations")
+    done = on_ranks(module_of(script), code_of(script, argv), 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert same(tmp_path / "stopped", whole(script))
