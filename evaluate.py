@@ -1039,7 +1039,7 @@ def read_labelled(path, names):
     found = {}
     for where, record in read_jsonl(path, {"prompt": False, "chosen": False, "rejected": False}):
         policy, label = record.get("policy"), record.get("label", 1.0)
-        if not isinstance(policy, list) or len(policy) != 2:
+        if not isinstance(policy, list) or [type(name) for name in policy] != [str, str]:
             refuse(f"{where}: policy: expected a list of two, who wrote chosen and rejected")
         if type(label) not in (int, float) or not 0.5 <= label <= 1:
             refuse(f"{where}: label: expected a probability from 0.5 to 1, got {str(label)[:40]}")
