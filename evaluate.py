@@ -1579,7 +1579,7 @@ AXES = {
     "training_seconds": "training (seconds)",
     "proxy": "score that was optimised",
     "wins": "wins against the reference by gold",
-    "nll": "loss of held-out demonstrations (nats a token)",
+    "nll": "held-out demonstrations (nats a token)",
 }
 LESS_IS_BETTER = ("nll", "kl")
 
