@@ -540,8 +540,8 @@ def kl_and_entropy(policy, reference, samples, temperature, cfg, device, rank, w
         tokens, mask, segments = (tensor.to(device) for tensor in beside)
         with torch.no_grad():
             at = predicts(mask)
-            hidden = policy.states(tokens, segments)[at]  # (N, C)
-            ref_hidden = reference.states(tokens, segments)[at]
+            hidden = policy.states(tokens, at, segments)  # (N, C)
+            ref_hidden = reference.states(tokens, at, segments)
             pieces = []
             # Whole vocabularies of all positions at once would be gigabytes.
             for piece, ref_piece, target in zip(
