@@ -709,7 +709,8 @@ def groups_of_runs(tmp_path):
     rows = [
         {"n": n, "kl": math.log(n), "gold": [n, 0, 9], "proxy": [n / 2, 0, 9]} for n in (1, 2, 3, 4)
     ]
-    report = {"policies": {"sft": policy, "x@temperature=0": policy | {"kl": None}}}
+    third = {"kl": [2.0, 1.9, 2.1], "scores": {"gold": [4.0, 3, 5]}, "distinct_1": 0.2}
+    report = {"policies": {"sft": policy, "x@temperature=0": policy | {"kl": None}, "y": third}}
     report |= {"win_rate": {"gold": {"x@temperature=0": {"sft": [0.7, 0.6, 0.8]}}}}
     report |= {"best_of_n": rows}
     (tmp_path / "evaluation/report.json").write_text(json.dumps(report))
@@ -764,6 +765,11 @@ def test_points_and_rows_of_groups(groups_of_runs, monkeypatch, capsys):
         [0.6, 0.7, 0.5]
     )
     assert found["PPO:0.5"]["label"][0] == 0.5
+
+    named = [f"y={at}/evaluation#y", "--columns", "kl,gold,distinct_1", "--out", out]
+    assert run(monkeypatch, "rows", *named) == 0
+    found = json.loads(out.with_suffix(".json").read_text())["columns"]["y"]
+    assert [found[name][0] for name in ("kl", "gold", "distinct_1")] == [2, 4, 0.2]
 
     columns = ["--columns", "gold,seconds,greedy_wins", "--out", out]
     assert run(monkeypatch, "rows", *groups[:2], *columns) == 0
