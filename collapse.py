@@ -69,15 +69,14 @@ from model import (
     generate,
     group_by_prompt,
     groups_of,
-    last_score,
     load_config,
     load_model,
     load_tokenizer,
-    masks_of_responses,
     pad_beside,
     read_json,
-    row_length,
+    row_lengths,
     save_model,
+    scores_of_responses,
     text_of,
     tokenizer_files,
     tokenizer_hash,
@@ -559,9 +558,9 @@ def read_rankings(path, tokenizer, max_length, cut_response, n):
     """-> examples, n, and counts of what was cut and dropped.
 
     An example: `prompt` and `responses` (token ids, best first, n of them: as many as the file's
-    first line has, where n is 0), `kind`. The order is taken as it
-    stands, ties in `scores` too. Of more than n responses, n are kept, the best and the worst among
-    them; lines with fewer, or one that is too long, or two that are equal, are dropped.
+    first line has, where n is 0), `kind`. The order is taken as it stands, ties in `scores` too. Of
+    more than n responses, n are kept, the best and the worst among them; lines with fewer, or one
+    that is too long, or two that are equal, are dropped.
     """
     examples, lines = [], 0
     counts = {"texts cut": 0, "lines with fewer": 0, "with one too long": 0, "with equal ones": 0}
@@ -604,12 +603,6 @@ def with_noise(examples, share, seed):
         order = rng.permutation(len(examples[i]["responses"]))
         noisy[i] = examples[i] | {"responses": [examples[i]["responses"][k] for k in order]}
     return noisy
-
-
-def row_lengths(examples, n_embd):
-    """Columns of each example's longest row in `collate`."""
-    groups = [groups_of(e["prompt"], e["responses"], n_embd) for e in examples]
-    return [max(row_length(*group) for group in some) for some in groups]
 
 
 def collate_rankings(examples, n_embd):
@@ -929,8 +922,7 @@ def score_rows(model, rows, cfg, device, autocast, rank, world):
             tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
                 output = model(tokens, segments=segments)
-            masks = masks_of_responses(mask, segments)
-            found = torch.stack([last_score(at_least_float32(output), m) for m in masks], 1)
+            found = scores_of_responses(at_least_float32(output), mask, segments)
             for i, (_, responses), row in zip(indices, some, found.tolist(), strict=True):
                 scores.append((i, row[: len(responses)]))
     return [score for _, row in sorted(gather(scores, device)) for score in row]
@@ -1445,9 +1437,8 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step = saved_step = 0
     interpolated = -1  # the first evaluation whose training pairs were all in order, but for 1%
-    window = dict.fromkeys(
-        ("loss", "prompts", "tokens", "read", "cells"), 0.0
-    )  # since the last line
+    # Sums since the last printed line.
+    window = dict.fromkeys(("loss", "prompts", "tokens", "read", "cells"), 0.0)
     if checkpoint:
         state = load_checkpoint(checkpoint, {"reward": model}, {"adam": optimizer}, device, rank)
         step, interpolated = state["step"], state["interpolated"]
@@ -1536,9 +1527,8 @@ def main():
             with parallel.no_sync() if world > 1 and not last else nullcontext():
                 with autocast:
                     output = parallel(tokens, segments=segments)  # (R, T)
-                masks = masks_of_responses(mask, segments)
-                raw = torch.stack([last_score(output, m) for m in masks], 1)  # (R, count)
-                raw = at_least_float32(raw.flatten()[rows])  # (B, n)
+                raw = scores_of_responses(at_least_float32(output), mask, segments)
+                raw = raw.flatten()[rows]  # (B, n)
                 rewards = raw.sigmoid()  # best first
                 losses = torch.where(
                     closed,

@@ -70,7 +70,7 @@ from model import (
     pad_beside,
     predicts,
     read_json,
-    row_length,
+    row_lengths,
     save_model,
     text_of,
     token_logprobs,
@@ -662,12 +662,6 @@ def rank_share(batch, rank, world, micro_batch_size):
     size = micro_batch_size or largest
     mine = batch[rank::world]
     return [mine[i : i + size] for i in range(0, largest, size)]
-
-
-def row_lengths(examples, n_embd):
-    """Columns of each example's longest row in `collate`."""
-    groups = [groups_of(e["prompt"], e["responses"], n_embd) for e in examples]
-    return [max(row_length(*group) for group in some) for some in groups]
 
 
 def collate(examples, n_embd):

@@ -57,7 +57,6 @@ from model import (
     entropy,
     generate,
     group_by_prompt,
-    last_score,
     load_config,
     load_model,
     load_tokenizer,
@@ -65,6 +64,7 @@ from model import (
     pad_beside,
     predicts,
     read_json,
+    scores_of_responses,
     text_of,
     tokenizer_hash,
     weight_files,
@@ -663,8 +663,7 @@ def score_rows(model, rows, cfg, device, autocast, rank, world):
             tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
                 output = model(tokens, segments=segments)
-            masks = masks_of_responses(mask, segments)
-            found = torch.stack([last_score(at_least_float32(output), m) for m in masks], 1)
+            found = scores_of_responses(at_least_float32(output), mask, segments)
             for i, (_, responses), row in zip(indices, some, found.tolist(), strict=True):
                 scores.append((i, row[: len(responses)]))
     return [score for _, row in sorted(gather(scores, device)) for score in row]

@@ -548,6 +548,12 @@ def row_length(prompt, responses):
     return len(prompt) - 1 + sum(len(response) + 1 for response in responses)
 
 
+def row_lengths(examples, n_embd):
+    """Columns of the longest row of each example (`prompt`, `responses`)."""
+    groups = [groups_of(e["prompt"], e["responses"], n_embd) for e in examples]
+    return [max(row_length(*group) for group in some) for some in groups]
+
+
 def batches_of_groups(groups, most):
     """Numbers of the groups, alike in length of row, in lists of at most `most` responses (more
     only where one group has more)."""
@@ -595,6 +601,12 @@ def masks_of_responses(mask, segments):
     T) bool, empty where a row has fewer responses."""
     numbers = torch.arange(1, int(segments.max()) + 1, device=mask.device)
     return mask & (segments == numbers[:, None, None])
+
+
+def scores_of_responses(output, mask, segments):
+    """`last_score` of each response of rows from `pad_beside`, output (R, T) -> (R, count)."""
+    masks = masks_of_responses(mask, segments)
+    return torch.stack([last_score(output, m) for m in masks], 1)
 
 
 # --- sampling -------------------------------------------------------------------------------------

@@ -64,15 +64,14 @@ from model import (
     generate,
     group_by_prompt,
     groups_of,
-    last_score,
     load_config,
     load_model,
     load_tokenizer,
-    masks_of_responses,
     pad_beside,
     read_json,
-    row_length,
+    row_lengths,
     save_model,
+    scores_of_responses,
     text_of,
     tokenizer_files,
     tokenizer_hash,
@@ -701,12 +700,6 @@ def rank_share(batch, rank, world, micro_batch_size):
     return [mine[i : i + size] for i in range(0, largest, size)]
 
 
-def row_lengths(examples, n_embd):
-    """Columns of each example's longest row in `collate`."""
-    groups = [groups_of(e["prompt"], e["responses"], n_embd) for e in examples]
-    return [max(row_length(*group) for group in some) for some in groups]
-
-
 def collate(examples, n_embd):
     """Examples -> tokens, mask, segments (R, T), responses to a prompt beside each other where that
     is cheaper for a model of width n_embd; rows (B, K): the place of response k among R * count,
@@ -849,8 +842,7 @@ def score_rows(model, rows, cfg, device, autocast, rank, world):
             tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
                 output = model(tokens, segments=segments)
-            masks = masks_of_responses(mask, segments)
-            found = torch.stack([last_score(at_least_float32(output), m) for m in masks], 1)
+            found = scores_of_responses(at_least_float32(output), mask, segments)
             for i, (_, responses), row in zip(indices, some, found.tolist(), strict=True):
                 scores.append((i, row[: len(responses)]))
     return [score for _, row in sorted(gather(scores, device)) for score in row]
@@ -1449,9 +1441,8 @@ def main():
             with parallel.no_sync() if world > 1 and not last else nullcontext():
                 with autocast:
                     output = parallel(tokens, segments=segments)  # (R, T)
-                masks = masks_of_responses(mask, segments)
-                scores = torch.stack([last_score(output, m) for m in masks], 1)  # (R, count)
-                scores = at_least_float32(scores.flatten()[rows])  # (B, K)
+                scores = scores_of_responses(at_least_float32(output), mask, segments)
+                scores = scores.flatten()[rows]  # (B, K)
                 losses = ranking_loss(
                     scores,
                     margin=margin_of(margins, margin_setting).to(scores.dtype),

@@ -447,9 +447,7 @@ def print_peak(kind, side, folder):
 # --- sampling -------------------------------------------------------------------------------------
 
 
-def bench_sampling(
-    name, config, batch, prompt_length, new_tokens, pairs, machine, ragged=False, warm_ups=3
-):
+def bench_sampling(name, config, batch, prompt_length, new_tokens, pairs, machine, ragged=False):
     """Sampled tokens a second, prefill included, at temperature 1 from the full softmax, no EOS."""
     import transformers
 
@@ -493,7 +491,6 @@ def bench_sampling(
         lambda: generate(ours, lists, new_tokens, generator=generator),
         lambda: their_generate(True),
         pairs,
-        warm_ups,
     )
     floor = sampling_floor(machine, config, lengths, 1, new_tokens)
     report(name, {"tokens": batch * new_tokens}, times, "transformers", floor)

@@ -377,15 +377,17 @@ def test_the_loss_is_the_formula(data, tmp_path, monkeypatch):
     penalty, as of the learning rate, at the first of two steps of warm-up."""
     seen = []
 
-    def spy(x):  # first called on the head's outputs for the batch, (B, n)
-        seen.append(x.detach().double())
-        return x.float()
+    real = collapse.ranking_loss
 
-    monkeypatch.setattr(collapse, "at_least_float32", spy)
+    def spy(rewards, utility):
+        seen.append(rewards.detach().double())
+        return real(rewards, utility)
+
+    monkeypatch.setattr(collapse, "ranking_loss", spy)
     args = ["--steps", 1, "--batch_size", 21, "--normalise_with", "none", "--eval_every", 0]
     args += ["--label_smoothing", 0.1, "--logit_penalty", 0.04, "--warmup", 2]
     assert run(monkeypatch, *flags(data, tmp_path / "run", *args)) == 0
-    rewards = seen[0].sigmoid()
+    rewards = seen[0]  # (B, n)
     examples, _, _ = collapse.read_rankings(
         data / "rankings.jsonl", collapse.load_tokenizer(data / "policy"), 96, False, 0
     )
