@@ -523,8 +523,8 @@ def group_by_prompt(rows, n_embd):
     """Rows (prompt ids, response ids) -> [(prompt ids, [response ids, ...])] for `pad_beside`: rows
     that follow each other to one prompt, as long as reading it once saves more than is lost.
 
-    P prompt tokens less save about 24 P C^2 multiplications a layer, C = n_embd; R tokens beside S
-    others cost 8 R S C, since attention is computed, and hidden, between responses too.
+    P prompt tokens less save 24 P C^2 FLOPs a layer, C = n_embd; R tokens beside S others cost
+    8 R S C, since attention is computed, and hidden, between responses too.
     """
     groups, beside = [], 0
     for prompt, response in rows:
@@ -560,7 +560,7 @@ def batches_of_groups(groups, most):
     batches, count = [], most
     for i in sorted(range(len(groups)), key=lambda i: row_length(*groups[i])):
         count += len(groups[i][1])
-        if count > most or not batches:
+        if count > most:
             batches.append([])
             count = len(groups[i][1])
         batches[-1].append(i)
