@@ -929,12 +929,17 @@ def main():
     if args.peak:
         return print_peak(*args.peak)
     if args.gpu:
+        if args.gpu == "cuda" and not torch.cuda.is_available():
+            sys.exit("--gpu: there is none; --gpu cpu rehearses it in small")
         small = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 128}
         return bench_gpu(args.gpu, GPTConfig(**small if args.gpu == "cpu" else {}))
 
-    import transformers
-    import trl
-    from datasets import disable_progress_bars
+    try:
+        import transformers
+        import trl
+        from datasets import disable_progress_bars
+    except ImportError as error:
+        sys.exit(f"{error}: make bench installs it, beside torch")
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
