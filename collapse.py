@@ -61,7 +61,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import (
     GPT,
-    at_least_float32,
     batches_of_groups,
     check_space,
     check_tokenizer,
@@ -69,6 +68,7 @@ from model import (
     generate,
     group_by_prompt,
     groups_of,
+    last_tokens,
     load_config,
     load_model,
     load_tokenizer,
@@ -76,7 +76,6 @@ from model import (
     read_json,
     row_lengths,
     save_model,
-    scores_of_responses,
     text_of,
     tokenizer_files,
     tokenizer_hash,
@@ -607,17 +606,10 @@ def with_noise(examples, share, seed):
 
 def collate_rankings(examples, n_embd):
     """Examples -> tokens, mask, segments (R, T), responses to a prompt beside each other where that
-    is cheaper for a model of width n_embd; rows (B, n): the place of response k among R * count,
-    `count` = segments.max() in each row; closed (B,) bool."""
-    groups, places = [], []
-    for example in examples:
-        some = groups_of(example["prompt"], example["responses"], n_embd)
-        places.append([(len(groups) + i, k) for i, g in enumerate(some) for k in range(len(g[1]))])
-        groups += some
-    count = max(len(members) for _, members in groups)
-    rows = torch.tensor([[row * count + k for row, k in own] for own in places])
+    is cheaper for a model of width n_embd; closed (B,) bool."""
+    groups = [g for e in examples for g in groups_of(e["prompt"], e["responses"], n_embd)]
     closed = torch.tensor([example["kind"] == "closed" for example in examples])
-    return *pad_beside(*zip(*groups, strict=True)), rows, closed
+    return *pad_beside(*zip(*groups, strict=True)), closed
 
 
 def read_utility(flag, text, epsilon):
@@ -921,10 +913,9 @@ def score_rows(model, rows, cfg, device, autocast, rank, world):
             beside = pad_beside(*zip(*some, strict=True))
             tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
-                output = model(tokens, segments=segments)
-            found = scores_of_responses(at_least_float32(output), mask, segments)
-            for i, (_, responses), row in zip(indices, some, found.tolist(), strict=True):
-                scores.append((i, row[: len(responses)]))
+                output = model(tokens, last_tokens(mask), segments)  # (N,), one a response
+            found = output.split([len(responses) for _, responses in some])
+            scores += [(i, row.tolist()) for i, row in zip(indices, found, strict=True)]
     return [score for _, row in sorted(gather(scores, device)) for score in row]
 
 
@@ -1522,13 +1513,12 @@ def main():
             # A rank without lines left runs too, with weight 0: the others wait for its gradients.
             some = [examples[i] for i in indices or batch[:1]]
             tensors = [x.to(device) for x in collate_rankings(some, model.config.n_embd)]
-            tokens, mask, segments, rows, closed = tensors
+            tokens, mask, segments, closed = tensors
             last = micro == len(shares) - 1
             with parallel.no_sync() if world > 1 and not last else nullcontext():
                 with autocast:
-                    output = parallel(tokens, segments=segments)  # (R, T)
-                raw = scores_of_responses(at_least_float32(output), mask, segments)
-                raw = raw.flatten()[rows]  # (B, n)
+                    output = parallel(tokens, last_tokens(mask), segments)  # (N,)
+                raw = output.view(-1, n)  # (B, n)
                 rewards = raw.sigmoid()  # best first
                 losses = torch.where(
                     closed,

@@ -61,7 +61,7 @@ from model import (
     generate,
     group_by_prompt,
     groups_of,
-    last_score,
+    last_tokens,
     load_config,
     load_model,
     load_tokenizer,
@@ -666,27 +666,23 @@ def rank_share(batch, rank, world, micro_batch_size):
 
 def collate(examples, n_embd):
     """Examples -> tokens, mask, segments (R, T), responses to a prompt beside each other where that
-    is cheaper for a model of width n_embd; rows (B, K): the place of response k among R * count,
-    `count` = segments.max() in each row; keep (B, P) bool, margin and label (B, P), of the P =
-    K-choose-2 pairs as `ranking_loss` has them. An example with fewer than K responses repeats its
-    first, in no pair that is kept."""
+    is cheaper for a model of width n_embd; rows (B, K): the place of response k among all of the
+    batch; keep (B, P) bool, margin and label (B, P), of the P = K-choose-2 pairs as `ranking_loss`
+    has them. An example with fewer than K responses repeats its first, in no pair that is kept."""
     K = max(len(example["responses"]) for example in examples)
     number = {pair: p for p, pair in enumerate(itertools.combinations(range(K), 2))}
-    groups, places = [], []
+    groups, rows, before = [], [], 0
     keep = torch.zeros(len(examples), len(number), dtype=torch.bool)
     margin, label = (torch.full(keep.shape, x, dtype=torch.float64) for x in (0.0, 1.0))
     for b, example in enumerate(examples):
-        some, own = groups_of(example["prompt"], example["responses"], n_embd), []
-        for row, (_, members) in enumerate(some, len(groups)):
-            own += [(row, k) for k in range(len(members))]
-        groups += some
-        places.append(own + own[:1] * (K - len(own)))
+        groups += groups_of(example["prompt"], example["responses"], n_embd)
+        count = len(example["responses"])
+        rows.append([*range(before, before + count), *[before] * (K - count)])
+        before += count
         for i, j, m, probability in example["pairs"]:
             p = number[i, j]
             keep[b, p], margin[b, p], label[b, p] = True, m, probability
-    count = max(len(members) for _, members in groups)
-    rows = torch.tensor([[row * count + k for row, k in own] for own in places])
-    return *pad_beside(*zip(*groups, strict=True)), rows, keep, margin, label
+    return *pad_beside(*zip(*groups, strict=True)), torch.tensor(rows), keep, margin, label
 
 
 def collate_pairs(examples, n_embd):
@@ -820,11 +816,12 @@ def discounted(logprobs, mask, gamma):
 
 
 def logprobs_of_responses(logits, tokens, mask, segments, gamma):
-    """`discounted` of each response of rows from `pad_beside`, (R, count), 0 where a row has fewer.
-    logits (N, V), the model's output at `predicts(mask)`."""
+    """`discounted` of each response of rows from `pad_beside`, in their order, (M,). logits (N, V),
+    the model's output at `predicts(mask)`."""
     logprobs = token_logprobs(logits, tokens, mask)
-    masks = masks_of_responses(mask, segments)
-    return torch.stack([discounted(logprobs, m, gamma) for m in masks], 1)
+    masks = masks_of_responses(mask, segments)  # (count, R, T), some empty
+    found = torch.stack([discounted(logprobs, m, gamma) for m in masks], 1)  # (R, count)
+    return found[masks.any(2).T]
 
 
 def preference_loss(logprobs, ref_logprobs, keep, label, cfg):
@@ -899,8 +896,8 @@ def logprobs_of_rows(model, rows, cfg, device, autocast, rank, world):
             with torch.no_grad(), autocast:
                 logits = model(tokens, predicts(mask), segments)
             logprobs = logprobs_of_responses(logits, tokens, mask, segments, cfg.gamma)
-            for i, (_, responses), row in zip(indices, some, logprobs.tolist(), strict=True):
-                found.append((i, row[: len(responses)]))
+            parts = logprobs.split([len(responses) for _, responses in some])
+            found += [(i, row.tolist()) for i, row in zip(indices, parts, strict=True)]
     return [logprob for _, row in sorted(gather(found, device)) for logprob in row]
 
 
@@ -1082,8 +1079,8 @@ def scores_of(reward, batch, texts, size, autocast):
     raw = []
     for tokens, mask in trimmed(batch, size):
         with torch.no_grad(), autocast:
-            output = model(tokens)
-        raw.append(last_score(output, mask).double())
+            output = model(tokens, last_tokens(mask))  # (b,)
+        raw.append(output.double())
     return normalised(torch.cat(raw), statistics[0])
 
 
@@ -1587,8 +1584,7 @@ def main():
             with torch.no_grad(), autocast:
                 logits = policy(tokens, predicts(mask), segments)
             logprobs = logprobs_of_responses(logits, tokens, mask, segments, cfg.gamma)
-            logprobs = logprobs.flatten()[rows]  # (B, K)
-            refs = refs.to(logprobs.dtype)
+            logprobs, refs = logprobs[rows], refs.to(logprobs.dtype)  # (B, K)
             label = label.to(logprobs.dtype)
             losses = preference_loss(logprobs, refs, keep, label, cfg)
             numbers = pair_numbers(logprobs, refs, keep, label, cfg)
@@ -1664,7 +1660,7 @@ def main():
                 with autocast:  # all responses to a prompt in one row
                     logits = parallel(tokens, predicts(mask), segments)  # (N, V)
                 logprobs = logprobs_of_responses(logits, tokens, mask, segments, cfg.gamma)
-                logprobs, refs = logprobs.flatten()[rows], refs.to(logprobs.dtype)  # (B, K)
+                logprobs, refs = logprobs[rows], refs.to(logprobs.dtype)  # (B, K)
                 label = label.to(logprobs.dtype)
                 losses = preference_loss(logprobs, refs, keep, label, cfg)
                 loss = losses.sum() * (1.0 if indices else 0.0)

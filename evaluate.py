@@ -50,13 +50,13 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from model import (
-    at_least_float32,
     batches_of_groups,
     check_tokenizer,
     encode,
     entropy,
     generate,
     group_by_prompt,
+    last_tokens,
     load_config,
     load_model,
     load_tokenizer,
@@ -64,7 +64,6 @@ from model import (
     pad_beside,
     predicts,
     read_json,
-    scores_of_responses,
     text_of,
     tokenizer_hash,
     weight_files,
@@ -662,10 +661,9 @@ def score_rows(model, rows, cfg, device, autocast, rank, world):
             beside = pad_beside(*zip(*some, strict=True))
             tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
-                output = model(tokens, segments=segments)
-            found = scores_of_responses(at_least_float32(output), mask, segments)
-            for i, (_, responses), row in zip(indices, some, found.tolist(), strict=True):
-                scores.append((i, row[: len(responses)]))
+                output = model(tokens, last_tokens(mask), segments)  # (N,), one a response
+            found = output.split([len(responses) for _, responses in some])
+            scores += [(i, row.tolist()) for i, row in zip(indices, found, strict=True)]
     return [score for _, row in sorted(gather(scores, device)) for score in row]
 
 

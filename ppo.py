@@ -61,13 +61,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import (
     GPT,
-    at_least_float32,
     check_space,
     check_tokenizer,
     encode,
     entropy,
     generate,
-    last_score,
+    last_tokens,
     load_config,
     load_model,
     load_tokenizer,
@@ -999,8 +998,8 @@ def scores_of(reward, batch, texts, size, autocast):
     raw = []
     for tokens, mask in trimmed(batch, size):
         with torch.no_grad(), autocast:
-            output = model(tokens)
-        raw.append(last_score(output, mask).double())
+            output = model(tokens, last_tokens(mask))  # (b,)
+        raw.append(output.double())
     return normalised(torch.cat(raw), statistics[0])
 
 
@@ -1034,11 +1033,11 @@ def response_logprobs(model, batch, size, cfg, autocast):
     return joined(parts, batch)
 
 
-def response_values(output, mask, statistics):
-    """The value network's output (B, T) -> values: column t is the state before token t is chosen,
-    on the scale of the scores. 0 outside the mask."""
-    values = normalised(at_least_float32(output), statistics)
-    return F.pad(values[:, :-1], (1, 0)) * mask
+def response_values(model, tokens, mask, statistics):
+    """The value network's values, (B, T), on the scale of the scores: column t is of the state
+    before token t is chosen. 0 outside the mask."""
+    values = normalised(model(tokens, at=predicts(mask)), statistics)  # (N,)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -1537,8 +1536,7 @@ def main():
             parts = []
             for part, inside in trimmed(batch, size):
                 with torch.no_grad(), autocast:
-                    output = compiled["value"](part)
-                parts.append(response_values(output, inside, statistics))
+                    parts.append(response_values(compiled["value"], part, inside, statistics))
             values = joined(parts, batch)
         scored = time.time()
 
@@ -1608,8 +1606,8 @@ def main():
                         value_sum = torch.zeros_like(policy_sum)
                         if "value" in modules:
                             with autocast:
-                                output = parallel["value"](read)  # (b, columns)
-                            new_values = response_values(output, inside, statistics)
+                                network = parallel["value"]
+                                new_values = response_values(network, read, inside, statistics)
                             losses = value_loss(
                                 new_values, old["values"], old["returns"], cfg.value_clip
                             )

@@ -56,7 +56,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import (
     GPT,
-    at_least_float32,
     batches_of_groups,
     check_space,
     check_tokenizer,
@@ -64,6 +63,7 @@ from model import (
     generate,
     group_by_prompt,
     groups_of,
+    last_tokens,
     load_config,
     load_model,
     load_tokenizer,
@@ -71,7 +71,6 @@ from model import (
     read_json,
     row_lengths,
     save_model,
-    scores_of_responses,
     text_of,
     tokenizer_files,
     tokenizer_hash,
@@ -702,27 +701,23 @@ def rank_share(batch, rank, world, micro_batch_size):
 
 def collate(examples, n_embd):
     """Examples -> tokens, mask, segments (R, T), responses to a prompt beside each other where that
-    is cheaper for a model of width n_embd; rows (B, K): the place of response k among R * count,
-    `count` = segments.max() in each row; keep (B, P) bool, margin and label (B, P), of the P =
-    K-choose-2 pairs as `ranking_loss` has them. An example with fewer than K responses repeats its
-    first, in no pair that is kept."""
+    is cheaper for a model of width n_embd; rows (B, K): the place of response k among all of the
+    batch; keep (B, P) bool, margin and label (B, P), of the P = K-choose-2 pairs as `ranking_loss`
+    has them. An example with fewer than K responses repeats its first, in no pair that is kept."""
     K = max(len(example["responses"]) for example in examples)
     number = {pair: p for p, pair in enumerate(itertools.combinations(range(K), 2))}
-    groups, places = [], []
+    groups, rows, before = [], [], 0
     keep = torch.zeros(len(examples), len(number), dtype=torch.bool)
     margin, label = (torch.full(keep.shape, x, dtype=torch.float64) for x in (0.0, 1.0))
     for b, example in enumerate(examples):
-        some, own = groups_of(example["prompt"], example["responses"], n_embd), []
-        for row, (_, members) in enumerate(some, len(groups)):
-            own += [(row, k) for k in range(len(members))]
-        groups += some
-        places.append(own + own[:1] * (K - len(own)))
+        groups += groups_of(example["prompt"], example["responses"], n_embd)
+        count = len(example["responses"])
+        rows.append([*range(before, before + count), *[before] * (K - count)])
+        before += count
         for i, j, m, probability in example["pairs"]:
             p = number[i, j]
             keep[b, p], margin[b, p], label[b, p] = True, m, probability
-    count = max(len(members) for _, members in groups)
-    rows = torch.tensor([[row * count + k for row, k in own] for own in places])
-    return *pad_beside(*zip(*groups, strict=True)), rows, keep, margin, label
+    return *pad_beside(*zip(*groups, strict=True)), torch.tensor(rows), keep, margin, label
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -841,10 +836,9 @@ def score_rows(model, rows, cfg, device, autocast, rank, world):
             beside = pad_beside(*zip(*some, strict=True))
             tokens, mask, segments = (tensor.to(device) for tensor in beside)
             with torch.no_grad(), autocast:
-                output = model(tokens, segments=segments)
-            found = scores_of_responses(at_least_float32(output), mask, segments)
-            for i, (_, responses), row in zip(indices, some, found.tolist(), strict=True):
-                scores.append((i, row[: len(responses)]))
+                output = model(tokens, last_tokens(mask), segments)  # (N,), one a response
+            found = output.split([len(responses) for _, responses in some])
+            scores += [(i, row.tolist()) for i, row in zip(indices, found, strict=True)]
     return [score for _, row in sorted(gather(scores, device)) for score in row]
 
 
@@ -1440,9 +1434,8 @@ def main():
             last = micro == len(shares) - 1
             with parallel.no_sync() if world > 1 and not last else nullcontext():
                 with autocast:
-                    output = parallel(tokens, segments=segments)  # (R, T)
-                scores = scores_of_responses(at_least_float32(output), mask, segments)
-                scores = scores.flatten()[rows]  # (B, K)
+                    output = parallel(tokens, last_tokens(mask), segments)  # (N,)
+                scores = output[rows]  # (B, K)
                 losses = ranking_loss(
                     scores,
                     margin=margin_of(margins, margin_setting).to(scores.dtype),

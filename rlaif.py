@@ -1663,10 +1663,11 @@ def reinforce(new_logprobs, values, worth, mask):
     return -advantages * new_logprobs * mask, 0.5 * (values - worth[:, None]) ** 2 * mask
 
 
-def state_values(output, mask):
-    """The value network's output (B, T) -> values: column t is the state before token t is chosen.
-    0 outside the mask."""
-    return F.pad(at_least_float32(output)[:, :-1], (1, 0)) * mask
+def state_values(model, tokens, mask):
+    """The value network's values, (B, T): column t is of the state before token t is chosen. 0
+    outside the mask."""
+    output = model(tokens, at=predicts(mask))  # (N,)
+    return output.new_zeros(mask.shape).masked_scatter(mask, output)
 
 
 def ratings(rater, template, lines, texts, device):
@@ -2224,9 +2225,8 @@ def direct_main(cfg):
                     waiting.enter_context(model.no_sync())
                 with autocast:
                     logits = parallel["policy"](tokens, at=predicts(mask))  # (N, V)
-                    output = parallel["value"](tokens)  # (b, columns)
+                    values = state_values(parallel["value"], tokens, mask)  # (b, columns)
                 new_logprobs = token_logprobs(logits, tokens, mask, cfg.temperature)
-                values = state_values(output, mask)
                 gap = new_logprobs.detach() - ref_logprobs[rows, columns]
                 worth = penalised(scores[rows], gap.sum(1).double(), cfg.beta).to(values.dtype)
                 policy_losses, value_losses = reinforce(new_logprobs, values, worth, mask)

@@ -191,8 +191,8 @@ MUTATIONS = {
         (
             "values of the state after the token",
             "ppo.py",
-            "return F.pad(values[:, :-1], (1, 0)) * mask",
-            "return values * mask",
+            "normalised(model(tokens, at=predicts(mask)), statistics)",
+            "normalised(model(tokens, at=mask), statistics)",
         ),
         (
             "KL rewarded",
@@ -707,8 +707,8 @@ MUTATIONS = {
         (
             "values one token late",
             "rlaif.py",
-            "return F.pad(at_least_float32(output)[:, :-1], (1, 0)) * mask",
-            "return at_least_float32(output) * mask",
+            "output = model(tokens, at=predicts(mask))  # (N,)",
+            "output = model(tokens, at=mask)",
         ),
         (
             "KL of half the tokens",

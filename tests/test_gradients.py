@@ -12,7 +12,7 @@ import ppo
 import reward
 import rlaif
 import sft
-from model import entropy, last_score, pad, predicts, token_logprobs
+from model import entropy, last_tokens, pad, predicts, token_logprobs
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha:0.5")
 
@@ -46,10 +46,10 @@ def test_what_losses_are_made_of():
     for temperature in (1.0, 0.7):
         check(lambda x, t=temperature: token_logprobs(x, TOKENS, MASK, t), logits)
     check(entropy, logits)
-    check(lambda output: last_score(output, MASK), draw(*TOKENS.shape))
     statistics = {"reward_mean": 0.3, "reward_std": 1.7, "score_transform": "identity"}
-    check(lambda output: ppo.response_values(output, MASK, statistics), draw(*TOKENS.shape))
-    check(lambda output: rlaif.state_values(output, MASK), draw(*TOKENS.shape))
+    known = TOKENS, MASK, statistics
+    check(lambda x: ppo.response_values(Fixed(x), *known), draw(*TOKENS.shape))
+    check(lambda x: rlaif.state_values(Fixed(x), TOKENS, MASK), draw(*TOKENS.shape))
     for transform in ("identity", "sigmoid"):
         known = statistics | {"score_transform": transform}
         check(lambda raw, s=known: reward.normalised(raw, s), draw(4))
@@ -125,7 +125,7 @@ def test_through_the_network(small_gpt, scalar_head):
 
     def loss():
         if scalar_head:
-            scores = last_score(model(TOKENS), MASK)
+            scores = model(TOKENS, last_tokens(MASK))
             return reward.pairwise_loss(scores[:1], scores[1:]).sum()
         logits = model(TOKENS, at=predicts(MASK))
         return -token_logprobs(logits, TOKENS, MASK).sum()

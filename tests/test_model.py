@@ -25,7 +25,7 @@ from model import (
     entropy,
     generate,
     group_by_prompt,
-    last_score,
+    last_tokens,
     load_config,
     load_model,
     load_tokenizer,
@@ -174,7 +174,7 @@ def test_garbage_in_the_pads_changes_nothing(small_gpt):
     for scalar_head in (False, True):
         model = small_gpt(scalar_head)
         if scalar_head:
-            outputs = [last_score(model(x), mask) for x in (tokens, garbage)]
+            outputs = [model(x, last_tokens(mask)) for x in (tokens, garbage)]
         else:
             outputs = [token_logprobs(model(x, predicts(mask)), x, mask) for x in (tokens, garbage)]
         assert torch.equal(*outputs)
@@ -231,12 +231,10 @@ def test_responses_beside_each_other_are_as_alone(small_gpt):
         expected = torch.autograd.grad((alone * weights).sum(), list(model.parameters()))
         found = torch.autograd.grad((together * weights).sum(), list(model.parameters()))
         assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) < 1e-11
-    scores = [
-        last_score(model(beside, segments=segments), m)[0]
-        for m in masks_of_responses(inside, segments)
-    ]
-    alone = last_score(model(tokens), mask)
-    assert [s.item() for s in scores] == pytest.approx(alone[:3].tolist(), abs=1e-12)
+    together = model(beside, last_tokens(inside), segments)
+    assert (together - model(tokens, last_tokens(mask))).abs().max() < 1e-12
+    masks = masks_of_responses(inside, segments)
+    assert masks.any(2).tolist() == [[True] * 3, [True, False, False], [True, False, False]]
     # Longer together than the model has positions: it is a response's own places that count.
     long = [1] * 60, [[2] * 30, [3] * 36]
     beside, inside, segments = pad_beside(*([x] for x in long))
@@ -307,10 +305,9 @@ def test_entropy():
     assert torch.allclose(entropy(logits), torch.tensor([math.log(4), 0, math.log(2)]), atol=1e-6)
 
 
-def test_last_score():
-    output = torch.arange(12.0).view(2, 6)
-    mask = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]).bool()
-    assert last_score(output, mask).tolist() == [3, 11]
+def test_last_tokens():
+    mask = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0]]).bool()
+    assert last_tokens(mask).nonzero().tolist() == [[0, 3], [1, 5], [2, 1], [2, 4]]
 
 
 # --- text to tokens -------------------------------------------------------------------------------

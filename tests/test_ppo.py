@@ -312,7 +312,7 @@ def test_values_are_of_the_state_before_the_token(small_gpt):
     mask = torch.tensor([[False, False, True, True, True]])
     statistics = {"reward_mean": 0.5, "reward_std": 2.0, "score_transform": "identity"}
     with torch.no_grad():
-        values = ppo.response_values(model(tokens), mask, statistics)
+        values = ppo.response_values(model, tokens, mask, statistics)
         for t in (2, 3, 4):
             alone = (model(tokens[:, :t])[0, -1].item() - 0.5) / 2
             assert values[0, t].item() == pytest.approx(alone)

@@ -29,7 +29,7 @@ from model import (
     GPT,
     GPTConfig,
     encode,
-    last_score,
+    last_tokens,
     load_config,
     load_model,
     load_tokenizer,
@@ -195,13 +195,15 @@ def test_k_wise_is_the_mean_over_pairs(setting, smoothing, width):
     tokens, mask, segments, rows, keep, margins, labels = reward.collate(examples, width)
     assert rows.shape == (5, 9) and keep.shape == (5, 36) and (len(tokens) > 5) == (width == 1)
     masks = masks_of_responses(mask, segments)
+    inside = [(row, m) for row in range(len(tokens)) for m in masks[:, row] if m.any()]
+    assert len(inside) == last_tokens(mask).sum()  # so many scores, in this order
     for b, example in enumerate(examples):
         for k, response in enumerate(example["responses"]):
-            row, number = divmod(rows[b, k].item(), len(masks))
-            assert tokens[row][masks[number, row]].tolist() == response
+            row, own = inside[rows[b, k]]
+            assert tokens[row][own].tolist() == response
     lengths = (segments >= 0).sum(1).tolist()
     assert max(reward.row_lengths(examples, width)) == max(lengths)
-    flat = torch.randn(len(tokens) * len(masks), dtype=torch.float64, requires_grad=True)
+    flat = torch.randn(len(inside), dtype=torch.float64, requires_grad=True)
     losses = reward.ranking_loss(
         flat[rows],
         margin=reward.margin_of(margins, setting),
@@ -245,8 +247,8 @@ def test_a_score_is_of_its_last_token_whatever_the_pads_hold(small_gpt):
     garbage = tokens.clone()
     garbage[0, 5:] = 49
     with torch.no_grad():
-        clean = last_score(model(tokens), mask)
-        assert torch.equal(clean, last_score(model(garbage), mask))
+        clean = model(tokens, last_tokens(mask))
+        assert torch.equal(clean, model(garbage, last_tokens(mask)))
         alone = model(torch.tensor([[1, 2, 3, 5, 6]]))[0, -1]
     assert clean[0].item() == pytest.approx(alone.item(), abs=1e-6)
 
