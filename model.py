@@ -84,19 +84,24 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def qkv(self, x):
-        """x (B, T, C) -> queries, keys and values, (3, B, H, T, D)."""
+    def qkv(self, x, cache=None, start=0):
+        """x (B, T, C) -> queries, keys and values, each (B, H, T, D). `cache` (2, B, H, columns, D)
+        takes the keys and values at columns start..start+T."""
         B, T, C = x.shape
-        return self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-
-    def forward(self, x, cache=None, start=0, visible=None):
-        """x (B, T, C) -> (B, T, C). `cache` (2, B, H, columns, D) takes this call's keys and values
-        at columns start..start+T. Queries see what `visible` (B, 1, T or 1, columns) allows, or,
-        without it, what lies before them."""
-        B, T, C = x.shape
-        q, k, v = qkv = self.qkv(x)
+        q, k, v = (
+            y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, 2)
+        )
         if cache is not None:
-            cache[:, :, :, start : start + T] = qkv[1:]
+            cache[0, :, :, start : start + T] = k
+            cache[1, :, :, start : start + T] = v
+        return q, k, v
+
+    def forward(self, x, cache=None, start=0, visible=None, at=None):
+        """x (B, T, C) -> (B, T, C), or (N, C) at the N positions of `at` (B, T) bool. Queries see
+        what `visible` (B, 1, T or 1, columns) allows, or, without it, what lies before them; from
+        start > 0 all that is in `cache`, for which see `qkv`."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(x, cache, start)
         if start > 0:
             # One new token a row: everything in the cache lies before it, so no causal mask.
             k, v = cache[:, :, :, : start + T]
@@ -109,7 +114,8 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=start == 0 and visible is None,
         )
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = y.transpose(1, 2)  # (B, T, H, D)
+        return self.c_proj(y.reshape(B, T, C) if at is None else y[at].view(-1, C))
 
 
 class MLP(nn.Module):
@@ -133,9 +139,8 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None, start=0, visible=None, at=None):
         """x (B, T, C) -> (B, T, C), or (N, C) at the N positions of `at` (B, T) bool."""
-        x = x + self.drop(self.attn(self.ln_1(x), cache, start, visible))
-        if at is not None:
-            x = x[at]
+        y = self.attn(self.ln_1(x), cache, start, visible, at)
+        x = (x if at is None else x[at]) + self.drop(y)
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -195,7 +200,7 @@ class GPT(nn.Module):
         for block, cache in zip(self.h[:-1], caches, strict=False):
             x = block(x, cache)
         last = self.h[-1]
-        caches[-1][:, :, :, : tokens.shape[1]] = last.attn.qkv(last.ln_1(x))[1:]
+        last.attn.qkv(last.ln_1(x), caches[-1])
 
     def head(self, hidden):
         """(..., C) -> logits (..., V), or (...) with a scalar head."""
