@@ -14,6 +14,7 @@ copies, whichever is more.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -267,10 +268,11 @@ def our_step(kind, folder, steps, *more):
     return np.diff(stamps).tolist(), sum(caching)
 
 
-def their_step(kind, folder, steps, loss="chunked_nll"):
+def their_step(kind, folder, steps, loss="chunked_nll", micro=0):
     """-> seconds of each step of TRL's trainer, and the trainer. Off: reports, saves, gradient
     checkpointing, bfloat16, dropout. On: the metrics that it always computes; DPO's reference in
-    every step, as is its default (ours is read once, before the steps, and reported apart)."""
+    every step, as is its default (ours is read once, before the steps, and reported apart).
+    `micro`: lines of a micro-batch, 0 for all."""
     import transformers
     import trl
     from datasets import Dataset
@@ -314,7 +316,8 @@ def their_step(kind, folder, steps, loss="chunked_nll"):
         save_strategy="no",
         logging_strategy="steps",
         logging_steps=1,
-        per_device_train_batch_size=len(lines),
+        per_device_train_batch_size=micro or len(lines),
+        gradient_accumulation_steps=len(lines) // (micro or len(lines)),
         max_steps=steps,
         learning_rate=5e-5,
         lr_scheduler_type="constant",
@@ -339,11 +342,11 @@ def their_step(kind, folder, steps, loss="chunked_nll"):
     return np.diff(stamps.at).tolist(), made
 
 
-def step_gate(kind, folder, name):
+def step_gate(kind, folder, name, micro):
     """The first loss to 1e-5, the parameters after the step to 1e-4; and, as a step is no longer
     than that, the step itself to a twentieth of its length (Adam's first is the learning rate times
     the gradient's sign, in which rounding shows where a gradient is nearly 0)."""
-    our_step(kind, folder, 1)
+    our_step(kind, folder, 1, "--micro_batch_size", micro)
     _, trainer = their_step(kind, folder, 1)
     record = json.loads((folder / "ours/metrics.jsonl").read_text().splitlines()[0])
     their_loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
@@ -382,31 +385,34 @@ def step_floor(kind, machine, config, lengths):
     return machine.floor(3 * flops) + adam
 
 
-def bench_step(kind, shape, config, tokenizer, lengths, pairs, machine, memory=False):
-    """A step on the same lines each time."""
+def bench_step(kind, shape, config, tokenizer, lengths, pairs, machine, micro=0, memory=False):
+    """A step on the same lines each time, in micro-batches of `micro` lines (0: all at once); TRL's
+    in such ones or at once, with SFT's loss in either of its forms, as is fastest."""
     name = {"sft": "SFT step", "reward": "reward step", "dpo": "DPO step"}[kind] + f", {shape}"
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         step_files(kind, folder, config, tokenizer, lines_of(tokenizer, lengths))
-        gate = step_gate(kind, folder, name)
-        # Their two forms of SFT's loss: the faster one is timed; memory is of the thrifty default.
+        gate = step_gate(kind, folder, name, micro)
+        # Memory is of the thrifty form of SFT's loss, their default.
         losses = ("nll", "chunked_nll") if kind == "sft" else ("",)
-        loss = min(losses, key=lambda loss: np.median(their_step(kind, folder, 6, loss)[0][1:]))
+        ways = itertools.product(losses, sorted({0, micro}))
+        way = min(ways, key=lambda way: np.median(their_step(kind, folder, 6, *way)[0][1:]))
         times, caching = ([], []), []
         for i in range(pairs):
             for side in (0, 1) if i % 2 == 0 else (1, 0):
                 if side == 0:
-                    found, cached = our_step(kind, folder, 6)
+                    found, cached = our_step(kind, folder, 6, "--micro_batch_size", micro)
                     caching.append(cached)
                 else:
-                    found = their_step(kind, folder, 6, loss)[0]
+                    found = their_step(kind, folder, 6, *way)[0]
                 times[side].append(statistics.median(found[1:]))
         prompts = sum(p for p, *_ in lengths)
         responses = sum(sum(rest[: 1 if kind == "sft" else None]) for _, *rest in lengths)
         amounts = {"prompt tokens": prompts, "response tokens": responses}
         floor = step_floor(kind, machine, config, lengths)
         report(name, amounts, times, "TRL", floor)
-        print(gate + f", TRL's loss {loss}" * (kind == "sft"))
+        size = f"lines a forward: {micro or 'all'}, TRL {way[1] or 'all'}"
+        print(f"{gate}; {size}" + f"; TRL's loss: {way[0]}" * (kind == "sft"))
         if kind == "dpo":
             print(f"  the reference's log-probabilities, once: {statistics.median(caching):.3f} s")
         if memory:
@@ -966,7 +972,9 @@ def main():
         hh = as_in_hh(32, 512)
         for kind in ("sft", "reward", "dpo"):
             bench_step(kind, "toy, 32 lines", TOY, toy, lengths, args.pairs, machine)
-            bench_step(kind, "toy, 32 lines as in HH-RLHF", wide, toy, hh, args.pairs, machine)
+            # Ragged: both sides may cut the batch, ours into lines alike in length.
+            shape = "toy, 32 lines as in HH-RLHF"
+            bench_step(kind, shape, wide, toy, hh, args.pairs, machine, micro=8)
             if args.full:
                 four = [(64 + 10 * i, 32 - 5 * i, 20) for i in range(4)]
                 shape = "124M, 4 lines of 96 to 111"
