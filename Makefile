@@ -5,7 +5,8 @@
 #   make test-faults     plants every fault in every script, many times (QUICK=1: few)
 #   make test-peers      installs transformers and TRL beside torch, runs the tests that compare
 #   make bench           measures against peers (BENCH=--full: GPT-2's shape too)
-#   make all             the pipeline, AI feedback (judge, Constitutional AI, RLAIF), reward collapse
+#   make all             the pipeline, AI feedback (judge, Constitutional AI, RLAIF), reward collapse;
+#                        in 19 minutes on two cores as OMP_NUM_THREADS=1 make -j2 all
 #   make reward-scaling, reward-margins, best-of-n, online-dpo, rlaif, collapse, collapse-ppo
 #                        experiments, three seeds each
 #   make figures         the sources' figures in small, into runs/figures; figure-NAME for one of them
