@@ -182,8 +182,8 @@ class GPT(nn.Module):
 
     def trunk(self, tokens, positions, caches=None, start=0, visible=None, at=None):
         """Hidden states (B, T, C) after the last LayerNorm, of tokens (B, T) at `positions`; with
-        `at` (B, T) bool there alone, (N, C): the last block's MLP runs on no others (SFT of the
-        embedded task: 1.1 times the speed)."""
+        `at` (B, T) bool there alone, (N, C): the last block's MLP and its attention's projection
+        run on no others (SFT of the embedded task: 1.1 times the speed)."""
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for i, block in enumerate(self.h):
             some = at if i == len(self.h) - 1 else None
