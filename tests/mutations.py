@@ -49,6 +49,18 @@ MUTATIONS = {
             "len(groups[-1][0]) == len(prompt) and",
         ),
         (
+            "what a row's positions have before them is left out",
+            "model.py",
+            "used = at.flip(1).cumsum(1).flip(1) > 0",
+            "used = at.clone()",
+        ),
+        (
+            "a row's pads stand in the wrong places",
+            "model.py",
+            "grid = (used.flatten().cumsum(0) - 1).view(at.shape)",
+            "grid = (used.flatten().cumsum(0) - 1).clamp(max=len(cells) - 2).view(at.shape)",
+        ),
+        (
             "checkpointed though told not to",
             "model.py",
             "if self.checkpoint_activations and torch.is_grad_enabled() and caches is None:",

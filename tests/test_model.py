@@ -158,12 +158,28 @@ def test_gpt2_sizes():
         assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
-def test_head_only_where_asked(small_gpt):
+def test_only_what_is_asked_for_is_computed(small_gpt):
+    """`at` changes no output and no gradient, and outside attention nothing runs on what follows a
+    row's last position of `at`."""
+    tokens = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(0))
+    at = torch.zeros(4, 9, dtype=torch.bool)
+    at[0, [2, 5]] = at[1, 3] = at[3, [0, 7, 8]] = True  # of the third row nothing
+    rows = []
     for scalar_head in (False, True):
-        model = small_gpt(scalar_head)
-        tokens = torch.randint(0, 50, (3, 9))
-        at = torch.rand(3, 9) < 0.4
-        assert torch.allclose(model(tokens, at), model(tokens)[at], atol=1e-6)
+        model = small_gpt(scalar_head, torch.float64)
+        everywhere, there = model(tokens)[at], model(tokens, at)
+        assert there.shape == everywhere.shape and (there - everywhere).abs().max() < 1e-12
+        weights = torch.randn_like(there)
+        expected = torch.autograd.grad((everywhere * weights).sum(), list(model.parameters()))
+        found = torch.autograd.grad((there * weights).sum(), list(model.parameters()))
+        assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) < 1e-11
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
+                module.register_forward_hook(lambda m, inputs, out: rows.append(len(inputs[0])))
+        model(tokens, at)
+    # 6 + 4 + 1 + 9 cells; from the last block's projection on (c_proj, ln_2, c_fc, c_proj, ln_f)
+    # the 6 asked for.
+    assert set(rows) == {20, 6} and rows.count(6) == 2 * 5
 
 
 def test_garbage_in_the_pads_changes_nothing(small_gpt):
