@@ -970,7 +970,9 @@ def load_model(directory, device="cpu"):
         model = GPT(config, scalar_head="score.weight" in tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_shapes(directory, found, shapes)
-    weights = {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
+    # Copies: what safetensors returns is the file, mapped, and would stay in memory beside them.
+    as_float32 = {"dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
+    weights = {name: tensor.to(**as_float32) for name, tensor in tensors.items()}
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_().to(device).eval()
 

@@ -571,6 +571,17 @@ def test_model_survives_its_files(small_gpt, tokenizer, tmp_path, scalar_head):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_model_lets_go_of_its_file(small_gpt, tokenizer, tmp_path):
+    """A mapped file would stay in memory beside the weights, and change them when it changes."""
+    save_model(tmp_path, small_gpt(), tokenizer)
+    model = load_model(tmp_path)
+    before = copy.deepcopy(model.state_dict())
+    path = tmp_path / "model.safetensors"
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_other_layouts_open(small_gpt, tokenizer, tmp_path):
     """No prefix, half precision, shards, stored causal masks and an explicit head, as found."""
     model = small_gpt(vocab_size=1024)
