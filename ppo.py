@@ -515,7 +515,8 @@ def load_checkpoint(path, modules, optimizers, device, rank):
         moments = {}
         for key in [key for key in tensors if key.startswith(name + ".")]:
             _, index, moment = key.split(".")
-            moments.setdefault(int(index), {})[moment] = tensors[key]
+            # A copy, as load_file maps the file, whose room on the disk would not become free.
+            moments.setdefault(int(index), {})[moment] = tensors[key].clone()
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     for log in path.parent.glob("*.jsonl") if rank == 0 else ():
         # What was logged after the checkpoint will be logged again.

@@ -16,7 +16,7 @@ from conftest import ROOT, gradient, metrics, run_script, weights
 from ranks import on_ranks
 
 import sft
-from model import generate, load_config, load_model, load_tokenizer, pad
+from model import GPT, GPTConfig, generate, load_config, load_model, load_tokenizer, pad
 
 SMALL = (
     "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 64 --max_new_tokens 8 --device cpu".split()
@@ -221,6 +221,25 @@ def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
     assert metrics(tmp_path / "run") == metrics(uninterrupted)
     samples = [out / "samples.jsonl" for out in (tmp_path / "run", uninterrupted)]
     assert samples[0].read_bytes() == samples[1].read_bytes()
+
+
+def test_a_resumed_run_lets_go_of_its_checkpoint(tmp_path):
+    """Its tensors are copies: a mapped file keeps its room on the disk when it is deleted."""
+    cpu, cfg = torch.device("cpu"), sft.Config(data="", out_dir=str(tmp_path))
+    model = GPT(GPTConfig(8, 8, 8, n_layer=1, n_head=2))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.zeros(1, 8, dtype=torch.int64)).logsumexp(-1).sum().backward()
+    optimizer.step()
+    things = {"policy": model}, {"adam": optimizer}
+    sft.save_checkpoint(cfg, 1, *things, {}, cpu, 0)
+    sft.load_checkpoint(tmp_path / "checkpoint-1", *things, cpu, 0)
+    before = [x.clone() for state in optimizer.state.values() for x in state.values()]
+    before += [p.detach().clone() for p in model.parameters()]
+    path = tmp_path / "checkpoint-1/tensors.safetensors"
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    after = [x for state in optimizer.state.values() for x in state.values()]
+    assert all(map(torch.equal, [*after, *model.parameters()], before))
 
 
 @pytest.mark.parametrize("where", ["learning_rate", "held_out_loss", "sample_responses"])
