@@ -923,7 +923,7 @@ def bench_gpu(device, config):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=10, help="pairs of runs at toy size (10)")
-    parser.add_argument("--full", action="store_true", help="the 124M shape too (half an hour)")
+    parser.add_argument("--full", action="store_true", help="the 124M shape too (45 minutes)")
     parts = ["steps", "sampling", "ppo", "growth", "ranks"]
     parser.add_argument("--only", default="", choices=["", *parts], help="one part (all)")
     parser.add_argument(
@@ -995,9 +995,9 @@ def main():
         name = "PPO iteration, toy, 128 x (16 to 32 + 32), 2 epochs of 4 minibatches"
         bench_ppo(name, TOY, toy, 32, c, args.pairs, machine)
         if args.full:
-            c |= {"batch_size": 8, "minibatch_size": 4, "steps": 3}
-            name = "PPO iteration, 124M, 8 x (16 to 32 + 32), 2 epochs of 2 minibatches"
-            bench_ppo(name, GPT2, large, 32, c, 3, machine)
+            c |= {"batch_size": 16, "minibatch_size": 4, "max_new_tokens": 64, "steps": 3}
+            name = "PPO iteration, 124M, 16 x (32 to 64 + 64), 2 epochs of 4 minibatches"
+            bench_ppo(name, GPT2, large, 64, c, 3, machine)
     if asked("growth"):
         bench_growth(toy)
     if asked("ranks"):
