@@ -7,7 +7,7 @@ here and one of ours opens there.
 Conventions, the same in every script: sequences are padded on the right; column t of any (B, T)
 tensor describes `tokens[:, t]`; `mask` is True on response tokens, EOS included; masks come from
 lengths, never from a token's id. Sizes: B sequences, T positions, V vocabulary, N selected
-positions, K responses per prompt, C = n_embd, H heads, D = C / H.
+positions, M cells computed, K responses per prompt, C = n_embd, H heads, D = C / H.
 
     python model.py runs/sft --prompt "How do I fix a bike?" --num_samples 3
     python model.py runs/sft                                  # interactive
@@ -85,22 +85,22 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def qkv(self, x, cache=None, start=0, grid=None):
-        """x (B, T, C), or as of `Block.forward` -> queries, keys and values, each (B, H, T, D).
-        `cache` (2, B, H, columns, D) takes the keys and values at columns start..start+T."""
+        """x (B, T, C), or (M, C) with `grid` as of `Block.forward` -> queries, keys and values,
+        (B, H, T, D) each. `cache` (2, B, H, columns, D) takes keys and values at start..start+T."""
         y = self.c_attn(x)
         if grid is not None:
             y = y.index_select(0, grid.flatten()).view(*grid.shape, -1)
-        B, T, C = *y.shape[:2], x.shape[-1]
-        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in y.split(C, 2))
+        B, T = y.shape[:2]
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in y.chunk(3, 2))
         if cache is not None:
             cache[0, :, :, start : start + T] = k
             cache[1, :, :, start : start + T] = v
         return q, k, v
 
-    def forward(self, x, cache=None, start=0, visible=None, grid=None, out=None):
-        """x (B, T, C) -> (B, T, C), or as of `Block.forward`. Queries see what `visible` (B, 1, T
-        or 1, columns) allows, or, without it, what lies before them; from start > 0 all that is in
-        `cache`, for which see `qkv`."""
+    def forward(self, x, cache=None, start=0, visible=None, grid=None, keep=None):
+        """x (B, T, C) -> (B, T, C); with `grid` and `keep` as of `Block.forward` (M, C) -> (N, C).
+        Queries see what `visible` (B, 1, T or 1, columns) allows, or, without it, what lies before
+        them; from start > 0 all that is in `cache`, for which see `qkv`."""
         q, k, v = self.qkv(x, cache, start, grid)
         B, H, T, D = q.shape
         if start > 0:
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         y = y.transpose(1, 2)  # (B, T, H, D)
         if grid is None:
             return self.c_proj(y.reshape(B, T, H * D))
-        return self.c_proj(y.reshape(B * T, H * D).index_select(0, out))
+        return self.c_proj(y.reshape(B * T, H * D).index_select(0, keep))
 
 
 class MLP(nn.Module):
@@ -140,13 +140,16 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, start=0, visible=None, grid=None, out=None):
-        """x (B, T, C) -> (B, T, C). With `grid` (B, T) int64, x is (M, C), without the pads: row
-        b's column t is x[grid[b, t]]. It gives (N, C) then, the cells `out` (N,) of the flattened
-        grid: all M, or some."""
-        y = self.attn(self.ln_1(x), cache, start, visible, grid, out)
-        if grid is not None and len(out) < len(x):
-            x = x.index_select(0, grid.flatten()[out])
+    def forward(self, x, cache=None, start=0, visible=None, grid=None, keep=None):
+        """x (B, T, C) -> (B, T, C).
+
+        With `grid` (B, T) int64, x is (M, C), the cells that `GPT.trunk` has not left out: row b's
+        column t is x[grid[b, t]], which is its last cell before where that one was left out. What
+        comes out is (N, C) then, at the places `keep` (N,) of the flattened (B, T): all M or some.
+        """
+        y = self.attn(self.ln_1(x), cache, start, visible, grid, keep)
+        if grid is not None and len(keep) < len(x):  # else it is all M, in x's order
+            x = x.index_select(0, grid.flatten()[keep])
         x = x + self.drop(y)
         return x + self.drop(self.mlp(self.ln_2(x)))
 
@@ -191,25 +194,25 @@ class GPT(nn.Module):
         """Hidden states (B, T, C) after the last LayerNorm, of tokens (B, T) at `positions`; with
         `at` (B, T) bool there alone, (N, C).
 
-        What follows a row's last position of `at`, its pads for one, then exists in attention only:
-        all else runs on the M cells before (1.13 times the speed where 22% are pads), and the last
-        block's MLP and projection on the N asked for (SFT of the embedded task: 1.1 times).
+        What follows a row's last position of `at`, pads above all, then exists only in attention:
+        all else runs on the M cells up to there (1.13 times the speed where 22% are pads), and the
+        last block's MLP and attention's projection on the N alone (SFT of the embedded task: 1.1).
         """
         grid = cells = wanted = None
         if at is not None:
             used = at.flip(1).cumsum(1).flip(1) > 0  # (B, T): at `at`, or before some of it
-            used[:, 0] = True  # so that no row is empty
+            used[:, 0] = True  # an empty row would have no cell to copy
             cells, wanted = (where.flatten().nonzero().squeeze(1) for where in (used, at))
-            # Pads take the place of the last cell before: nothing sees what they hold.
-            grid = (used.flatten().cumsum(0) - 1).view(at.shape)
+            # What is left out is, in attention, a copy of the last cell before: no query sees it.
+            grid = (used.flatten().cumsum(0) - 1).view(tokens.shape)
             tokens, positions = tokens.flatten()[cells], positions.expand_as(at).flatten()[cells]
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C) or (M, C)
         for i, block in enumerate(self.h):
-            out = wanted if i == len(self.h) - 1 else cells
+            keep = wanted if i == len(self.h) - 1 else cells
             if self.checkpoint_activations and torch.is_grad_enabled() and caches is None:
-                x = checkpoint(block, x, None, start, visible, grid, out, use_reentrant=False)
+                x = checkpoint(block, x, None, start, visible, grid, keep, use_reentrant=False)
             else:
-                x = block(x, None if caches is None else caches[i], start, visible, grid, out)
+                x = block(x, None if caches is None else caches[i], start, visible, grid, keep)
         return self.ln_f(x)
 
     def read(self, tokens, caches):
@@ -258,8 +261,8 @@ class GPT(nn.Module):
 
         Args:
             at: (B, T) bool; the head (and the last MLP) runs on these positions alone, row by row:
-                over a vocabulary of 50,257 it costs as much memory as all the rest. None:
-                everywhere.
+                over a vocabulary of 50,257 it costs as much memory as all the rest. What follows a
+                row's last one is not computed, see `trunk`. None: everywhere.
             segments: (B, T), of rows with several responses to one prompt, from `pad_beside`.
 
         Returns:
@@ -970,7 +973,7 @@ def load_model(directory, device="cpu"):
         model = GPT(config, scalar_head="score.weight" in tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_shapes(directory, found, shapes)
-    # Copies: what safetensors returns is the file, mapped, and would stay in memory beside them.
+    # Copies: safetensors maps the file, all of which would stay while one weight is a view of it.
     as_float32 = {"dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
     weights = {name: tensor.to(**as_float32) for name, tensor in tensors.items()}
     model.load_state_dict(weights, assign=True)

@@ -57,8 +57,8 @@ MUTATIONS = {
         (
             "a row's pads stand in the wrong places",
             "model.py",
-            "grid = (used.flatten().cumsum(0) - 1).view(at.shape)",
-            "grid = (used.flatten().cumsum(0) - 1).clamp(max=len(cells) - 2).view(at.shape)",
+            "grid = (used.flatten().cumsum(0) - 1).view(tokens.shape)",
+            "grid = (used.flatten().cumsum(0) - 1).clamp(max=len(cells) - 2).view(tokens.shape)",
         ),
         (
             "checkpointed though told not to",

@@ -163,7 +163,7 @@ def test_only_what_is_asked_for_is_computed(small_gpt):
     row's last position of `at`."""
     tokens = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(0))
     at = torch.zeros(4, 9, dtype=torch.bool)
-    at[0, [2, 5]] = at[1, 3] = at[3, [0, 7, 8]] = True  # of the third row nothing
+    at[1, [2, 5]] = at[2, 3] = at[3, [0, 7, 8]] = True  # of the first row nothing
     rows = []
     for scalar_head in (False, True):
         model = small_gpt(scalar_head, torch.float64)
@@ -177,9 +177,15 @@ def test_only_what_is_asked_for_is_computed(small_gpt):
             if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
                 module.register_forward_hook(lambda m, inputs, out: rows.append(len(inputs[0])))
         model(tokens, at)
-    # 6 + 4 + 1 + 9 cells; from the last block's projection on (c_proj, ln_2, c_fc, c_proj, ln_f)
+    # 1 + 6 + 4 + 9 cells; from the last block's projection on (c_proj, ln_2, c_fc, c_proj, ln_f)
     # the 6 asked for.
     assert set(rows) == {20, 6} and rows.count(6) == 2 * 5
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (2, 9), (4, 9), (3, 8), (9, 3)])
+def test_positions_of_another_shape_are_no_positions(small_gpt, shape):
+    with pytest.raises((RuntimeError, IndexError)):
+        small_gpt()(torch.zeros(3, 9, dtype=torch.int64), torch.ones(shape, dtype=torch.bool))
 
 
 def test_garbage_in_the_pads_changes_nothing(small_gpt):
