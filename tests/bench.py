@@ -5,8 +5,9 @@
     python tests/bench.py --gpu   # on a GPU: GPT-2's shape, without peers
 
 Both sides start from the same files, on the same lines, and take the same batches with dropout
-off, each by its own script. Each comparison has a gate: losses equal to 1e-5 and parameters after
-a step to 1e-4, or the same greedy tokens; else nothing is timed. Blocks run in the order A B B A,
+off, each by its own script. Each comparison has a gate: losses equal to 1e-5, parameters after a
+step to 1e-4 and the step to a twentieth of its length, or the same greedy tokens; PPO's scores and
+losses to 1e-4, its update to a twentieth; else nothing is timed. Blocks run in the order A B B A,
 so that a drift of the machine's speed falls on both; within a block the first step is not timed.
 The figure is the median of the pairs' ratios with a bootstrap 95% interval. The floor of a piece
 of work is its FLOPs over the matrix rate that this machine showed, or its bytes over the rate of
