@@ -49,6 +49,12 @@ MUTATIONS = {
             "len(groups[-1][0]) == len(prompt) and",
         ),
         (
+            "two threads make the first call of MKL's exp",
+            "model.py",
+            "torch.ones(1).exp()",
+            "torch.ones(1)",
+        ),
+        (
             "what a row's positions have before them is left out",
             "model.py",
             "used = at.flip(1).cumsum(1).flip(1) > 0",
