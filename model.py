@@ -1,8 +1,7 @@
 """A GPT with GPT-2's architecture: the network, its tokenizer, sampling, log-probabilities, files.
 
-Every script of this project imports this file and nothing else of ours; this file imports nothing
-of ours. A run directory is a Hugging Face GPT-2 directory, so that a checkpoint of theirs opens
-here and one of ours opens there.
+Every script of this project imports this file; this file imports nothing of ours. A run directory
+is a Hugging Face GPT-2 directory, so that a checkpoint of theirs opens here and one of ours there.
 
 Conventions, the same in every script: sequences are padded on the right; column t of any (B, T)
 tensor describes `tokens[:, t]`; `mask` is True on response tokens, EOS included; masks come from
@@ -269,7 +268,8 @@ class GPT(nn.Module):
             at: (B, T) bool; the head (and the last MLP) runs on these positions alone, row by row:
                 over a vocabulary of 50,257 it costs as much memory as all the rest. What follows a
                 row's last one is not computed, see `trunk`. None: everywhere.
-            segments: (B, T), of rows with several responses to one prompt, from `pad_beside`.
+            segments: (B, T), of rows with several responses to one prompt, from `pad_beside` in
+                feedback.py.
 
         Returns:
             (B, T, V) when `at` is None, else (N, V), N = at.sum(); with a scalar head (B, T) or
@@ -311,9 +311,10 @@ def token_logprobs(logits, tokens, mask, temperature=1.0):
     return logprobs.new_zeros(mask.shape).masked_scatter(mask.bool(), logprobs)
 
 
-def entropy(logits):
-    """Entropy (N,) in nats of the softmax of each row of logits (N, V)."""
-    logprobs = at_least_float32(logits).log_softmax(-1)
+def entropy(logits, temperature=1.0):
+    """Entropy (N,) in nats of the softmax of each row of logits (N, V) / temperature."""
+    logits = at_least_float32(logits)
+    logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
     # A token that was filtered out has log-probability -inf and adds 0, not 0 * -inf = NaN.
     return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
@@ -324,9 +325,9 @@ def at_least_float32(x):
 
 def last_tokens(mask):
     """(B, T) bool: the last token of each response in `mask`, EOS when it ended: where a reward
-    model's score is. In rows from `pad` there is one a row, in those from `pad_beside` one for each
-    response, in their order; so model(tokens, last_tokens(mask)) has a score for each, (N,). A
-    response without a token has none.
+    model's score is. In rows from `pad` there is one a row, in those from feedback.pad_beside one
+    for each response, in their order; so model(tokens, last_tokens(mask)) has a score for each,
+    (N,). A response without a token has none.
     """
     return mask.bool() & ~predicts(mask)
 
@@ -547,90 +548,6 @@ def pad(prompts, responses):
     columns = torch.arange(T)
     mask = (columns >= begin) & (columns < torch.tensor(lengths)[:, None])
     return torch.tensor(rows), mask
-
-
-def group_by_prompt(rows, n_embd):
-    """Rows (prompt ids, response ids) -> [(prompt ids, [response ids, ...])] for `pad_beside`: rows
-    that follow each other to one prompt, as long as reading it once saves more than is lost.
-
-    P prompt tokens less save 24 P C^2 FLOPs a layer, C = n_embd; R tokens beside S others cost
-    8 R S C, since attention is computed, and hidden, between responses too.
-    """
-    groups, beside = [], 0
-    for prompt, response in rows:
-        fits = len(response) * beside <= 3 * n_embd * len(prompt)
-        if groups and groups[-1][0] == prompt and fits:
-            groups[-1][1].append(response)
-            beside += len(response)
-        else:
-            groups.append((prompt, [response]))
-            beside = len(response)
-    return groups
-
-
-def groups_of(prompt, responses, n_embd):
-    """`group_by_prompt` of one prompt's responses."""
-    return group_by_prompt([(prompt, response) for response in responses], n_embd)
-
-
-def row_length(prompt, responses):
-    """Columns of a prompt and all its responses in a row of `pad_beside`."""
-    return len(prompt) - 1 + sum(len(response) + 1 for response in responses)
-
-
-def row_lengths(examples, n_embd):
-    """Columns of the longest row of each example (`prompt`, `responses`)."""
-    groups = [groups_of(e["prompt"], e["responses"], n_embd) for e in examples]
-    return [max(row_length(*group) for group in some) for some in groups]
-
-
-def batches_of_groups(groups, most):
-    """Numbers of the groups, alike in length of row, in lists of at most `most` responses (more
-    only where one group has more)."""
-    batches, count = [], most
-    for i in sorted(range(len(groups)), key=lambda i: row_length(*groups[i])):
-        count += len(groups[i][1])
-        if count > most:
-            batches.append([])
-            count = len(groups[i][1])
-        batches[-1].append(i)
-    return batches
-
-
-def pad_beside(prompts, responses):
-    """Prompts with all their responses beside each other, so that a prompt is read once: at 30 + 14
-    tokens 2.1 times the speed of `pad` with four responses, 1.5 times with two (122 + 47: 1.5);
-    arXiv:2410.20305. Long responses to short prompts are better apart: see `group_by_prompt`.
-
-    A row is the prompt but for its last token, then for each response that token and the response:
-    so every response's first token too is predicted by the column before it. Responses don't see
-    each other. For each prompt there is a list of responses; each must fit, with its prompt, into
-    the model's positions.
-
-    Returns:
-        tokens (B, T) int64, padded on the right with 0; mask (B, T) bool, True on the responses;
-        segments (B, T) int64, for `GPT.forward`: k on response k = 1, 2, ... and its copy of the
-        prompt's last token, 0 on what all responses see, -1 on pads.
-    """
-    rows, inside, numbers = [], [], []
-    for prompt, some in zip(prompts, responses, strict=True):
-        shared, n = prompt[:-1], len(prompt) - 1
-        rows.append(sum(([prompt[-1], *response] for response in some), list(shared)))
-        inside.append(sum(([0] + [1] * len(response) for response in some), [0] * n))
-        numbers.append(sum(([k] * (len(r) + 1) for k, r in enumerate(some, 1)), [0] * n))
-    T = max(map(len, rows))
-    tokens, mask, segments = (
-        torch.tensor([row + [filler] * (T - len(row)) for row in table])
-        for table, filler in ((rows, 0), (inside, 0), (numbers, -1))
-    )
-    return tokens, mask.bool(), segments
-
-
-def masks_of_responses(mask, segments):
-    """The masks of the first response of all rows from `pad_beside`, of the second, ...: (count, B,
-    T) bool, empty where a row has fewer responses."""
-    numbers = torch.arange(1, int(segments.max()) + 1, device=mask.device)
-    return mask & (segments == numbers[:, None, None])
 
 
 # --- sampling -------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import dpo  # noqa: E402
+import feedback  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
@@ -45,7 +46,6 @@ from model import (  # noqa: E402
     generate,
     load_model,
     make_encoding,
-    pad,
     save_model,
     tiktoken_file,
 )
@@ -216,7 +216,7 @@ def step_files(kind, folder, config, tokenizer, lines):
     torch.manual_seed(0)
     model = GPT(config)
     if kind == "reward":
-        model = ppo.add_scalar_head(model.eval())
+        model = feedback.add_scalar_head(model.eval())
     save_model(folder / "model", model, tokenizer, {})
     names = {
         "sft": ("prompt", "response"),
@@ -239,14 +239,14 @@ def our_step(kind, folder, steps, *more):
     flags += {"sft": ["--prompts", ""], "dpo": ["--prompts", "", "--cache", "", "--beta", 0.1]}.get(
         kind, ["--normalise_with", "none"]
     )
-    real = module.learning_rate
+    real = module.schedule
 
     def stamped(step, *args):
-        if len(stamps) == step:  # asked for each group of parameters
+        if len(stamps) == step:  # perhaps asked for each group of parameters
             stamps.append(time.perf_counter())
         return real(step, *args)
 
-    module.learning_rate = stamped
+    module.schedule = stamped
     if kind == "dpo":
         compute = dpo.logprobs_of_rows
 
@@ -263,7 +263,7 @@ def our_step(kind, folder, steps, *more):
     try:
         quietly(module.main)
     finally:
-        module.learning_rate = real
+        module.schedule = real
         if kind == "dpo":
             dpo.logprobs_of_rows = compute
     return np.diff(stamps).tolist(), sum(caching)
@@ -523,7 +523,7 @@ def ppo_files(folder, config, prompts, tokenizer, prompt_length, ragged=True):
         policy.ln_f.bias.copy_(-30 * eos / eos.square().sum())
     save_model(folder / "policy", policy, tokenizer, {})
     statistics_ = {"reward_mean": 0.0, "reward_std": 1.0, "score_transform": "identity"}
-    save_model(folder / "reward", ppo.add_scalar_head(policy), tokenizer, statistics_)
+    save_model(folder / "reward", feedback.add_scalar_head(policy), tokenizer, statistics_)
     return ids
 
 
@@ -536,7 +536,7 @@ def our_ppo(folder, c, *more):
     flags += ["--adam_beta2", 0.999, "--adam_eps", 1e-8, "--clip_norm", 1e9]
     for name in ("batch_size", "minibatch_size", "update_epochs", "max_new_tokens", "steps"):
         flags += [f"--{name}", c[name]]
-    stamps, real = [], ppo.prompts_of_step  # the first thing that an iteration does
+    stamps, real = [], ppo.sample_step  # the first thing that an iteration does
 
     def stamped(*args):
         stamps.append(time.perf_counter())
@@ -545,11 +545,11 @@ def our_ppo(folder, c, *more):
     sys.argv = ["ppo.py", *map(str, flags), *map(str, more)]
     if "--device" not in sys.argv:
         sys.argv += ["--device", "cpu"]
-    ppo.prompts_of_step = stamped
+    ppo.sample_step = stamped
     try:
         quietly(ppo.main)
     finally:
-        ppo.prompts_of_step = real
+        ppo.sample_step = real
     return np.diff(stamps).tolist()
 
 
@@ -627,13 +627,9 @@ def ppo_gate(folder, ids, c):
         prompt = [int(i) for i in prompt]
         return np.random.default_rng(prompt).integers(0, max(prompt), length).tolist()
 
-    def our_batch(sampler, lines, prompts, cfg, eos, seed, device):
-        responses = [canned(prompt) for prompt in prompts]
-        tokens, mask = pad(prompts, responses)
-        lengths = [len(prompt) + length for prompt in prompts]
-        batch = {"lines": lines, "tokens": tokens, "mask": mask, "lengths": lengths}
-        ended = torch.ones(len(prompts), dtype=torch.bool)
-        return batch | {"responses": responses, "ended": ended}
+    def our_batch(sampler, prompts, tokenizer, cfg, temperature, generator):
+        responses = [canned(prompt) for _, prompt in prompts]
+        return feedback.rollout_of(prompts, responses, tokenizer, sampler.wte.weight.device)
 
     import trl.experimental.ppo  # noqa: F401
 
@@ -645,13 +641,13 @@ def ppo_gate(folder, ids, c):
         logits = trainer_module.forward(model, both, pad_id).logits
         return both, logits[:, queries.shape[1] - 1 : -1]
 
-    ours, theirs = ppo.sample_batch, trainer_module.batch_generation
-    ppo.sample_batch, trainer_module.batch_generation = our_batch, their_batch
+    ours, theirs = feedback.sample_rollout, trainer_module.batch_generation
+    feedback.sample_rollout, trainer_module.batch_generation = our_batch, their_batch
     try:
         our_ppo(folder, c)
         _, trainer = their_ppo(folder, ids, c)
     finally:
-        ppo.sample_batch, trainer_module.batch_generation = ours, theirs
+        feedback.sample_rollout, trainer_module.batch_generation = ours, theirs
     logged = json.loads((folder / "ours/metrics.jsonl").read_text().splitlines()[0])
     found = trainer.state.log_history[0] if trainer.state.log_history else {}
     for our_name, their_name in (

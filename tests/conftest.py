@@ -1,5 +1,7 @@
 """Shared by the tests: a small vocabulary, small models, real public data where it is at hand."""
 
+import copy
+import dataclasses
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +19,9 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-from model import GPT, GPTConfig, load_tokenizer, save_model  # noqa: E402
+import feedback  # noqa: E402
+import run  # noqa: E402
+from model import GPT, GPTConfig, load_model, load_tokenizer, save_model  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -64,11 +69,20 @@ def gpt2_tokenizer(shared):
 # --- running scripts ------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A Run takes SIGTERM for itself, and remembers it."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    run.stop_signals.clear()
+    signal.signal(signal.SIGTERM, handler)
+
+
 def run_script(module, monkeypatch, *args):
     """A script's main(), in this process; returns its exit status."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
-    getattr(module, "stop_signals", []).clear()
+    run.stop_signals.clear()
     try:
         module.main()
     except SystemExit as ended:
@@ -82,22 +96,20 @@ def run_script(module, monkeypatch, *args):
 # A rollout that does not depend on the ranks: each prompt's responses are written by its text, the
 # second to one prompt in a row by one letter more, and so on; and checkpoints are kept. For
 # `on_ranks`, or by can_the_rollout.
-CANNED = """import model, torch
-def canned(sampler, prompts, ids, cfg, eos, seed, device):
-    texts = [line['prompt'] for line in prompts]
+CANNED = """import feedback, run
+def canned(sampler, prompts, tokenizer, cfg, temperature, generator):
+    texts, eos = [line['prompt'] for line, _ in prompts], tokenizer.eot_token
     more = [0] * len(texts)
     for n in range(1, len(texts)):
         more[n] = more[n - 1] + 1 if texts[n] == texts[n - 1] else 0
     lengths = [len(text) + n for text, n in zip(texts, more)]
     responses = [(list(text.encode()) * 2)[: 2 + n % 6] + [eos] * (n % 3 > 0)
                  for text, n in zip(texts, lengths)]
-    tokens, mask = model.pad(ids, responses)
-    ended = torch.tensor([response[-1] == eos for response in responses])
-    lengths = [len(p) + len(r) for p, r in zip(ids, responses)]
-    return {{'lines': prompts, 'tokens': tokens, 'mask': mask, 'lengths': lengths,
-            'responses': responses, 'ended': ended}}
-{script}.sample_batch = canned
-{script}.shutil.rmtree = lambda *args, **kwargs: None
+    return feedback.rollout_of(prompts, responses, tokenizer, sampler.wte.weight.device)
+feedback.sample_rollout = canned
+if hasattr({script}, 'sample_rollout'):
+    {script}.sample_rollout = canned
+run.shutil.rmtree = lambda *args, **kwargs: None
 """
 
 
@@ -105,8 +117,10 @@ def canned(sampler, prompts, ids, cfg, eos, seed, device):
 def can_the_rollout(module):
     """CANNED in this process, while it lasts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "sample_batch", module.sample_batch)
-        patch.setattr(module.shutil, "rmtree", module.shutil.rmtree)
+        for place in {feedback, module}:
+            if hasattr(place, "sample_rollout"):
+                patch.setattr(place, "sample_rollout", place.sample_rollout)
+        patch.setattr(run.shutil, "rmtree", run.shutil.rmtree)
         exec(CANNED.format(script=module.__name__), {module.__name__: module})
         yield patch
 
@@ -185,3 +199,255 @@ def write_jsonl(path, records):
 
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- what is cut short, and goes on ---------------------------------------------------------------
+
+
+def at_call(place, function, call, what):
+    """Code, for `on_ranks`: `what` is run just before that call of place.function."""
+    return (
+        f"real_{function}, calls_{function} = {place}.{function}, []\n"
+        f"def {function}(*args, **kwargs):\n"
+        f"    calls_{function}.append(1)\n"
+        f"    if len(calls_{function}) == {call}:\n"
+        f"        {what}\n"
+        f"    return real_{function}(*args, **kwargs)\n"
+        f"{place}.{function} = {function}\n"
+    )
+
+
+def terminate_at(patch, place, function, call):
+    """SIGTERM to this process, just before that call of place.function."""
+    real, calls = getattr(place, function), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    patch.setattr(place, function, interrupted)
+
+
+def words_of(cfg):
+    """The flags that make the Config `cfg`."""
+    words = []
+    for name, value in vars(cfg).items():
+        if value == getattr(type(cfg), name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", ",".join(value) if isinstance(value, tuple) else f"{value}"]
+    return words
+
+
+# --- reinforcement learning -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def rl_data(toy_data, policy_run, tokenizer, tmp_path_factory):
+    """A folder with 20 prompts, 9 held out, 5 demonstrations, a policy, and two normalised reward
+    models, which disagree."""
+    folder = tmp_path_factory.mktemp("rl")
+    for name, source, count in [
+        ("prompts.jsonl", "prompts_train.jsonl", 20),
+        ("held.jsonl", "prompts_validation.jsonl", 9),
+        ("demonstrations.jsonl", "demonstrations.jsonl", 5),
+    ]:
+        write_jsonl(folder / name, read_lines(toy_data / source)[:count])
+    policy = load_model(policy_run)  # its checkpoint has dropout; scripts must turn it off
+    policy.config = dataclasses.replace(policy.config, dropout=0.1)
+    save_model(folder / "policy", policy, tokenizer, {"stage": "sft"})
+    torch.manual_seed(3)
+    model = feedback.add_scalar_head(load_model(policy_run))
+    statistics = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
+    save_model(folder / "reward", model, tokenizer, {"stage": "reward"} | statistics)
+    with torch.no_grad():
+        model.score.weight.mul_(-0.5)
+    statistics |= {"reward_mean": -0.2, "reward_std": 0.7}
+    save_model(folder / "other", model, tokenizer, {"stage": "reward"} | statistics)
+    return folder
+
+
+def rl_flags(data, out, *more):
+    """Flags of ppo.py and grpo.py on `rl_data`."""
+    files = ["--prompts", data / "prompts.jsonl", "--validation", data / "held.jsonl"]
+    files += ["--init", data / "policy", "--reward", data / "reward", "--max_new_tokens", 8]
+    files += ["--num_prompts", 9, "--device", "cpu", "--out_dir", out]
+    return list(map(str, [*files, *more]))
+
+
+def distance_to_the_optimum(module, folder, tokenizer, *more):
+    """A script's total variation, after 40 iterations, from the optimum of methods.md section 0:
+    three one-token responses of reference probabilities 0.5, 0.3, 0.2 and rewards 0, 1, 2, at beta
+    0.5: pi_ref exp(r / beta) / Z."""
+    arms = policy_of_arms(folder / "policy", tokenizer)
+    (folder / "arms.py").write_text(
+        "def score(prompt, response, **fields):\n"
+        "    return {' golf': 0, ' chess': 1, ' tennis': 2}[response]\n"
+    )
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "Which?"}])
+    args = ["--init", folder / "policy", "--reward", folder / "arms.py", "--validation", ""]
+    args += ["--prompts", folder / "prompts.jsonl", "--max_new_tokens", 1, "--device", "cpu"]
+    args += ["--missing_eos_score", "none", "--no-whiten_advantages", "--beta", 0.5]
+    args += ["--steps", 40, "--batch_size", 128, "--minibatch_size", 128, "--update_epochs", 2]
+    args += ["--final_lr", 0.01, "--lr", 0.003, "--out_dir", folder / "run", *more]
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_script(module, patch, *args) == 0
+    with torch.no_grad():
+        logits = load_model(folder / "run")(torch.tensor([tokenizer.encode_ordinary("Which?")]))
+    found = logits[0, -1].softmax(-1)[arms]
+    assert found.sum() > 0.999
+    return 0.5 * (found - torch.tensor([0.036667, 0.162559, 0.800774])).abs().sum().item()
+
+
+# What an iteration of ppo.py or grpo.py does with the canned rollout, one sequence at a time, in
+# python numbers, without pads, masks or batches, from the papers' equations and Adam's.
+
+
+class Hand:
+    """The models of `rl_data` in float64, and what an iteration has in common. c: a Config."""
+
+    def __init__(self, data, tokenizer, c):
+        self.c, self.tokenizer, self.steps_of_adam, self.moments = c, tokenizer, 0, {}
+        self.policy, self.reward_model, self.value_model = (
+            load_model(data / name).double() for name in ("policy", "reward", "other")
+        )
+        self.reference = copy.deepcopy(self.policy)
+        self.lines = read_lines(data / "prompts.jsonl")
+        ptx = read_lines(data / "demonstrations.jsonl")
+        self.ptx = [[self.ids(line[k]) for k in ("prompt", "response")] for line in ptx]
+
+    def ids(self, text):
+        return self.tokenizer.encode_ordinary(text)
+
+    def score(self, ids):
+        """The reward, normalised, of all of ids."""
+        return (self.reward_model(torch.tensor([ids]))[0, -1] - 0.1) / 1.2
+
+    def value(self, ids):
+        """The value network's, on its own scale, of the state after ids."""
+        return (self.value_model(torch.tensor([ids]))[0, -1] + 0.2) / 0.7
+
+    def logprobs(self, model, prompt, response, temperature=None):
+        """log pi of each token of the response, and the entropies that they were drawn with."""
+        logits = model(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
+        laws = (logits / (temperature or self.c.temperature)).log_softmax(-1)
+        chosen = [law[token] for law, token in zip(laws, response, strict=True)]
+        return chosen, [-(law.exp() * law).sum() for law in laws]
+
+    def kl(self, logprob, ref_logprob):
+        """k2 or k3 of a token."""
+        x = ref_logprob - logprob
+        return x**2 / 2 if self.c.kl_estimator == "k2" else x.exp() - 1 - x
+
+    def episodes(self, step, beta, num_samples=1):
+        """The rollout of an iteration: dicts with prompt, response, `old` and `ref`
+        log-probabilities, shaped score, `rewards` of tokens after the KL at beta's price, and
+        `kl`."""
+        c, found = self.c, []
+        chosen = feedback.prompts_of_step(
+            len(self.lines), c.batch_size // num_samples, step, c.seed
+        )
+        chosen = sorted(chosen, key=lambda i: len(self.ids(self.lines[i]["prompt"])))
+        for i, n in ((i, n) for i in chosen for n in range(num_samples)):
+            text = self.lines[i]["prompt"]
+            prompt, length = self.ids(text), len(text) + n
+            response = (list(text.encode()) * 2)[: 2 + length % 6]
+            response += [self.tokenizer.eot_token] * (length % 3 > 0)
+            episode = {"prompt": prompt, "response": response}
+            with torch.no_grad():
+                episode["old"], _ = self.logprobs(self.policy, prompt, response)
+                episode["ref"], _ = self.logprobs(self.reference, prompt, response)
+                score = self.score(prompt + response)
+                if c.shaping == "par":
+                    there = self.ids(self.lines[i]["reference"])[:8]
+                    there += [self.tokenizer.eot_token] * (len(there) < 8)
+                    score = 1 / (1 + (self.score(prompt + there) - score).exp())
+                if c.shaping == "clip":
+                    score = score.clamp(-c.score_clip, c.score_clip)
+                both = list(zip(episode["old"], episode["ref"], strict=True))
+                episode["score"], episode["kl"] = score, sum(old - ref for old, ref in both).item()
+                episode["rewards"] = [-beta * self.kl(*pair) for pair in both]
+            found.append(episode)
+        if c.shaping == "whiten":
+            scores = [episode["score"] for episode in found]
+            for episode in found:
+                centred = episode["score"] - np.mean(scores)
+                episode["score"] = centred / math.sqrt(np.var(scores) + 1e-8)
+        least = min(-1.0, *(episode["score"] for episode in found))
+        for episode in found:
+            ended = episode["response"][-1] == self.tokenizer.eot_token
+            episode["rewards"][-1] = episode["rewards"][-1] + (episode["score"] if ended else least)
+        if c.whiten_rewards:
+            rewards = [reward.item() for episode in found for reward in episode["rewards"]]
+            mean, std = np.mean(rewards), math.sqrt(np.var(rewards) + 1e-8)
+            for episode in found:
+                episode["rewards"] = [(x - mean) / std + mean for x in episode["rewards"]]
+        return found
+
+    def whitened(self, episodes):
+        """Advantages of mean 0 and standard deviation 1 over all tokens, if the Config says so."""
+        if self.c.whiten_advantages:
+            every = [float(a) for episode in episodes for a in episode["advantages"]]
+            mean, std = np.mean(every), math.sqrt(np.var(every) + 1e-8)
+            for episode in episodes:
+                episode["advantages"] = [(a - mean) / std for a in episode["advantages"]]
+
+    def minibatches(self, episodes, step, epoch):
+        c = self.c
+        order = np.random.default_rng([c.seed, step, epoch, 0]).permutation(len(episodes))
+        count = math.ceil(c.batch_size / c.minibatch_size)
+        return [[episodes[i] for i in order[number::count]] for number in range(count)]
+
+    def clipped_gain(self, ratio, advantage):
+        low, high = 1 - self.c.clip, 1 + self.c.clip
+        return min(ratio * advantage, ratio.clamp(low, high) * advantage)
+
+    def demonstrations(self):
+        """ptx_coef times the nats a token of an update's demonstrations; 0 without any."""
+        c, nll = self.c, []
+        if not c.ptx_coef:
+            return 0.0
+        numbers = feedback.prompts_of_step(
+            len(self.ptx), c.ptx_batch_size, self.steps_of_adam, c.seed
+        )
+        for prompt, text in (self.ptx[i] for i in numbers):
+            response = [*text, self.tokenizer.eot_token]
+            nll += [-x for x in self.logprobs(self.policy, prompt, response, 1.0)[0]]
+        return c.ptx_coef * sum(nll) / len(nll)
+
+    def adam(self, loss, step, learning):
+        """A step of AdamW on {parameters, a list: peak learning rate}, each clipped by itself; all
+        steps are of the warm-up."""
+        c = self.c
+        self.steps_of_adam += 1
+        for parameters, peak in learning:
+            rate = peak * (step + 1) / c.warmup
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+            norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+            scale = min(1.0, c.clip_norm / (norm + 1e-6))
+            for p, g in zip(parameters, gradients, strict=True):
+                m, v = self.moments.get(p, (torch.zeros_like(p), torch.zeros_like(p)))
+                m = 0.9 * m + 0.1 * scale * g
+                v = c.adam_beta2 * v + (1 - c.adam_beta2) * (scale * g) ** 2
+                self.moments[p] = m, v
+                m = m / (1 - 0.9**self.steps_of_adam)
+                v = v / (1 - c.adam_beta2**self.steps_of_adam)
+                with torch.no_grad():
+                    if p.dim() == 2:
+                        p *= 1 - rate * c.weight_decay
+                    p -= rate * m / (v.sqrt() + c.adam_eps)
+
+
+def same_parameters(checkpoint, named):
+    """That a checkpoint's modules are {name: module}, to 1e-9, and that there are no others."""
+    found = load_file(checkpoint / "tensors.safetensors")
+    modules = {key.split(".")[0] for key in found if not key.startswith("adam_")}
+    assert modules == set(named)
+    for module, model in named.items():
+        for name, expected in model.state_dict().items():
+            difference = (found[f"{module}.{name}"] - expected).norm()
+            assert difference / expected.norm().clamp(min=1e-6) < 1e-9, (module, name, difference)

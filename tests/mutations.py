@@ -9,6 +9,8 @@ of the sources in a temporary folder; the tests that stand first in the list of 
 first. Exit status 1 when a bug was not caught, or when the tests fail without one.
 """
 
+# ruff: noqa: E501 (lines of the sources, as they stand)
+
 import argparse
 import os
 import re
@@ -21,33 +23,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# {script: [(name, file, what stands there, what the bug makes of it)]}
+# {tests/test_NAME.py: [(name, file, what stands there, what the bug makes of it)]}
 MUTATIONS = {
     "model": [
-        (
-            "responses see each other",
-            "model.py",
-            "(segments[:, None] == segments[:, :, None])",
-            "(segments[:, None] > 0)",
-        ),
-        (
-            "places counted over all responses",
-            "model.py",
-            "positions = (visible.sum(2) - 1) * (segments >= 0)",
-            "positions = (segments >= 0).cumsum(1) - 1",
-        ),
-        (
-            "responses taken for each other",
-            "model.py",
-            "[k] * (len(r) + 1) for k, r",
-            "[min(k, 2)] * (len(r) + 1) for k, r",
-        ),
-        (
-            "prompts of one length taken for one prompt",
-            "model.py",
-            "groups[-1][0] == prompt and",
-            "len(groups[-1][0]) == len(prompt) and",
-        ),
         (
             "two threads make the first call of MKL's exp",
             "model.py",
@@ -73,25 +51,276 @@ MUTATIONS = {
             "if torch.is_grad_enabled() and caches is None:",
         ),
     ],
+    "run": [
+        (
+            "NaN goes on",
+            "run.py",
+            "if not math.isfinite(norm) and self.scaler.get_scale() <= 1:",
+            "if not math.isfinite(norm) and self.scaler.get_scale() <= 0:",
+        ),
+        (
+            "a stopped evaluation counts as done",
+            "run.py",
+            "due(self.cfg.eval_every) and self.step > self.evaluated",
+            "due(self.cfg.eval_every) and self.step > self.saved",
+        ),
+        (
+            "generators are not restored",
+            "run.py",
+            "        torch.set_rng_state(generators[0])\n",
+            "",
+        ),
+        (
+            "moments are not restored",
+            "run.py",
+            'optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})',
+            "pass",
+        ),
+        (
+            "moments keep the file mapped",
+            "run.py",
+            "[moment] = tensors[key].clone()",
+            "[moment] = tensors[key]",
+        ),
+        (
+            "a rank without lines counts",
+            "run.py",
+            "yield rows or [filler], float(bool(rows))",
+            "yield rows or [filler], 1.0",
+        ),
+        ("gradients averaged in no micro-batch", "run.py", "= begin == begins[-1]", "= False"),
+        (
+            "weight decay on all",
+            "run.py",
+            '{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others}',
+            '{"params": matrices + others, "weight_decay": cfg.weight_decay}',
+        ),
+        (
+            "the warm-up starts at 0",
+            "run.py",
+            "return peak * (step + 1) / cfg.warmup",
+            "return peak * step / cfg.warmup",
+        ),
+        (
+            "logs are not cut back",
+            "run.py",
+            "            os.truncate(log, min(",
+            "            str(min(",
+        ),
+        (
+            "a damaged checkpoint is read",
+            "run.py",
+            "if sha256(path / name) != hashes.get(name):",
+            "if not sha256(path / name):",
+        ),
+        (
+            "somebody's folder is deleted",
+            "run.py",
+            "if in_use and not (args.is_file() and (self.cfg.resume or self.cfg.overwrite)):",
+            "if in_use and not (self.cfg.resume or self.cfg.overwrite):",
+        ),
+    ],
+    "feedback": [
+        (
+            "responses see each other",
+            "model.py",
+            "(segments[:, None] == segments[:, :, None])",
+            "(segments[:, None] > 0)",
+        ),
+        (
+            "places counted over all responses",
+            "model.py",
+            "positions = (visible.sum(2) - 1) * (segments >= 0)",
+            "positions = (segments >= 0).cumsum(1) - 1",
+        ),
+        (
+            "responses taken for each other",
+            "feedback.py",
+            "[k] * (len(r) + 1) for k, r",
+            "[min(k, 2)] * (len(r) + 1) for k, r",
+        ),
+        (
+            "prompts of one length taken for one prompt",
+            "feedback.py",
+            "groups[-1][0] == prompt and",
+            "len(groups[-1][0]) == len(prompt) and",
+        ),
+        (
+            "the reference's score less the response's",
+            "feedback.py",
+            "(scores - reference_scores).sigmoid()",
+            "(reference_scores - scores).sigmoid()",
+        ),
+        (
+            "unsafe and unlikely to be safe",
+            "feedback.py",
+            "unsafe.logical_or(safe.sigmoid() < threshold)",
+            "unsafe.logical_and(safe.sigmoid() < threshold)",
+        ),
+        (
+            "the safe reward's normalised score",
+            "feedback.py",
+            'self.raw = cfg.combine == "llama2"',
+            "self.raw = False",
+        ),
+        (
+            "scores whitened by each rank alone",
+            "feedback.py",
+            "whiten(scores, counted, all_reduce=self.run.sum_tensor)",
+            "whiten(scores, counted)",
+        ),
+        (
+            "k3 of the swapped laws",
+            "feedback.py",
+            "return log_ratio.exp() - 1 - log_ratio",
+            "return (-log_ratio).exp() - 1 + log_ratio",
+        ),
+        (
+            "whitening over pads",
+            "feedback.py",
+            "    inside = mask.to(x.dtype)\n\n    def total",
+            "    inside = torch.ones_like(x)\n\n    def total",
+        ),
+        (
+            "sampling's temperature is 1",
+            "feedback.py",
+            "            temperature=temperature,\n            eos=tokenizer.eot_token,",
+            "            temperature=float(temperature > 0),\n            eos=tokenizer.eot_token,",
+        ),
+        (
+            "scores not normalised",
+            "feedback.py",
+            "return normalised(torch.cat(raw), self.statistics)",
+            "return torch.cat(raw)",
+        ),
+        (
+            "what ended is punished",
+            "feedback.py",
+            "scores.masked_fill(~ended, min(",
+            "scores.masked_fill(ended, min(",
+        ),
+        (
+            "reward weights in another order",
+            "feedback.py",
+            "return combine_scores(scores, weights, self.cfg.combine)",
+            "return combine_scores(scores, weights[::-1], self.cfg.combine)",
+        ),
+    ],
+    "sft": [
+        (
+            "the prompt is trained",
+            "sft.py",
+            "return mask + prompt_loss_weight * prompt",
+            "return mask + (1 - prompt_loss_weight) * prompt",
+        ),
+        (
+            "the first token is trained",
+            "sft.py",
+            "prompt = (columns > 0) & (columns < begin)",
+            "prompt = columns < begin",
+        ),
+        (
+            "each micro-batch's own mean",
+            "sft.py",
+            "weight * run.world / total_weight).backward()",
+            "weight * run.world / token_weights.sum()).backward()",
+        ),
+        (
+            "ranks with the same dropout",
+            "sft.py",
+            "torch.manual_seed(cfg.seed * run.world + run.rank)",
+            "torch.manual_seed(cfg.seed)",
+        ),
+        (
+            "each rank's own lines",
+            "sft.py",
+            "mine, most = batch[run.rank :: run.world]",
+            "mine, most = batch[:: run.world]",
+        ),
+    ],
+    "reward": [
+        (
+            "margins added",
+            "reward.py",
+            "difference = chosen_scores - rejected_scores - margin",
+            "difference = chosen_scores - rejected_scores + margin",
+        ),
+        ("a mean over all pairs places", "reward.py", "/ keep.sum(1)", "/ keep.shape[1]"),
+        (
+            "soft labels the wrong way",
+            "reward.py",
+            "(label * utility(difference) + (1 - label)",
+            "((1 - label) * utility(difference) + label",
+        ),
+        (
+            "a rank without lines counts one",
+            "reward.py",
+            "run.scaler.scale(loss * weight * run.world",
+            "run.scaler.scale(loss * run.world",
+        ),
+        (
+            "the mean over each rank's own lines",
+            "reward.py",
+            "(loss * weight * run.world / len(batch))",
+            "(loss * weight / max(len(lines), 1))",
+        ),
+        (
+            "scores in another order",
+            "reward.py",
+            "scores = output[rows]",
+            "scores = output[rows.flip(1)]",
+        ),
+        (
+            "margins ignored",
+            "reward.py",
+            "margin=margin, label=label, keep=keep",
+            "label=label, keep=keep",
+        ),
+        (
+            "smoothing ignored",
+            "reward.py",
+            "label = smoothed(labels, cfg.label_smoothing)",
+            "label = labels",
+        ),
+        (
+            "epochs all the same",
+            "reward.py",
+            "order = epoch_order(sizes, weights, [cfg.seed, epoch])",
+            "order = epoch_order(sizes, weights, [cfg.seed, 0])",
+        ),
+        (
+            "resumed an epoch late",
+            "reward.py",
+            "itertools.count(step // an_epoch)",
+            "itertools.count(step // an_epoch + 1)",
+        ),
+        (
+            "gold pairs counted twice",
+            "reward.py",
+            'if golds and (line["prompt"], texts[i], texts[j]) in seen',
+            'if False and (line["prompt"], texts[i], texts[j]) in seen',
+        ),
+        (
+            "unsure labels count",
+            "reward.py",
+            'if pair["label"] > 0.5]  # at',
+            'if pair["label"] >= 0.5]  # at',
+        ),
+        (
+            "scores not normalised",
+            "reward.py",
+            "iter(normalised(torch.tensor(raw, dtype=torch.float64), statistics).tolist())",
+            "iter(raw)",
+        ),
+        (
+            "normalised with no samples",
+            "reward.py",
+            "statistics_of(reward_model, yardstick, many, run)",
+            "statistics_of(reward_model, yardstick[:2], many, run)",
+        ),
+    ],
     "ppo": [
-        (
-            "leave-one-out leaves none out",
-            "ppo.py",
-            "return (groups - others).flatten()",
-            "return (groups - groups.mean(1, keepdim=True)).flatten()",
-        ),
-        (
-            "a group's sample standard deviation",
-            "ppo.py",
-            "groups.std(1, keepdim=True, correction=0)",
-            "groups.std(1, keepdim=True)",
-        ),
-        (
-            "KL to the old policy rewarded",
-            "ppo.py",
-            ".exp() + coef * kl",
-            ".exp() - coef * kl",
-        ),
+        ("KL to the old policy rewarded", "ppo.py", ".exp() + coef * kl", ".exp() - coef * kl"),
         (
             "KL from the new policy to the old",
             "ppo.py",
@@ -107,44 +336,26 @@ MUTATIONS = {
         (
             "the price of KL is not saved",
             "ppo.py",
-            '"step_coef": step_coef,',
-            '"step_coef": 1.0,',
-        ),
-        (
-            "the baseline forgets",
-            "ppo.py",
-            "old + (1 - cfg.baseline_decay)",
-            "old + cfg.baseline_decay",
-        ),
-        (
-            "the baseline is not saved",
-            "ppo.py",
-            '{"baseline": baseline,',
-            '{"baseline": None,',
-        ),
-        (
-            "a prompt's responses are not adjacent",
-            "ppo.py",
-            "mine = [i for i in mine for _ in range(cfg.num_samples)]",
-            "mine = mine * cfg.num_samples",
+            "modules, optimizers, beta=cfg.beta, step_coef=1.0, first=None)\n",
+            "modules, optimizers, beta=cfg.beta, first=None)\n    now.step_coef = 1.0\n",
         ),
         (
             "KL in the loss and in the rewards",
             "ppo.py",
-            "paid = 0.0 if cfg.kl_in_loss else beta",
-            "paid = beta",
+            "paid = 0.0 if cfg.kl_in_loss else now.beta",
+            "paid = now.beta",
         ),
         (
             "the same demonstrations again",
-            "ppo.py",
+            "feedback.py",
             "cfg.ptx_batch_size, update, cfg.seed",
             "cfg.ptx_batch_size, 0, cfg.seed",
         ),
         (
             "each rank's own mean of demonstrations",
-            "ppo.py",
-            "cfg.ptx_coef * real * world / total",
-            "cfg.ptx_coef * real / sum(len(ptx[i][1]) for i in lines[:1])",
+            "feedback.py",
+            "cfg.ptx_coef * weight * run.world / total",
+            "cfg.ptx_coef * weight / sum(len(ptx[i][1]) for i in lines[:1])",
         ),
         (
             "the head learns beside the last blocks",
@@ -153,46 +364,17 @@ MUTATIONS = {
             "(*policy.h[-trainable_layers:], policy.ln_f, policy.wte)",
         ),
         (
-            "the reference's score less the response's",
-            "ppo.py",
-            "(scores - reference_scores).sigmoid()",
-            "(reference_scores - scores).sigmoid()",
-        ),
-        (
-            "unsafe and unlikely to be safe",
-            "ppo.py",
-            "unsafe.logical_or(safe.sigmoid() < threshold)",
-            "unsafe.logical_and(safe.sigmoid() < threshold)",
-        ),
-        (
-            "the safe reward's normalised score",
-            "ppo.py",
-            "                rewards[n] = kind, model, raw\n",
-            "                pass\n",
-        ),
-        (
-            "scores whitened by each rank alone",
-            "ppo.py",
-            "whiten(scores, counted.any(1), all_reduce=sum_over_ranks)",
-            "whiten(scores, counted.any(1))",
-        ),
-        (
             "advantages one token early",
             "ppo.py",
             "advantages[:, t] = carried",
             "advantages[:, t - 1] = carried",
         ),
-        (
-            "lambda forgotten",
-            "ppo.py",
-            "delta + gamma * lam * carried",
-            "delta + gamma * carried",
-        ),
+        ("lambda forgotten", "ppo.py", "delta + gamma * lam * carried", "delta + gamma * carried"),
         (
             "the response's mask one token late",
             "ppo.py",
-            'tokens, mask = batch["tokens"], batch["mask"]\n        counted',
-            'tokens, mask = batch["tokens"], batch["mask"].roll(1, 1)\n        counted',
+            "        mask = rollout.mask\n",
+            "        mask = rollout.mask.roll(1, 1)\n",
         ),
         (
             "log-probabilities of the token after",
@@ -202,7 +384,7 @@ MUTATIONS = {
         ),
         (
             "the score one token before the last",
-            "ppo.py",
+            "feedback.py",
             "return rewards.scatter_add(1, last, ",
             "return rewards.scatter_add(1, last - 1, ",
         ),
@@ -214,45 +396,27 @@ MUTATIONS = {
         ),
         (
             "KL rewarded",
-            "ppo.py",
+            "feedback.py",
             "rewards = -beta * kl_estimate",
             "rewards = beta * kl_estimate",
         ),
         (
-            "k3 of the swapped laws",
-            "ppo.py",
-            "return log_ratio.exp() - 1 - log_ratio",
-            "return (-log_ratio).exp() - 1 + log_ratio",
-        ),
-        (
-            "whitening over pads",
-            "ppo.py",
-            "    inside = mask.to(x.dtype)\n\n    def total",
-            "    inside = torch.ones_like(x)\n\n    def total",
-        ),
-        (
             "whitening by each rank alone",
             "ppo.py",
-            "whiten(advantages, counted, all_reduce=sum_over_ranks)",
+            "whiten(advantages, counted, all_reduce=run.sum_tensor)",
             "whiten(advantages, counted)",
         ),
         (
             "the update's temperature is 1",
             "ppo.py",
-            "new_logprobs = token_logprobs(logits, read, inside, cfg.temperature)",
-            "new_logprobs = token_logprobs(logits, read, inside)",
-        ),
-        (
-            "sampling's temperature is 1",
-            "ppo.py",
-            "temperature=cfg.temperature,\n            eos=eos,",
-            "temperature=float(cfg.temperature > 0),\n            eos=eos,",
+            "new_logprobs = token_logprobs(logits, b.tokens, b.mask, cfg.temperature)",
+            "new_logprobs = token_logprobs(logits, b.tokens, b.mask)",
         ),
         (
             "old log-probabilities follow the updates",
             "ppo.py",
-            'known = new_logprobs, old["logprobs"], old["advantages"]',
-            'known = new_logprobs, new_logprobs.detach(), old["advantages"]',
+            "losses = policy_loss(new_logprobs, old.logprobs, old.advantages, cfg.clip)",
+            "losses = policy_loss(new_logprobs, new_logprobs.detach(), old.advantages, cfg.clip)",
         ),
         (
             "a pad's value is bootstrapped from",
@@ -263,14 +427,14 @@ MUTATIONS = {
         (
             "each rank's own mean",
             "ppo.py",
-            'total = all_reduce([sum(len(batch["responses"][i]) for i in minibatch)], device)[0]',
-            'total = world * sum(len(batch["responses"][i]) for i in minibatch)',
+            "(total,) = run.sum([sum(len(rollout.responses[i]) for i in minibatch)])",
+            "total = run.world * sum(len(rollout.responses[i]) for i in minibatch)",
         ),
         (
             "each micro-batch's own mean",
             "ppo.py",
-            "loss * (real * world / total)",
-            "loss * (real * world / inside.sum() / len(micros))",
+            "loss * (weight * run.world / total)",
+            "loss * (weight * run.world / b.mask.sum() / math.ceil(largest / size))",
         ),
         (
             "no clip from below",
@@ -293,26 +457,14 @@ MUTATIONS = {
         (
             "the reference learns",
             "ppo.py",
-            "reference = copy.deepcopy(policy).to(device, precision).requires_grad_(False)",
-            "reference = policy.to(device, precision)",
+            "reference = copy.deepcopy(policy).requires_grad_(False)",
+            "reference = policy",
         ),
         (
             "dropout left on",
-            "ppo.py",
-            "model.eval().to(device, precision)",
-            "model.train().to(device, precision)",
-        ),
-        (
-            "scores not normalised",
-            "ppo.py",
-            "return normalised(torch.cat(raw), statistics[0])",
-            "return torch.cat(raw)",
-        ),
-        (
-            "what ended is punished",
-            "ppo.py",
-            "scores.masked_fill(~ended, least)",
-            "scores.masked_fill(ended, least)",
+            "feedback.py",
+            "return model.eval().to(run.device, run.precision), tokenizer",
+            "return model.train().to(run.device, run.precision), tokenizer",
         ),
         (
             "entropy punished",
@@ -322,21 +474,21 @@ MUTATIONS = {
         ),
         (
             "ranks with the same prompts",
-            "ppo.py",
-            "mine = sorted(order[rank::world],",
-            "mine = sorted(order[:share],",
+            "feedback.py",
+            "mine = sorted(order[run.rank :: run.world], key=lambda i: len(prompts[i][1]))",
+            "mine = sorted(order[: len(order[run.rank :: run.world])], key=lambda i: len(prompts[i][1]))",
         ),
         (
             "ranks with the same samples",
-            "ppo.py",
-            "seed = (cfg.seed * 1_000_003 + step) * 4096 + rank",
-            "seed = (cfg.seed * 1_000_003 + step) * 4096",
+            "feedback.py",
+            "seed = (cfg.seed * 1_000_003 + run.step) * 4096 + run.rank",
+            "seed = (cfg.seed * 1_000_003 + run.step) * 4096",
         ),
         (
             "policy and reference with the same draws",
             "ppo.py",
-            " + (model is policy)",
-            "",
+            "samples = respond(run, policy, some, seed=seed + 1, **how)",
+            "samples = respond(run, policy, some, seed=seed, **how)",
         ),
         (
             "the other estimator in rewards",
@@ -347,44 +499,27 @@ MUTATIONS = {
         (
             "rewards whitened with their mean",
             "ppo.py",
-            "whiten(rewarded, counted, shift_mean=False, ",
-            "whiten(rewarded, counted, ",
+            "whiten(rewards, counted, shift_mean=False, all_reduce=run.sum_tensor)",
+            "whiten(rewards, counted, all_reduce=run.sum_tensor)",
         ),
         (
             "each rank stops its epochs by itself",
             "ppo.py",
-            "moved = all_reduce((window - before).tolist(), device)",
-            "moved = (window - before).tolist()",
-        ),
-        (
-            "reward weights in another order",
-            "ppo.py",
-            "return combine_scores(torch.stack(scores), weights, cfg.combine)",
-            "return combine_scores(torch.stack(scores), weights[::-1], cfg.combine)",
+            "run.sum((sums - before).tolist())",
+            "(sums - before).tolist()",
         ),
         (
             "beta stays",
             "ppo.py",
-            "            beta = adaptive_beta(",
+            "            now.beta = adaptive_beta(",
             "            adaptive_beta(",
         ),
-        (
-            "--value_init forgotten",
-            "ppo.py",
-            'value_init = cfg.value_init or (models[0] if models else "policy")',
-            'value_init = models[0] if models else "policy"',
-        ),
+        ("--value_init forgotten", "ppo.py", "start = cfg.value_init or next(", "start = next("),
         (
             "a value network from scratch that is the policy's trunk",
             "ppo.py",
-            'modules["value"] = GPT(policy.config, scalar_head=True)',
-            'modules["value"] = add_scalar_head(policy)',
-        ),
-        (
-            "NaN goes on",
-            "ppo.py",
-            "if not finite and scaler.get_scale() <= 1:",
-            "if not finite and scaler.get_scale() <= 0:",
+            'model = add_scalar_head(policy) if start == "policy" else GPT(policy.config, scalar_head=True)',
+            "model = add_scalar_head(policy)",
         ),
         (
             "beta falls when KL is too high",
@@ -395,8 +530,100 @@ MUTATIONS = {
         (
             "a resumed run forgets beta",
             "ppo.py",
-            'beta, first, evaluated = state["beta"], state["first"], state["evaluated"]',
-            'first, evaluated = state["first"], state["evaluated"]',
+            "modules, optimizers, beta=cfg.beta, step_coef=1.0, first=None)\n",
+            "modules, optimizers, step_coef=1.0, first=None)\n    now.beta = cfg.beta\n",
+        ),
+        (
+            "what did not end keeps its score",
+            "ppo.py",
+            "scores = punish_missing_eos(scores, rollout.ended, real, cfg, run)",
+            "pass",
+        ),
+    ],
+    "grpo": [
+        (
+            "leave-one-out leaves none out",
+            "grpo.py",
+            "return (groups - others).flatten()",
+            "return (groups - groups.mean(1, keepdim=True)).flatten()",
+        ),
+        (
+            "a group's sample standard deviation",
+            "grpo.py",
+            "groups.std(1, keepdim=True, correction=0)",
+            "groups.std(1, keepdim=True)",
+        ),
+        (
+            "the baseline forgets",
+            "grpo.py",
+            "else (1 - cfg.baseline_decay) * (new - earlier)",
+            "else cfg.baseline_decay * (new - earlier)",
+        ),
+        (
+            "the baseline is not saved",
+            "grpo.py",
+            '{"policy": optimizer}, baseline=None, first=None)\n',
+            '{"policy": optimizer}, first=None)\n    now.baseline = None\n',
+        ),
+        (
+            "a prompt's responses are not adjacent",
+            "feedback.py",
+            "some = [prompts[i] for i in mine or order[:1] for _ in range(num_samples)]",
+            "some = [prompts[i] for i in mine or order[:1]] * num_samples",
+        ),
+        (
+            "the mean of the other responses counts this one",
+            "grpo.py",
+            "(groups.sum(1, keepdim=True) - groups) / (num_samples - 1)",
+            "groups.sum(1, keepdim=True) / num_samples",
+        ),
+        (
+            "KL in the loss and in the returns",
+            "grpo.py",
+            "paid = 0.0 if cfg.kl_in_loss else cfg.beta",
+            "paid = cfg.beta",
+        ),
+        (
+            "the better of clipped and unclipped",
+            "grpo.py",
+            "return -torch.minimum(",
+            "return -torch.maximum(",
+        ),
+        (
+            "no clip from above",
+            "grpo.py",
+            "advantages * ratio.clamp(1 - clip, 1 + clip)",
+            "advantages * ratio.clamp(min=1 - clip)",
+        ),
+        (
+            "old log-probabilities follow the updates",
+            "grpo.py",
+            "clipped_loss(new_logprobs, b.logprobs,",
+            "clipped_loss(new_logprobs, new_logprobs.detach(),",
+        ),
+        (
+            "each rank's own mean",
+            "grpo.py",
+            "(total,) = run.sum([sum(len(rollout.responses[i]) for i in minibatch)])",
+            "total = run.world * sum(len(rollout.responses[i]) for i in minibatch)",
+        ),
+        (
+            "the reference learns",
+            "grpo.py",
+            "reference = copy.deepcopy(policy).requires_grad_(False)",
+            "reference = policy",
+        ),
+        (
+            "entropy punished",
+            "grpo.py",
+            "loss = policy_sum - cfg.entropy_coef * bonus",
+            "loss = policy_sum + cfg.entropy_coef * bonus",
+        ),
+        (
+            "the update's temperature is 1",
+            "grpo.py",
+            "new_logprobs = token_logprobs(logits, b.tokens, b.mask, cfg.temperature)",
+            "new_logprobs = token_logprobs(logits, b.tokens, b.mask)",
         ),
     ],
     "dpo": [
@@ -458,15 +685,13 @@ MUTATIONS = {
             "mask one token late",
             "dpo.py",
             "    tokens, mask, segments, rows, keep, _, label = collate(examples, n_embd)\n",
-            "    tokens, mask, segments, rows, keep, _, label = collate(examples, n_embd)\n"
-            "    mask = mask.roll(1, 1)\n",
+            "    tokens, mask, segments, rows, keep, _, label = collate(examples, n_embd)\n    mask = mask.roll(1, 1)\n",
         ),
         (
             "prompt tokens counted",
             "dpo.py",
             "    tokens, mask, segments, rows, keep, _, label = collate(examples, n_embd)\n",
-            "    tokens, mask, segments, rows, keep, _, label = collate(examples, n_embd)\n"
-            "    mask = segments > 0\n    mask[:, 0] = False\n",
+            "    tokens, mask, segments, rows, keep, _, label = collate(examples, n_embd)\n    mask = segments > 0\n    mask[:, 0] = False\n",
         ),
         (
             "end of text not counted",
@@ -483,8 +708,8 @@ MUTATIONS = {
         (
             "beta missing on one side",
             "dpo.py",
-            "return q * f(h) + (1 - q) * f(-h)",
-            "return q * f(h) + (1 - q) * f(-h / beta)",
+            "return q * loss_of(h) + (1 - q) * loss_of(-h)",
+            "return q * loss_of(h) + (1 - q) * loss_of(-h / beta)",
         ),
         (
             "beta squared",
@@ -507,14 +732,14 @@ MUTATIONS = {
         (
             "each micro-batch's own mean",
             "dpo.py",
-            "scaler.scale(loss * world / len(batch)).backward()",
-            "scaler.scale(loss / len(some) / len(shares)).backward()",
+            "losses.sum() * weight * run.world / len(batch)",
+            "losses.sum() * weight * run.world / len(some) / math.ceil(most / (size or most))",
         ),
         (
             "dropout left on",
-            "dpo.py",
-            "return model.eval().to(device, precision), tokenizer",
-            "return model.train().to(device, precision), tokenizer",
+            "feedback.py",
+            "return model.eval().to(run.device, run.precision), tokenizer",
+            "return model.train().to(run.device, run.precision), tokenizer",
         ),
         (
             "ipo's target without the half",
@@ -525,44 +750,43 @@ MUTATIONS = {
         (
             "the last response wins the ranking",
             "dpo.py",
-            "ranked = sorted(responses.values(), key=lambda row: -scores[row])",
-            "ranked = sorted(responses.values(), key=lambda row: scores[row])",
+            'key=lambda sample: -sample["score"]',
+            'key=lambda sample: sample["score"]',
         ),
         (
             "a resumed round is sampled anew",
             "dpo.py",
-            "if cfg.online and epoch != step // steps_an_epoch:",
-            "if cfg.online:",
+            "if cfg.online and now.round < epoch:",
+            "if cfg.online and (now.round < epoch or run.step == run.first):",
         ),
         (
             "the reference follows the policy",
             "dpo.py",
-            "to = policy if cfg.refresh_reference else reference",
-            "to = policy",
+            "reference = policy if cfg.refresh_reference else load_reference(run, tokenizer)",
+            "reference = policy",
         ),
         (
             "noise after the rule for what did not end",
             "dpo.py",
-            "scores = punish_missing_eos(scores, ended, len(scores), cfg, device).tolist()",
-            "scores = (punish_missing_eos(scores, ended, len(scores), cfg, device)"
-            " + 1e-9 * torch.tensor(noise)).tolist()",
+            "scores = punish_missing_eos(scores, ended, len(samples), cfg, run).tolist()",
+            "scores = punish_missing_eos(scores, ended, len(samples), cfg, run)\n    scores = (scores + 1e-9 * torch.tensor(noise)).tolist()",
         ),
         (
             "ranks that draw the same",
             "dpo.py",
-            "seed = ((cfg.seed * 1_000_003 + number) * 4096 + rank) * 4096 + begin",
+            "seed = ((cfg.seed * 1_000_003 + number) * 4096 + run.rank) * 4096 + begin",
             "seed = ((cfg.seed * 1_000_003 + number) * 4096) * 4096 + begin",
         ),
         (
             "a cache of other weights is used",
             "dpo.py",
-            '"reference": list(map(sha256, model_files))',
-            '"reference": len(model_files)',
+            "list(map(sha256, files_of([cfg.reference or cfg.init])))",
+            "len(files_of([cfg.reference or cfg.init]))",
         ),
         (
             "a cache of other truncation is used",
             "dpo.py",
-            "[tokenizer_hash(tokenizer), max_length, cfg.overlong]",
+            "[tokenizer_hash(tokenizer), longest, cfg.overlong]",
             "[tokenizer_hash(tokenizer)]",
         ),
     ],
@@ -591,12 +815,7 @@ MUTATIONS = {
             "for a, b in shares if (a > 0.5) == (b > 0.5)]",
             "for a, b in shares if (a > 0.5) != (b > 0.5)]",
         ),
-        (
-            "ratings from 0",
-            "rlaif.py",
-            "np.arange(1, n + 1) * weights",
-            "np.arange(n) * weights",
-        ),
+        ("ratings from 0", "rlaif.py", "np.arange(1, n + 1) * weights", "np.arange(n) * weights"),
         (
             "ratings on another scale",
             "rlaif.py",
@@ -618,17 +837,14 @@ MUTATIONS = {
         (
             "fields filled in fields",
             "rlaif.py",
-            '    pattern = "|".join(re.escape("{" + name + "}") for name in fields)\n'
-            "    return re.sub(pattern, lambda match: fields[match[0][1:-1]].strip(), text)\n",
-            "    for name in fields:\n"
-            '        text = text.replace("{" + name + "}", fields[name].strip())\n'
-            "    return text\n",
+            '    pattern = "|".join(re.escape("{" + name + "}") for name in fields)\n    return re.sub(pattern, lambda match: fields[match[0][1:-1]].strip(), text)\n',
+            '    for name in fields:\n        text = text.replace("{" + name + "}", fields[name].strip())\n    return text\n',
         ),
         (
             "the clamp forgotten",
             "rlaif.py",
-            "p = min(max(p, low), high)",
-            "p = min(max(p, 0.0), high)",
+            "p = min(max(p, bounds[0]), bounds[1])",
+            "p = min(max(p, 0.0), bounds[1])",
         ),
         (
             "labels below one half",
@@ -645,13 +861,13 @@ MUTATIONS = {
         (
             "the answer's place one token off",
             "rlaif.py",
-            "last = torch.tensor([len(row) - 1 for row in rows]",
-            "last = torch.tensor([len(row) - 2 for row in rows]",
+            "pad([row[:-1] for row in rows], [row[-1:] for row in rows])",
+            "pad([row[:-2] for row in rows], [row[-2:-1] for row in rows])",
         ),
         (
             "sampled blocks asked in parts",
             "rlaif.py",
-            "        if not sampled:\n            return missing\n",
+            "        return [key for block in blocks if not lacking.isdisjoint(block) for key in block]\n",
             "        return missing\n",
         ),
         (
@@ -687,14 +903,14 @@ MUTATIONS = {
         (
             "the same principle for all",
             "rlaif.py",
-            "principle = principles[int(drawn.random() * len(principles))]",
-            "principle = principles[0]",
+            "chosen = [principles[int(drawn.random() * len(principles))] for _ in lines]",
+            "chosen = [principles[0] for _ in lines]",
         ),
         (
             "helpful demonstrations left out",
             "rlaif.py",
-            'write_jsonl(out_dir / "demonstrations.jsonl", learnt + added)',
-            'write_jsonl(out_dir / "demonstrations.jsonl", learnt)',
+            'write_jsonl(run.out_dir / "demonstrations.jsonl", learnt + added)',
+            'write_jsonl(run.out_dir / "demonstrations.jsonl", learnt)',
         ),
     ],
     "direct": [
@@ -737,20 +953,20 @@ MUTATIONS = {
         (
             "each micro-batch's own mean",
             "rlaif.py",
-            "(policy_losses.sum() + value_losses.sum()) * (weight * world / total)",
-            "(policy_losses.sum() + value_losses.sum()) * (weight / mask.sum() / len(micros))",
+            "run.scaler.scale(loss * (weight * run.world / total)).backward()",
+            "run.scaler.scale(loss * (weight / mask.sum() / math.ceil(share / size))).backward()",
         ),
         (
             "ranks averaged twice",
             "rlaif.py",
-            "(policy_losses.sum() + value_losses.sum()) * (weight * world / total)",
-            "(policy_losses.sum() + value_losses.sum()) * (weight / total)",
+            "run.scaler.scale(loss * (weight * run.world / total)).backward()",
+            "run.scaler.scale(loss * (weight / total)).backward()",
         ),
         (
             "a rank without episodes counts",
             "rlaif.py",
-            "weight = float(rows.start < real)",
-            "weight = 1.0",
+            "for rows, weight in run.micro_batches(list(range(real)), share, size, filler=0):",
+            "for rows, weight in run.micro_batches(list(range(real or 1)), share, size, filler=0):",
         ),
         (
             "temperature forgotten",
@@ -761,144 +977,35 @@ MUTATIONS = {
         (
             "what did not end keeps its score",
             "rlaif.py",
-            'scores = punish_missing_eos(scores, batch["ended"], len(mine), cfg, device)\n'
-            "        ref_logprobs",
-            "ref_logprobs",
+            "        scores = punish_missing_eos(scores, rollout.ended, real, cfg, run)\n",
+            "",
         ),
         (
             "the reference learns too",
             "rlaif.py",
-            "reference = copy.deepcopy(policy).to(device, precision).requires_grad_(False)\n"
-            "    value_model = add_scalar_head(policy)",
-            "reference = policy.to(device, precision)\n    value_model = add_scalar_head(policy)",
+            "reference = copy.deepcopy(policy).requires_grad_(False)\n    value_model",
+            "reference = policy\n    value_model",
         ),
         (
             "answers stand among the logs",
             "rlaif.py",
-            'rater.remember(out_dir / "answers" / f"{rank}.jsonl")',
-            'rater.remember(out_dir / f"answers-{rank}.jsonl")',
+            'f"answers/{run.rank}.jsonl"',
+            'f"answers-{run.rank}.jsonl"',
         ),
-        (
-            "no step of the warm-up",
-            "rlaif.py",
-            'group["lr"] = rate * peak',
-            'group["lr"] = peak',
-        ),
-    ],
-    "evaluate": [
-        (
-            "a text scored anew for every policy",
-            "evaluate.py",
-            "if row not in known]",
-            "]",
-        ),
-        (
-            "KL the other way round",
-            "evaluate.py",
-            "kl = (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)",
-            "kl = (ref_logprobs.exp() * (ref_logprobs - logprobs)).sum(-1)",
-        ),
-        (
-            "the reference's entropy",
-            "evaluate.py",
-            "pieces.append(torch.stack([kl, entropy(logprobs)]))",
-            "pieces.append(torch.stack([kl, entropy(ref_logprobs)]))",
-        ),
-        (
-            "the reference at the policy's temperature",
-            "evaluate.py",
-            "ref_logprobs = reference.head(ref_piece).log_softmax(-1)",
-            "ref_logprobs = (reference.head(ref_piece) / (temperature or 1)).log_softmax(-1)",
-        ),
-        (
-            "entropy of different words, not of how often",
-            "evaluate.py",
-            "return sum(-count / total * math.log(count / total) for count in counts.values())",
-            "return math.log(len(counts) or 1)",
-        ),
-        (
-            "best of n with replacement",
-            "evaluate.py",
-            "weights[n - 1, i - 1] = math.comb(i - 1, n - 1) / math.comb(N, n)",
-            "weights[n - 1, i - 1] = (i / N) ** n - ((i - 1) / N) ** n",
-        ),
-        (
-            "ties of the proxy as they stand",
-            "evaluate.py",
-            "values[:] = (np.bincount(which, weights=values) / counts)[which]",
-            "pass",
-        ),
-        (
-            "a law of RL for best-of-n",
-            "evaluate.py",
-            "bend = d**2 if best_of else d * np.log(d)",
-            "bend = d * np.log(d)",
-        ),
-        (
-            "gold gained over nothing",
-            "evaluate.py",
-            "x[y] - lines[0][y]) for x in lines[1:]",
-            "x[y]) for x in lines[1:]",
-        ),
-        (
-            "intervals of a normal distribution",
-            "evaluate.py",
-            "t = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom",
-            "t = 1.96",
-        ),
-        (
-            "seeds set against each other in another order",
-            "evaluate.py",
-            "pairs = list(zip(seeds, first, strict=True))",
-            "pairs = list(zip(seeds, first[::-1], strict=True))",
-        ),
-        (
-            "the worst of several chosen",
-            "evaluate.py",
-            "some[max(group, key=lambda k: values[k])]",
-            "some[min(group, key=lambda k: values[k])]",
-        ),
-        (
-            "KL of an evaluation's wrong policy",
-            "evaluate.py",
-            'policy, first = report["policies"][part], next(iter(report["policies"]))',
-            'policy = report["policies"][first := next(iter(report["policies"]))]',
-        ),
-    ],
-    "data": [
-        (
-            "n-grams counted as often as they are said",
-            "data/bleu.py",
-            "sum(min(count, known[gram]) for gram, count in grams.items())",
-            "sum(count for gram, count in grams.items() if gram in known)",
-        ),
-        (
-            "no brevity penalty",
-            "data/bleu.py",
-            "math.exp(min(0.0, 1 - r / c) + sum",
-            "math.exp(sum",
-        ),
-        (
-            "each prompt's last response alone",
-            "data/bleu.py",
-            "pairs += [(text, texts[0]) for text in texts[1:]]",
-            "pairs += [(text, texts[0]) for text in texts[-1:]]",
-        ),
+        ("no step of the warm-up", "rlaif.py", 'group["lr"] = rate * peak', 'group["lr"] = peak'),
     ],
     "collapse": [
         (
             "no sigmoid",
             "collapse.py",
-            "rewards = raw.sigmoid()",
-            "rewards = raw",
+            "losses = prompt_aware_loss(raw.sigmoid(), closed, utilities)",
+            "losses = prompt_aware_loss(raw, closed, utilities)",
         ),
         (
             "the kinds' utilities swapped",
             "collapse.py",
-            'ranking_loss(rewards, utilities["closed"]),\n'
-            '                    ranking_loss(rewards, utilities["open"]),',
-            'ranking_loss(rewards, utilities["open"]),\n'
-            '                    ranking_loss(rewards, utilities["closed"]),',
+            "torch.where(closed[:, None], ",
+            "torch.where(~closed[:, None], ",
         ),
         (
             "a straight line of slope 1 below 0",
@@ -912,12 +1019,7 @@ MUTATIONS = {
             "lambda x: -((x + epsilon) ** -g)",
             "lambda x: -(x ** -g)",
         ),
-        (
-            "the scale multiplies",
-            "collapse.py",
-            "F.logsigmoid(x / g)",
-            "F.logsigmoid(x * g)",
-        ),
+        ("the scale multiplies", "collapse.py", "F.logsigmoid(x / g)", "F.logsigmoid(x * g)"),
         (
             "pairs of one half counted once",
             "collapse.py",
@@ -963,49 +1065,44 @@ MUTATIONS = {
         (
             "the mean over each rank's own lines",
             "collapse.py",
-            "scaler.scale(loss * world / len(batch))",
-            "scaler.scale(loss / max(len(indices), 1))",
+            "run.scaler.scale(loss * weight * run.world / len(batch))",
+            "run.scaler.scale(loss * weight / max(len(mine), 1))",
         ),
         (
             "a rank without lines counts one",
             "collapse.py",
-            "loss = losses.sum() * (1.0 if indices else 0.0)",
-            "loss = losses.sum()",
+            "run.scaler.scale(loss * weight * run.world / len(batch))",
+            "run.scaler.scale(loss * run.world / len(batch))",
         ),
         (
             "statistics of raw scores",
             "collapse.py",
-            'score_statistics(torch.tensor(raw, dtype=torch.float64), "sigmoid")',
-            "score_statistics(torch.tensor(raw, dtype=torch.float64))",
+            'statistics_of(reward_model, yardstick, many, run, "sigmoid")',
+            "statistics_of(reward_model, yardstick, many, run)",
         ),
         (
             "means over ranks, not by rank",
             "collapse.py",
-            "mean, optimum = found.mean(0)",
-            "mean, optimum = found.mean(1)[: found.shape[1]]",
+            "mean, optimum = table.mean(0), torch",
+            "mean, optimum = table.mean(1)[: table.shape[1]], torch",
         ),
         (
             "ties count as right",
             "collapse.py",
-            "hits = 0.5 + 0.5 * (found[:, i] - found[:, j]).sign()",
-            "hits = (found[:, i] >= found[:, j]).double()",
+            "hits = 0.5 + 0.5 * (table[:, i] - table[:, j]).sign()",
+            "hits = (table[:, i] >= table[:, j]).double()",
         ),
-        (
-            "utilities as they are",
-            "collapse.py",
-            "return lambda x: U(x) / height",
-            "return U",
-        ),
+        ("utilities as they are", "collapse.py", "return lambda x: U(x) / height", "return U"),
         (
             "no penalty",
             "collapse.py",
-            "losses = losses + penalty * raw.square().mean(1)",
-            "losses = losses + 0",
+            "loss = (losses + penalty * raw.square().mean(1)).sum()",
+            "loss = losses.sum()",
         ),
         (
             "the penalty does not fall",
             "collapse.py",
-            "penalty = cfg.logit_penalty * rate / cfg.lr",
+            "penalty = cfg.logit_penalty * lr / cfg.lr",
             "penalty = cfg.logit_penalty",
         ),
         (
@@ -1017,8 +1114,105 @@ MUTATIONS = {
         (
             "the interpolation's step is not saved",
             "collapse.py",
-            'state["interpolated"] = interpolated',
-            'state["interpolated"] = -1',
+            '{"reward": optimizer}, interpolated=None)',
+            '{"reward": optimizer})\n    now.interpolated = None',
+        ),
+    ],
+    "evaluate": [
+        ("a text scored anew for every policy", "evaluate.py", "if row not in self.known]", "]"),
+        (
+            "KL the other way round",
+            "evaluate.py",
+            "kl = (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)",
+            "kl = (ref_logprobs.exp() * (ref_logprobs - logprobs)).sum(-1)",
+        ),
+        (
+            "the reference's entropy",
+            "evaluate.py",
+            "return torch.stack([kl, entropy(logprobs)])",
+            "return torch.stack([kl, entropy(ref_logprobs)])",
+        ),
+        (
+            "the reference at the policy's temperature",
+            "evaluate.py",
+            "ref_logprobs = ref_logits.log_softmax(-1)",
+            "ref_logprobs = (ref_logits / (temperature or 1)).log_softmax(-1)",
+        ),
+        (
+            "entropy of different words, not of how often",
+            "evaluate.py",
+            "return sum(-count / total * math.log(count / total) for count in counts.values())",
+            "return math.log(len(counts) or 1)",
+        ),
+        (
+            "best of n with replacement",
+            "evaluate.py",
+            "weights[n - 1, i - 1] = math.comb(i - 1, n - 1) / math.comb(N, n)",
+            "weights[n - 1, i - 1] = (i / N) ** n - ((i - 1) / N) ** n",
+        ),
+        (
+            "ties of the proxy as they stand",
+            "evaluate.py",
+            "values[:] = (np.bincount(which, weights=values) / counts)[which]",
+            "pass",
+        ),
+        (
+            "the worst of several chosen",
+            "evaluate.py",
+            ".reshape(len(samples), -1, best_of).argmax(2)",
+            ".reshape(len(samples), -1, best_of).argmin(2)",
+        ),
+        (
+            "differences that are not paired",
+            "evaluate.py",
+            "over = interval(values - means[first], cfg)",
+            "over = interval(values - np.mean(means[first]), cfg)",
+        ),
+    ],
+    "experiments": [
+        (
+            "a law of RL for best-of-n",
+            "experiments/common.py",
+            "bend = d**2 if best_of else d * np.log(d)",
+            "bend = d * np.log(d)",
+        ),
+        (
+            "gold gained over nothing",
+            "experiments/common.py",
+            "number(x[column]) - first) for x in lines[1:]",
+            "number(x[column])) for x in lines[1:]",
+        ),
+        (
+            "intervals of a normal distribution",
+            "experiments/common.py",
+            "t = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom",
+            "t = 1.96",
+        ),
+        (
+            "seeds set against each other in another order",
+            "experiments/common.py",
+            "over[label][name] = over_seeds(np.subtract(values, beside))",
+            "over[label][name] = over_seeds(np.subtract(values, beside[::-1]))",
+        ),
+    ],
+    "data": [
+        (
+            "n-grams counted as often as they are said",
+            "data/bleu.py",
+            "sum(min(count, known[gram]) for gram, count in grams.items())",
+            "sum(count for gram, count in grams.items() if gram in known)",
+        ),
+        (
+            "no brevity penalty",
+            "data/bleu.py",
+            "math.exp(min(0.0, 1 - r / c) + sum",
+            "math.exp(sum",
+        ),
+        (
+            "each prompt's last response alone",
+            "data/bleu.py",
+            "pairs += [(text, texts[0]) for text in texts[1:]]",
+            "pairs += [(text, texts[0]) for text in texts[-1:]]",
         ),
     ],
 }
@@ -1037,7 +1231,7 @@ def run_tests(script, file="", source=""):
     that fails, "" when none does; seconds."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        for part in ("data", "tests"):
+        for part in ("data", "docs", "experiments", "tests"):
             ignored = shutil.ignore_patterns("toy", "__pycache__")
             shutil.copytree(ROOT / part, folder / part, ignore=ignored)
         for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:

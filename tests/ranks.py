@@ -4,6 +4,7 @@ forked from a process that has imported torch and the scripts.
     on_ranks("sft", "sys.argv = [...]\\nsft.main()\\n")
 """
 
+import gc
 import json
 import os
 import signal
@@ -107,5 +108,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "data")]
     for script in sorted(ROOT.glob("*.py")):
         __import__(script.stem)
+    __import__("torch._dynamo")  # optimisers and DDP import it at first use, two seconds a rank
+    gc.freeze()  # else each rank's end looks through all that was imported, and so copies it
     # A rank ends as any script does: what it leaves to the interpreter's end is tested too.
     exec(compile(serve(), "driver.py", "exec"), {"__name__": "driver"})

@@ -9,13 +9,17 @@ import select
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import convert
 import numpy as np
 import pytest
 from conftest import ROOT, read_lines, run_script, write_jsonl
 from ranks import on_ranks
 
 import annotate
+import run as a_run
+from feedback import load_python, rate_interval
 
 GOLD = (
     "def score(prompt, response, **fields):\n"
@@ -105,32 +109,41 @@ def test_sampling_is_the_same_on_two_ranks(sampling, tmp_path):
         assert (tmp_path / "two" / name).read_bytes() == (folder / "one" / name).read_bytes()
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "torn"])
-def test_sampling_resumes_to_the_same_files(sampling, tmp_path, monkeypatch, how):
+def test_sampling_resumes_to_the_same_files(sampling, tmp_path, monkeypatch, capsys):
+    """Told to stop in its fourth chunk, then killed while it wrote a line of the sixth."""
     folder, args = sampling
-    args = [*args, "--out_dir", str(tmp_path / "run"), "--resume"]
-    number = "SIGTERM" if how == "SIGTERM" else "SIGKILL"
-    code = (
-        "import signal\n"
-        "real, calls = annotate.generate, []\n"
-        "def generate(*args, **kwargs):\n"
-        "    calls.append(1)\n"
-        f"    if len(calls) == 7: os.kill(os.getpid(), signal.{number})\n"
-        "    return real(*args, **kwargs)\n"
-        f"annotate.generate = generate\nsys.argv = {['annotate.py', *args]!r}\nannotate.main()\n"
-    )
-    done = on_ranks("annotate", code, 1)
-    assert done.returncode == (143 if how == "SIGTERM" else -signal.SIGKILL), done.stderr
+    args = [*args, "--out_dir", tmp_path / "run", "--resume"]
+    real, calls = annotate.generate, []
+
+    def generate(*args, **kwargs):
+        calls.append(1)
+        a_run.stop_signals += [1] * (len(calls) == 7)  # two calls a chunk
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(annotate, "generate", generate)
+        assert run(patch, *args) == 128 + signal.SIGTERM
+    assert "--resume goes on" in capsys.readouterr().out
     partial = tmp_path / "run/samples.partial.jsonl"
-    assert len(read_lines(partial)) == (16 if how == "SIGTERM" else 12)
-    if how == "torn":  # the machine died while a line was being written
-        with open(partial, "a") as file:
-            file.write('{"prompt": "half')
+    assert len(read_lines(partial)) == 16
+    with open(partial, "a") as file:
+        file.write('[3, []]\n[4, [["half')
     assert run(monkeypatch, *args) == 0
     for name in ("samples.jsonl", "rankings.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (folder / "one" / name).read_bytes()
-    assert run(monkeypatch, *args) == 0  # "this run is finished"
+    assert run(monkeypatch, *args) == 0 and "this run is finished" in capsys.readouterr().out
     assert run(monkeypatch, *args, "--seed", 1) == 2
+
+
+def test_greedy_responses_are_equal_and_nothing_to_compare(sampling, policy_run, tmp_path, capsys):
+    _, args = sampling
+    with pytest.MonkeyPatch.context() as patch:
+        more = ["--policy", f"{policy_run}@temperature=0", "--num_prompts", 3]
+        assert run(patch, *args, *more, "--out_dir", tmp_path / "run") == 2
+    told = capsys.readouterr()
+    assert "of 15 responses dropped" in told.out and "3 prompts had fewer than two" in told.out
+    assert "no prompt has two responses to compare" in told.err
+    assert not (tmp_path / "run/samples.jsonl").exists()
 
 
 # --- simulated annotators -------------------------------------------------------------------------
@@ -171,10 +184,11 @@ def test_rankings_follow_plackett_luce(tmp_path, monkeypatch, gold):
 
 
 @pytest.mark.parametrize("output", ["rankings", "comparisons"])
-def test_agreement_is_what_was_asked_for(tmp_path, monkeypatch, gold, output):
+def test_agreement_is_what_was_asked_for(tmp_path, monkeypatch, gold, capsys, output):
     """Five annotators with noise and bias of their own: 0.75 all together, apart from ties; the
     clearer the grade, the oftener right; they differ from one another."""
-    more = ["--output", output, "--pairs", 3, "--overlap", 0.1, "--bias", 0.1]
+    more = ["--output", output, "--overlap", 0.1, "--bias", 0.1]
+    more += ["--pairs", 3] if output == "comparisons" else []
     out = judge_all(tmp_path, monkeypatch, gold, 3000, *more, values=(3, 1, 1, -2))
     report = json.loads((out / "report.json").read_text())
     rate, low, high = report["with_gold"]["all"]["rate"]
@@ -186,6 +200,8 @@ def test_agreement_is_what_was_asked_for(tmp_path, monkeypatch, gold, output):
     assert max(each) - min(each) > 0.03
     between = report["between_annotators"]["all"]
     assert 0.55 < between["rate"][0] < 0.75 and between["pairs"] > 3000
+    convert.check(out / f"{output}.jsonl")
+    assert f"{output}, {len(read_lines(out / f'{output}.jsonl'))} lines" in capsys.readouterr().out
     lines = read_lines(out / f"{output}.jsonl")
     assert {line["annotator"] for line in lines} == {f"simulated-{a}" for a in range(5)}
     if output == "comparisons":
@@ -202,15 +218,6 @@ def test_choose_pairs():
     assert all(len(set(pairs)) == 2 for pairs in drawn)
     counts = [sum(pair in pairs for pairs in drawn) for pair in itertools.combinations(range(4), 2)]
     assert min(counts) > 150 and max(counts) < 250
-
-
-def test_written_files_are_good(tmp_path, monkeypatch, gold, capsys):
-    """data/convert.py says so of each."""
-    for output in ("rankings", "comparisons"):
-        out = judge_all(tmp_path, monkeypatch, gold, 20, "--output", output)
-        command = [sys.executable, ROOT / "data/convert.py", "check", out / f"{output}.jsonl"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0 and output in done.stdout, done.stderr
 
 
 # --- the terminal ---------------------------------------------------------------------------------
@@ -328,17 +335,16 @@ def test_texts_cannot_command_the_terminal(tmp_path, monkeypatch, capsys):
 
 
 def test_a_real_terminal(tmp_path):
-    """Through a pseudo-terminal: a key is an answer without Enter, an arrow key is none, the
-    terminal is left as it was, and killing the process loses no judgement."""
+    """Through a pseudo-terminal: a key is an answer without Enter, an arrow key is none, what is
+    judged is on the disk before the next is asked, and SIGTERM leaves the terminal as it was."""
+    import termios
+
     source = samples(tmp_path / "samples.jsonl", 5, (3, 1, 0))
     command = [sys.executable, ROOT / "annotate.py", "--samples", source, "--annotator", "terminal"]
     command += ["--out_dir", tmp_path / "out"]
     parent, child = pty.openpty()
-    import termios
-
     before = termios.tcgetattr(child)
     process = subprocess.Popen(list(map(str, command)), stdin=child, stdout=child, stderr=child)
-
     screen = bytearray()
 
     def wait_for(text):
@@ -350,24 +356,13 @@ def test_a_real_terminal(tmp_path):
 
     wait_for(b"0 of 5 judged")
     wait_for(b"best of 1, 2, 3?")
+    assert termios.tcgetattr(child) != before
     os.write(parent, b"\x1b[D")
     os.write(parent, b"2")
     wait_for(b"so far: 2")
     os.write(parent, b"1")
     wait_for(b"1 of 5 judged")
     assert len(read_lines(tmp_path / "out/rankings.jsonl")) == 1
-    wait_for(b"best of 1, 2, 3?")
-    os.write(parent, b"12")
-    wait_for(b"2 of 5 judged")
-    wait_for(b"best of 1, 2, 3?")
-    process.kill()
-    process.wait()
-    termios.tcsetattr(child, termios.TCSANOW, before)  # which nobody else does after a kill -9
-    assert len(read_lines(tmp_path / "out/rankings.jsonl")) == 2
-    process = subprocess.Popen(
-        [*map(str, command), "--resume"], stdin=child, stdout=child, stderr=child
-    )
-    wait_for(b"2 of 5 judged")
     wait_for(b"best of 1, 2, 3?")
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM and termios.tcgetattr(child) == before
@@ -387,7 +382,7 @@ def test_agreement_report_by_hand(tmp_path, monkeypatch, gold, capsys):
         {"prompt": "Q", "chosen": "1 b", "rejected": "0 a", "annotator": "x"},
     ]
     path = write_jsonl(tmp_path / "judged.jsonl", lines)
-    report = annotate.agreement_report([path], annotate.load_gold(gold))
+    report = annotate.agreement_report([path], load_python(gold))
     assert report["gold_ties"] == 2
     assert report["with_gold"]["all"]["pairs"] == 4
     assert report["with_gold"]["all"]["rate"][0] == 0.75  # x: 3 > 1 twice, 1 > 0; y: not 1 > 3
@@ -407,22 +402,20 @@ def test_rate_interval():
     """Groups of one are Wilson's interval (by its definition: the p at 1.96 standard errors); pairs
     that always agree in a group count as one; simulated groups' truth is covered in 95%."""
     hits = [1] * 30 + [0] * 20
-    rate, low, high = annotate.rate_interval(hits, [1] * 50)
+    rate, low, high = rate_interval(hits, [1] * 50)
     n = 49  # one degree of freedom goes to the mean
     for p in (low, high):
         assert abs(rate - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n))
-    assert annotate.rate_interval([6 * h for h in hits], [6] * 50) == pytest.approx(
-        [rate, low, high]
-    )
-    assert annotate.rate_interval([2], [4]) == [0.5, None, None]
-    assert annotate.rate_interval([], []) == [None, None, None]
-    rate, low, high = annotate.rate_interval([1] * 5, [1] * 5)
+    assert rate_interval([6 * h for h in hits], [6] * 50) == pytest.approx([rate, low, high])
+    assert rate_interval([2], [4]) == [0.5, None, None]
+    assert rate_interval([], []) == [None, None, None]
+    rate, low, high = rate_interval([1] * 5, [1] * 5)
     assert rate == 1.0 and low == pytest.approx(5 / (5 + 1.96**2)) and high == pytest.approx(1)
     rng, covered = np.random.default_rng(0), 0
     for _ in range(1000):
         counts = rng.integers(1, 7, 150)
         hits = rng.binomial(counts, rng.beta(7, 3, 150))  # of mean 0.7
-        _, low, high = annotate.rate_interval(hits, counts)
+        _, low, high = rate_interval(hits, counts)
         covered += low <= 0.7 <= high
     assert 935 <= covered <= 965
 
@@ -590,26 +583,24 @@ def test_elo_of_responses(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--annotator", "robot"], "--annotator: expected simulated or terminal"),
-        (["--output", "scores"], "--output: expected rankings or comparisons"),
-        (["--num_responses", "1"], "--num_responses: expected 2 to 9"),
-        (["--num_responses", "10"], "--num_responses: expected 2 to 9"),
-        (["--agreement", "0.5"], "--agreement: expected more than 0.5"),
+        (["--num_responses", "10"], "--num_responses: expected a number in [2, 9]"),
+        (["--pairs", "2"], "--pairs: only with --output comparisons"),
+        (["--annotator", "terminal", "--bias", "1"], "--bias: only with --annotator simulated"),
         (["--agreement", "0.99", "--bias", "9", "--annotators", "1"], "annotators without noise"),
         (["--gold", ""], "expected --gold"),
-        (["--grade_step", "0"], "expected more than 0"),
         (["--samples", "", "--policy", "nowhere"], "nowhere: not a model directory"),
         (["--samples", "", "--policy", "x@best=3"], "expected RUN or RUN@temperature=T"),
         (["--samples", "", "--policy", ""], "--policy: expected"),
+        (["--samples", "", "--max_new_tokens", "96"], "run has only 96 positions"),
     ],
 )
-def test_bad_settings(tmp_path, monkeypatch, capsys, gold, toy_data, more, message):
+def test_bad_settings(tmp_path, monkeypatch, capsys, gold, toy_data, policy_run, more, message):
     source = write_jsonl(
         tmp_path / "samples.jsonl",
         [{"prompt": "P", "responses": ["1 a b c d", "2 a", "3 a b"]}] * 9,
     )
     args = ["--samples", source, "--gold", gold, "--out_dir", tmp_path / "out"]
-    args += ["--prompts", toy_data / "prompts_test.jsonl"]
+    args += ["--prompts", toy_data / "prompts_test.jsonl", "--policy", policy_run]
     assert run(monkeypatch, *args, *more) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
@@ -659,10 +650,27 @@ def test_bad_preferences(tmp_path, monkeypatch, capsys, line, message):
     assert f"judged.jsonl:2: {message}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["elo"]])
-def test_help_shows_every_flag(monkeypatch, capsys, command):
-    assert run(monkeypatch, *command, "--help") == 0
-    text = capsys.readouterr().out
-    for name in vars(annotate.EloConfig() if command else annotate.Config()):
-        assert f"--{name}" in text
-    assert f"usage: {' '.join(['annotate.py', *command])}" in text
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--players", "responses"], "--out: expected a file to write"),
+        (["--out", "x.gz"], "--out: expected a file to write, not compressed"),
+        (["--method", "sequential"], "--method: only with --players responses"),
+    ],
+)
+def test_bad_settings_of_elo(tmp_path, monkeypatch, capsys, more, message):
+    line = {"prompt": "P", "chosen": "a", "rejected": "b", "policy": ["x", "y"]}
+    path = write_jsonl(tmp_path / "judged.jsonl", [line])
+    assert run(monkeypatch, "elo", "--data", path, *more) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_person_has_one_terminal_and_nine_keys(tmp_path, monkeypatch, capsys):
+    many = {"prompt": "P", "responses": [f"{k}" for k in range(10)]}
+    source = write_jsonl(tmp_path / "samples.jsonl", [many])
+    args = ["--samples", source, "--annotator", "terminal", "--out_dir", tmp_path / "out"]
+    assert run(monkeypatch, *args) == 2
+    assert "samples.jsonl:1: responses: 10; nine keys" in capsys.readouterr().err
+    monkeypatch.setattr(annotate, "Run", lambda cfg: SimpleNamespace(world=2))
+    assert run(monkeypatch, *args) == 2
+    assert "there is one terminal" in capsys.readouterr().err

@@ -1,29 +1,35 @@
-"""collapse.py: utilities and optimal rewards against vectors, brute force, closed forms; the whole
-script."""
+"""collapse.py: its loss, utilities and optimal rewards against vectors, brute force and closed
+forms; the whole script."""
 
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import gradient, metrics, read_lines, run_script, weights, write_jsonl
+from conftest import (
+    gradient, metrics, read_lines, run_script, same_run, terminate_at, write_jsonl,
+)  # fmt: skip
 from ranks import on_ranks
 
 import collapse
 import reward
+import run as runs
 from collapse import distance_to_limit, limit_law, optimal_rewards, utility, wasserstein
-from model import load_config
+from feedback import grouped_batches, row_lengths
+from model import load_config, load_model, load_tokenizer, text_of
 
 SMOOTH = {"log": 0.1, "inverse_power": 0.1, "power": 0.1, "linear": 0.0, "log_sigmoid": 0.0}
 
 
 def run(monkeypatch, *args):
     return run_script(collapse, monkeypatch, *args)
+
+
+def report_of(out):
+    return json.loads((out / "report.json").read_text())
 
 
 def tensor(*values):
@@ -51,10 +57,31 @@ def total(rewards, U):
 def test_loss_vectors(name, parameter, loss, slopes):
     """methods.md H: the authors' smoothed utilities at rewards .9, .6, .2."""
     rewards = tensor(0.9, 0.6, 0.2)[None].requires_grad_()
-    found = collapse.ranking_loss(rewards, utility(name, parameter, SMOOTH[name]))
+    U = utility(name, parameter, SMOOTH[name])
+    wrong = utility("linear" if name == "log" else "log", None, 0.1)  # no row is of its kind
+    found = collapse.prompt_aware_loss(rewards, torch.tensor([False]), {"open": U, "closed": wrong})
     assert found.item() == pytest.approx(loss, abs=1e-6)
     found.sum().backward()
     assert rewards.grad[0].tolist() == pytest.approx(slopes, abs=1e-6)
+
+
+def test_each_row_has_its_kinds_utility():
+    """A batch of both kinds is as its rows alone; a closed row's gradient knows nothing of the open
+    utility."""
+    utilities = {"open": utility("inverse_power", None, 0.1), "closed": utility("linear")}
+    torch.manual_seed(0)
+    rewards = torch.rand(6, 5, dtype=torch.float64, requires_grad=True)
+    closed = torch.tensor([True, False, False, True, True, False])
+    found = collapse.prompt_aware_loss(rewards, closed, utilities)
+    (slopes,) = torch.autograd.grad(found.sum(), rewards)
+    for row, is_closed, loss, slope in zip(rewards, closed, found, slopes, strict=True):
+        U = utilities["closed" if is_closed else "open"]
+        alone = -total(row, U) / 10
+        assert loss.item() == pytest.approx(alone, rel=1e-12)
+        x = row.detach().clone().requires_grad_()
+        pairs = [U(x[i] - x[j]) for i, j in itertools.combinations(range(5), 2)]
+        (expected,) = torch.autograd.grad(-sum(pairs) / 10, x)
+        assert (slope - expected).abs().max() < 1e-12
 
 
 def test_straight_below_zero():
@@ -285,6 +312,9 @@ def test_limit_laws():
         found = collapse.beta_quantiles(a, 100_000)
         assert found.var(correction=0).item() == pytest.approx(1 / (4 * (2 * a + 1)), abs=1e-5)
         assert (found.diff() >= 0).all() and (found + found.flip(0) - 1).abs().max() < 1e-9
+        law = collapse.law_density(a)
+        assert law.mean() == pytest.approx(1, abs=1e-9) and law[3] == pytest.approx(law[16])
+        assert law == pytest.approx(np.histogram(found, 20, (0, 1), density=True)[0], abs=2e-3)
     levels = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     arcsine = torch.sin(math.pi * levels / 2) ** 2
     assert (collapse.beta_quantiles(0.5, 1000) - arcsine).abs().max() < 1e-6
@@ -336,7 +366,7 @@ def flags(data, out, *more):
 
 
 LONG = ["--epochs", 2, "--batch_size", 6, "--save_every", 3, "--eval_every", 3, "--log_every", 2]
-KEEP = "collapse.shutil.rmtree = lambda *args, **kwargs: None\n"
+KEEP = "import run\nrun.shutil.rmtree = lambda *args, **kwargs: None\n"
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +385,7 @@ def test_ranks_and_accumulation_take_the_same_gradient(data, tmp_path, monkeypat
     args += ["--data", tmp_path / "thirteen.jsonl"]
     write_jsonl(tmp_path / "thirteen.jsonl", read_lines(data / "rankings.jsonl")[:13])
     with monkeypatch.context() as patch:
-        patch.setattr(collapse.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(runs.shutil, "rmtree", lambda *args, **kwargs: None)
         assert run(patch, *flags(data, tmp_path / "one", *args)) == 0
         more = ["--micro_batch_size", 4]
         assert run(patch, *flags(data, tmp_path / "accumulated", *args, *more)) == 0
@@ -376,23 +406,21 @@ def test_the_loss_is_the_formula(data, tmp_path, monkeypatch):
     """One batch of all lines: the logged loss, pair by pair from the head's outputs; half of the
     penalty, as of the learning rate, at the first of two steps of warm-up."""
     seen = []
+    real = collapse.prompt_aware_loss
 
-    real = collapse.ranking_loss
-
-    def spy(rewards, utility):
+    def spy(rewards, closed, utilities):
         seen.append(rewards.detach().double())
-        return real(rewards, utility)
+        return real(rewards, closed, utilities)
 
-    monkeypatch.setattr(collapse, "ranking_loss", spy)
+    monkeypatch.setattr(collapse, "prompt_aware_loss", spy)
     args = ["--steps", 1, "--batch_size", 21, "--normalise_with", "none", "--eval_every", 0]
     args += ["--label_smoothing", 0.1, "--logit_penalty", 0.04, "--warmup", 2]
     assert run(monkeypatch, *flags(data, tmp_path / "run", *args)) == 0
     rewards = seen[0]  # (B, n)
-    examples, _, _ = collapse.read_rankings(
-        data / "rankings.jsonl", collapse.load_tokenizer(data / "policy"), 96, False, 0
-    )
-    lengths = collapse.row_lengths(examples, collapse.load_model(data / "policy").config.n_embd)
-    order = collapse.grouped_batches(lengths, 21, [0, 0])[0]
+    tokenizer = load_tokenizer(data / "policy")
+    examples = collapse.read_rankings(data / "rankings.jsonl", tokenizer, 96)
+    lengths = row_lengths(examples, load_model(data / "policy").config.n_embd)
+    order = grouped_batches(lengths, 21, [0, 0])[0]
     losses = []
     for row, i in zip(rewards.tolist(), order, strict=True):
         pairs = [a - b for a, b in itertools.combinations(row, 2)]
@@ -405,44 +433,6 @@ def test_the_loss_is_the_formula(data, tmp_path, monkeypatch):
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(sum(losses) / 21, rel=1e-5)
 
 
-@pytest.mark.parametrize("moment", [2, 5])
-def test_kill_and_resume(data, tmp_path, uninterrupted, moment):
-    args = flags(data, tmp_path / "run", *LONG, "--resume")
-    code = (
-        "import signal\nreal = collapse.learning_rate\n"
-        "def rate(step, total, cfg):\n"
-        f"    if step + 1 == {moment}:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(step, total, cfg)\n"
-        f"collapse.learning_rate = rate\nsys.argv = {['collapse.py', *args]!r}\ncollapse.main()\n"
-    )
-    first = on_ranks("collapse", code, 1)
-    assert first.returncode == -signal.SIGKILL, first.stderr
-    with pytest.MonkeyPatch.context() as patch:
-        assert run(patch, *args) == 0
-    assert weights(tmp_path / "run") == weights(uninterrupted)
-    assert metrics(tmp_path / "run") == metrics(uninterrupted)
-
-
-@pytest.mark.parametrize("where, call", [("learning_rate", 4), ("score_rows", 3)])
-def test_sigterm_saves_and_resumes(data, tmp_path, monkeypatch, uninterrupted, where, call):
-    args = flags(data, tmp_path / "run", *LONG, "--resume")
-    with monkeypatch.context() as patch:
-        real, calls = getattr(collapse, where), []
-
-        def interrupted(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == call:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(*args, **kwargs)
-
-        patch.setattr(collapse, where, interrupted)
-        assert run(patch, *args) == 128 + signal.SIGTERM
-    assert run(monkeypatch, *args) == 0
-    assert weights(tmp_path / "run") == weights(uninterrupted)
-    assert metrics(tmp_path / "run")[-1] == metrics(uninterrupted)[-1]
-
-
 def test_two_lines_are_interpolated(data, tmp_path, monkeypatch):
     """Both end at the optimum of their kind; a run that was stopped remembers when it got there."""
     write_jsonl(tmp_path / "two.jsonl", read_lines(data / "rankings.jsonl")[:2])
@@ -450,62 +440,49 @@ def test_two_lines_are_interpolated(data, tmp_path, monkeypatch):
     args += ["--validation", "", "--closed_utility", "log", "--save_every", 50]
     args += ["--logit_penalty", 1e-4]
     assert run(monkeypatch, *flags(data, tmp_path / "whole", *args)) == 0
-    report = json.loads((tmp_path / "whole/report.json").read_text())
-    assert 0 < report["interpolated_at"] < 100 and "eval" not in report
+    report = report_of(tmp_path / "whole")
+    assert 0 < report["interpolated_at"] < 100
+    assert not any(name.startswith("eval") for name in report)
     for kind in collapse.KINDS:
-        assert report["train"][kind]["deviation"] < 0.02
+        assert report[f"train_{kind}_deviation"] < 0.02
     stopped = flags(data, tmp_path / "run", *args, "--resume")
     with monkeypatch.context() as patch:
-        real = collapse.learning_rate
-
-        def rate(step, total, cfg):
-            if step == 120:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(step, total, cfg)
-
-        patch.setattr(collapse, "learning_rate", rate)
-        assert run(patch, *stopped) == 128 + signal.SIGTERM
-    assert run(monkeypatch, *stopped) == 0
-    again = json.loads((tmp_path / "run/report.json").read_text())
-    assert again["interpolated_at"] == report["interpolated_at"]
-    assert again["train"] == report["train"]
-
-
-def test_nan_stops_before_the_update(data, tmp_path):
-    argv = ["collapse.py", *flags(data, tmp_path / "run", *LONG)]
-    code = (
-        "real, calls = collapse.ranking_loss, []\n"
-        "def poisoned(*args, **kwargs):\n"
-        "    calls.append(1)\n"
-        "    bad = len(calls) > 4 and os.environ['RANK'] == '1'\n"
-        "    return real(*args, **kwargs) * (float('nan') if bad else 1)\n"
-        f"collapse.ranking_loss = poisoned\nsys.argv = {argv!r}\ncollapse.main()\n"
-    )
-    done = on_ranks("collapse", code)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+        terminate_at(patch, collapse, "schedule", 121)
+        assert run(patch, *stopped) == 143
     assert not (tmp_path / "run/report.json").exists()
-    assert "step 2: the gradient is nan on the batch of lines" in done.stderr
+    assert run(monkeypatch, *stopped) == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+    again = report_of(tmp_path / "run")
+    assert again["interpolated_at"] == report["interpolated_at"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_precisions(data, tmp_path, monkeypatch, dtype, uninterrupted):
     assert run(monkeypatch, *flags(data, tmp_path / "run", *LONG, "--dtype", dtype)) == 0
-    found, expected = metrics(tmp_path / "run")[-1], metrics(uninterrupted)[-1]
+    found, expected = report_of(tmp_path / "run"), report_of(uninterrupted)
     tolerance = 1e-4 if dtype == "float64" else 0.05
     for kind in collapse.KINDS:
         assert found[f"train_{kind}"] == pytest.approx(expected[f"train_{kind}"], abs=tolerance)
-    assert metrics(tmp_path / "run")[-1]["train_open"] != metrics(tmp_path / "run")[0]["train_open"]
+    before = metrics(tmp_path / "run")[0]
+    assert before["step"] == 0 and found["train_open"] != before["train_open"]
 
 
-def test_a_run_is_a_reward_model(data, uninterrupted, monkeypatch, tmp_path, capsys):
-    """Its statistics are of sigmoids, and reward.py scores with it."""
+def test_a_run_is_a_reward_model(data, uninterrupted, monkeypatch, tmp_path):
+    """Its statistics are of sigmoids, and reward.py scores with it. The report is what the last
+    evaluation logged, and the optima."""
     config = load_config(uninterrupted)
     assert config["score_transform"] == "sigmoid" and config["stage"] == "reward"
     assert 0 < config["reward_mean"] < 1
-    report = json.loads((uninterrupted / "report.json").read_text())
-    assert set(report["train"]) == {"open", "closed", "w1"} and report["step"] == 8
-    assert sum(report["train"]["open"]["histogram"]) == 4 * 11
-    assert not list(uninterrupted.glob("checkpoint-*"))
+    report = report_of(uninterrupted)
+    *_, train, held = metrics(uninterrupted)
+    assert train.items() <= report.items() and held.items() <= report.items()
+    assert "train_w1" in train and "eval_w1" in held and report["step"] == 8
+    assert sum(report["train_open_histogram"]) == 4 * report["train_open_prompts"] == 4 * 11
+    U = collapse.scaled(utility("inverse_power", None, 0.1))
+    assert report["open_optimum"] == optimal_rewards(4, U).tolist()
+    assert report["closed_optimum"] == [1, 1, 0, 0]
+    gaps = np.abs(np.subtract(report["eval_open"], report["open_optimum"]))
+    assert report["eval_open_deviation"] == pytest.approx(gaps.max())
     out = tmp_path / "scored.jsonl"
     args = ["score", "--init", uninterrupted, "--data", data / "held.jsonl", "--out", out]
     assert run_script(reward, monkeypatch, *args, "--device", "cpu") == 0
@@ -514,7 +491,7 @@ def test_a_run_is_a_reward_model(data, uninterrupted, monkeypatch, tmp_path, cap
     held = read_lines(data / "held.jsonl")
     for kind in collapse.KINDS:
         rows = [r for r, line in zip(rewards, held, strict=True) if line["kind"] == kind]
-        assert np.mean(rows, 0).tolist() == pytest.approx(report["eval"][kind]["mean"], abs=1e-4)
+        assert np.mean(rows, 0).tolist() == pytest.approx(report[f"eval_{kind}"], abs=1e-4)
 
 
 def test_describe():
@@ -523,14 +500,15 @@ def test_describe():
     rewards = [[0.9, 0.5, 0.2], [1.0, 1.0, 0.0], [0.7, 0.8, 0.0], [1.0, 0.0, 0.0]]
     optima = {"open": [1.0, 0.5, 0.0], "closed": [1.0, 0.5, 0.0]}
     found = collapse.describe_rewards(examples, rewards, optima)
-    assert found["open"]["mean"] == pytest.approx([0.8, 0.65, 0.1])
-    assert found["open"]["std"] == pytest.approx([0.1, 0.15, 0.1])
-    assert found["open"]["accuracy"][0] == pytest.approx(5 / 6)
-    assert found["closed"]["accuracy"][0] == pytest.approx(5 / 6)  # two ties
-    assert found["open"]["deviation"] == pytest.approx(0.2)
+    assert found["open"] == pytest.approx([0.8, 0.65, 0.1])
+    assert found["open_std"] == pytest.approx([0.1, 0.15, 0.1])
+    assert found["open_accuracy"] == pytest.approx(5 / 6)
+    assert found["closed_accuracy"] == pytest.approx(5 / 6)  # two ties
+    assert found["open_deviation"] == pytest.approx(0.2) and found["open_prompts"] == 2
     assert found["w1"] == pytest.approx((0.2 + 0.15 + 0.1) / 3)
-    assert found["closed"]["histogram"] == [3, 0, 0, 0, 0, 0, 0, 0, 0, 3]
-    assert collapse.describe_rewards(examples[:1], rewards[:1], optima)["w1"] is None
+    assert found["closed_histogram"] == [3, 0, 0, 0, 0, 0, 0, 0, 0, 3]
+    alone = collapse.describe_rewards(examples[:1], rewards[:1], optima)
+    assert "w1" not in alone and "closed" not in alone
 
 
 @pytest.mark.parametrize(
@@ -553,7 +531,7 @@ def test_bad_lines(data, tmp_path, monkeypatch, capsys, change, message):
 
 def test_which_lines_are_read(data, tmp_path, capsys):
     """Thinned, dropped, cut: each counted."""
-    tokenizer = collapse.load_tokenizer(data / "policy")
+    tokenizer, said = load_tokenizer(data / "policy"), []
     line = {"prompt": "How do I make tea?", "kind": "open"}
     words = [" a", " bb", " cc", " d", " e", " f"]
     lines = [
@@ -565,43 +543,41 @@ def test_which_lines_are_read(data, tmp_path, capsys):
         line | {"prompt": "My cousin sold my lamp. " * 20, "responses": words[:4]},
     ]
     path = write_jsonl(tmp_path / "some.jsonl", lines)
-    found, n, counts = collapse.read_rankings(path, tokenizer, 32, False, 0)
-    assert (len(found), n) == (3, 4)
-    assert counts == {
-        "texts cut": 1,
-        "lines with fewer": 1,
-        "with one too long": 1,
-        "with equal ones": 1,
-    }
-    thin = [collapse.text_of(tokenizer, list(ids)[:-1]) for ids in found[1]["responses"]]
+    found = collapse.read_rankings(path, tokenizer, 32, say=said.append)
+    counts = "1 texts cut, 1 lines with fewer, 1 with one too long, 1 with equal ones"
+    assert said == [f"{path}: 3 lines of 4 responses; {counts}"]
+    thin = [text_of(tokenizer, list(ids)[:-1]) for ids in found[1]["responses"]]
     assert thin == [" a", " bb", " d", " f"]
     longest = max(map(len, found[2]["responses"]))
     assert len(found[2]["prompt"]) + longest == 32
-    found, _, counts = collapse.read_rankings(path, tokenizer, 32, True, 4)
-    assert len(found) == 4 and counts["texts cut"] == 3  # a response, and its prompt
+    found = collapse.read_rankings(path, tokenizer, 32, "cut", 4, said.append)
+    assert len(found) == 4 and "; 3 texts cut, " in said[1]  # a response, and its prompt
     assert max(map(len, found[2]["responses"])) == 31 and len(found[2]["prompt"]) == 1
     with pytest.raises(SystemExit):
-        collapse.read_rankings(path, tokenizer, 32, False, 7)
+        collapse.read_rankings(path, tokenizer, 32, "drop", 7)
     assert "none of its 6 lines can be learnt from (0 texts cut, 6" in capsys.readouterr().err
+    assert collapse.read_rankings("", tokenizer, 32) == []
 
 
 def test_other_ways_to_train(data, tmp_path, monkeypatch, capsys):
     """Noise, cut responses, few lines evaluated, another n, a reward model that goes on."""
     more = ["--label_noise", 0.5, "--overlong", "cut", "--max_length", 24, "--eval_lines", 4]
     assert run(monkeypatch, *flags(data, tmp_path / "run", *LONG, *more)) == 0
-    report = json.loads((tmp_path / "run/report.json").read_text())
-    assert sum(report["train"][kind]["prompts"] for kind in collapse.KINDS) == 4
+    report = report_of(tmp_path / "run")
+    assert sum(report[f"train_{kind}_prompts"] for kind in collapse.KINDS) == 4
     again = ["--init", tmp_path / "run", "--num_responses", 3]
     assert run(monkeypatch, *flags(data, tmp_path / "on", *LONG, *again)) == 2
     assert "--normalise_with must name a policy, or none" in capsys.readouterr().err
     again += ["--normalise_with", data / "policy"]
     assert run(monkeypatch, *flags(data, tmp_path / "on", *LONG, *again)) == 0
-    report = json.loads((tmp_path / "on/report.json").read_text())
-    assert len(report["train"]["open"]["mean"]) == 3
-    runs = [tmp_path / "on"] * 7
-    assert run(monkeypatch, "plot", *runs, "--out", tmp_path / "seven") == 0
-    assert "no figure of more than six runs" in capsys.readouterr().out
-    assert not (tmp_path / "seven.png").exists()
+    report = report_of(tmp_path / "on")
+    assert len(report["train_open"]) == 3 == len(report["open_optimum"])
+    two = f"{data / 'rankings.jsonl'},{data / 'held.jsonl'}"  # eight responses, thinned to four
+    more = ["--data", two, "--validation", "", "--steps", 1, "--normalise_with", "none"]
+    assert run(monkeypatch, *flags(data, tmp_path / "two", *more)) == 0
+    report = report_of(tmp_path / "two")
+    assert report["train_open_prompts"] + report["train_closed_prompts"] == 21 + 8
+    assert "reward_mean" not in report and "reward_mean" not in load_config(tmp_path / "two")
 
 
 def test_noise():
@@ -623,18 +599,14 @@ def test_noise():
         (["--open_utility", "cubic"], "--open_utility cubic: expected linear, log"),
         (["--closed_utility", "power:2"], "--closed_utility power:2: expected a parameter"),
         (["--closed_utility", "power:x"], "--closed_utility power:x: "),
-        (["--epsilon", "0"], "--epsilon: expected more than 0"),
-        (["--lr", "0"], "--lr: expected more than 0"),
+        (["--epsilon", "0"], "--epsilon: expected a number in (0, inf)"),
+        (["--lr", "0"], "--lr: expected a number in (0, inf)"),
         (["--data", ""], "--data: expected a file"),
         (["--init", "nowhere"], "nowhere"),
-        (["--label_smoothing", "0.5"], "--label_smoothing: less than 0.5"),
-        (["--batch_size", "0"], "expected more than 0"),
         (["--open_utility", "inverse_power:400"], "--open_utility inverse_power:400: "),
-        (["--num_responses", "1"], "--num_responses: expected 0, or 2 or more"),
+        (["--num_responses", "1"], "--num_responses: 0, or 2 or more"),
         (["--num_responses", "5"], "can be learnt from"),
-        (["--num_prompts", "1"], "--num_prompts: expected 2 or more"),
-        (["--label_noise", "1.1"], "--label_noise: 1 at most"),
-        (["--overlong", "keep"], "--overlong: expected drop or cut"),
+        (["--label_noise", "1.1"], "--label_noise: expected a number in [0, 1]"),
     ],
 )
 def test_bad_flags(data, tmp_path, monkeypatch, capsys, args, message):
@@ -655,24 +627,10 @@ def test_optimum_command(tmp_path, monkeypatch, capsys):
     ]
     assert rows[2]["rewards"][1] == pytest.approx(0.723607, abs=1e-6)
     assert rows[2]["limit"] == "Beta(0.5, 0.5)" and rows[5]["limit"] is None
-    assert (tmp_path / "figures/optima.png").stat().st_size > 10_000
+    assert rows[0]["law"] is None and len(rows[2]["law"]) == 20
     assert "| log | 4 | 0.1500 | 0.2500 |" in (tmp_path / "figures/optima.md").read_text()
     assert run(monkeypatch, "optimum", "--sizes", "4,x", "--out", out) == 2
     assert run(monkeypatch, "optimum", "--utilities", "cubic", "--out", out) == 2
     capsys.readouterr()
     assert run(monkeypatch, "optimum", "--utilities", "power:0.999", "--out", out) == 2
     assert "--utilities power:0.999: n = 8: the utility is not" in capsys.readouterr().err
-
-
-def test_plot_command(uninterrupted, data, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "figures/collapse"
-    assert run(monkeypatch, "plot", uninterrupted, "--out", out) == 0
-    text = (tmp_path / "figures/collapse.md").read_text()
-    assert text.count(f"| {uninterrupted} | inverse_power | linear |") == 4  # two of them early
-    assert (tmp_path / "figures/collapse.png").stat().st_size > 10_000
-    assert run(monkeypatch, "plot", uninterrupted, uninterrupted, "--out", out) == 0
-    text = (tmp_path / "figures/collapse.md").read_text()
-    assert text.count(f"| {uninterrupted} | inverse_power | linear |") == 8
-    assert run(monkeypatch, "plot", data, "--out", out) == 2
-    assert "not a finished run of collapse.py" in capsys.readouterr().err
-    assert run(monkeypatch, "plot", "--runs", "", "--out", out) == 2

@@ -1,23 +1,35 @@
-"""evaluate.py: estimators against brute force and known truths; the whole script; figures."""
+"""evaluate.py: estimators against brute force and known truths; the whole script; its report."""
 
 import itertools
 import json
 import math
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_lines, run_script, write_jsonl
+from conftest import ROOT, read_lines, run_script, terminate_at, write_jsonl
 from ranks import on_ranks
 
 import evaluate
-import reward
+from feedback import add_scalar_head
 from model import generate, load_model, load_tokenizer, save_model
+from run import Run
+
+STATISTICS = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
 
 
 def run(monkeypatch, *args):
     return run_script(evaluate, monkeypatch, *args)
+
+
+@pytest.fixture
+def a_run():
+    """A Run of a Config, without a directory."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield lambda **settings: Run(evaluate.Config(device="cpu", **settings))
+    signal.signal(signal.SIGTERM, handler)
 
 
 # --- best of n ------------------------------------------------------------------------------------
@@ -68,17 +80,20 @@ def test_best_of_n_on_known_laws():
 
 
 def test_choose_best():
-    samples, scores = [["a", "b", "c", "d"]], [[1.0, 3.0, 2.0, 2.0]]
+    samples, scores = [["a", "b", "c", "d"]], np.array([[1.0, 3.0, 2.0, 2.0]])
     assert evaluate.choose_best(samples, scores, 2) == [["b", "c"]]
     assert evaluate.choose_best(samples, scores, 4) == [["b"]]
-    unended = [[math.nan, -3.0, math.nan, math.nan]]
+    unended = np.array([[math.nan, -3.0, math.nan, math.nan]])
     assert evaluate.choose_best(samples, unended, 2) == [["a", "c"]]  # -3 is the floor of all
-    assert evaluate.fill_missing([[[0.5, math.nan]], [[-2.0]], [[math.nan]]]) == [
-        [[0.5, -2.0]],
-        [[-2.0]],
-        [[-2.0]],
-    ]
-    assert evaluate.fill_missing([[[math.nan, 3.0]]]) == [[[-1.0, 3.0]]]
+
+
+def test_fill_missing():
+    """One floor for all tables: the lowest score of what ended, -1 at most."""
+    tables = [np.array([[0.5, math.nan]]), np.array([[-2.0]]), np.array([[math.nan]])]
+    found = [table.tolist() for table in evaluate.fill_missing(tables)]
+    assert found == [[[0.5, -2.0]], [[-2.0]], [[-2.0]]]
+    (found,) = evaluate.fill_missing([np.array([[math.nan, 3.0]])])
+    assert found.tolist() == [[-1.0, 3.0]]
 
 
 # --- win rates ------------------------------------------------------------------------------------
@@ -130,18 +145,18 @@ def judged_by_length(rng, prompts, K, skewed):
 
 def test_length_control_removes_a_planted_effect():
     """A is longer, and length is all that the judge sees: raw win rate far from one half, at equal
-    length one half, its interval covering that in 92 to 98% of 500 simulations of hard verdicts."""
+    length one half, its interval covering that in 92 to 98% of 250 simulations of hard verdicts."""
     rng, inside, raw, controlled = np.random.default_rng(0), 0, [], []
-    for seed in range(500):
+    for seed in range(250):
         wins, *pairs = judged_by_length(rng, 200, 1, skewed=False)
         wins = (rng.random(200) < wins).astype(float)
-        rate, low, high = evaluate.length_controlled_win_rate(wins, *pairs, 100, seed)
+        rate, low, high = evaluate.length_controlled_win_rate(wins, *pairs, 80, seed)
         inside += low <= 0.5 <= high
         raw.append(wins.mean())
         controlled.append(rate)
-    print(f"raw {np.mean(raw):.3f}, controlled {np.mean(controlled):.3f}, coverage {inside / 500}")
+    print(f"raw {np.mean(raw):.3f}, controlled {np.mean(controlled):.3f}, coverage {inside / 250}")
     assert np.mean(raw) > 0.58 and np.mean(controlled) == pytest.approx(0.5, abs=0.01)
-    assert 0.92 <= inside / 500 <= 0.98
+    assert 0.92 <= inside / 250 <= 0.98
 
 
 def test_length_control_of_several_samples_of_skewed_lengths():
@@ -164,6 +179,9 @@ def test_length_control_leaves_quality():
     assert none == [None, None, None]
     same = evaluate.length_controlled_win_rate(wins, lengths[0], lengths[0], replicates=0)
     assert same[0] == pytest.approx(wins.mean(), abs=1e-3)
+    # Each prompt weighs the same, however many its pairs are.
+    pairs = [1, 1, 1, 0], [5, 5, 5, 5], [5, 5, 5, 5], [0, 0, 0, 1]
+    assert evaluate.length_controlled_win_rate(*pairs)[0] == pytest.approx(0.5)
 
 
 def test_fit_logistic():
@@ -191,16 +209,8 @@ def test_ratings():
     assert evaluate.ratings_of(wins)[0][1:] == [None, None]
 
 
-def test_distinct():
-    """methods.md I 23: two texts, seven words, three different; five pairs, three different."""
-    texts = ["a b a b", "a b c"]
-    assert evaluate.distinct(texts, 1) == pytest.approx(0.428571, abs=1e-6)
-    assert evaluate.distinct(texts, 2) == pytest.approx(0.6)
-    assert evaluate.distinct(["", "a"], 2) == 0.0
-
-
 def test_entropy_of_words():
-    """The same texts: a, b three times each of seven words, c once; pairs ab x3, ba, bc of five."""
+    """Of seven words a and b three times each, c once; of five pairs ab thrice, ba, bc."""
     texts = ["a b a b", "a b c"]
     words = [3 / 7, 3 / 7, 1 / 7]
     expected = -sum(p * math.log(p) for p in words)
@@ -212,13 +222,9 @@ def test_entropy_of_words():
 # --- KL -------------------------------------------------------------------------------------------
 
 
-def evaluation_config(**settings):
-    return evaluate.Config(**settings)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_kl_and_entropy_are_exact(small_gpt, temperature):
-    """Every response of up to 3 tokens, with its probability: the means of `kl_and_entropy` are the
+def test_kl_and_entropy_are_exact(small_gpt, a_run, temperature):
+    """Every response of up to 3 tokens, with its probability: the means of `divergences` are the
     sums of p log(p / q) and of -p log p over them, to 1e-9."""
     policy = small_gpt(vocab_size=4, dtype=torch.float64, initializer_range=0.6)
     reference = small_gpt(vocab_size=4, dtype=torch.float64, initializer_range=0.6, seed=1)
@@ -238,56 +244,116 @@ def test_kl_and_entropy_are_exact(small_gpt, temperature):
     q = np.array([log_probability(reference, r, 1.0) for r in responses])
     assert np.exp(p).sum() == pytest.approx(1)
     samples = [[{"prompt_ids": prompt, "ids": response} for response in responses]]
-    cfg, cpu = evaluation_config(micro_batch_size=5), torch.device("cpu")
-    arguments = (temperature, cfg, cpu, 0, 1)
-    (kl,), (entropy,) = evaluate.kl_and_entropy(policy, reference, samples, *arguments)
+    run = a_run(micro_batch_size=5)
+
+    def both(model, T):
+        found = evaluate.divergences(model, reference, samples, T, run)
+        return found["kl"][0], found["entropy"][0]
+
+    kl, entropy = both(policy, temperature)
     assert np.exp(p) @ kl == pytest.approx(np.exp(p) @ (p - q), abs=1e-9)
     assert np.exp(p) @ entropy == pytest.approx(-np.exp(p) @ p, abs=1e-9)
-    greedy = (0.0, *arguments[1:])
-    (kl,), (entropy,) = evaluate.kl_and_entropy(policy, reference, samples, *greedy)
+    kl, entropy = both(policy, 0.0)
     assert kl == pytest.approx(-q, abs=1e-9) and set(entropy) == {0.0}
-    (zero,), _ = evaluate.kl_and_entropy(policy, policy, samples, 1.0, *arguments[1:])
+    zero, _ = both(reference, 1.0)
     assert zero == pytest.approx(np.zeros(len(zero)), abs=1e-12)
 
 
-def test_equal_texts_are_ties_whoever_wrote_them(small_gpt):
+def test_equal_texts_are_ties_whoever_wrote_them(small_gpt, tokenizer, tmp_path, a_run):
     """Two policies say much the same, in other company: a reward model scores a text once."""
-    statistics = {"reward_mean": 0.0, "reward_std": 1.0, "score_transform": "identity"}
-    model = small_gpt(scalar_head=True, initializer_range=1.0)
-    judge = "model", model, None, statistics, {}
+    model = small_gpt(scalar_head=True, initializer_range=1.0, vocab_size=tokenizer.n_vocab)
+    save_model(tmp_path / "reward", model, tokenizer, STATISTICS)
+    judge = evaluate.Judge(str(tmp_path / "reward"), tokenizer, a_run(micro_batch_size=1))
     rng = np.random.default_rng(0)
 
-    def response(length):
-        return {"ids": rng.integers(1, 50, length).tolist(), "ended": True}
+    def response(prompt, length):
+        ids = rng.integers(1, 50, length).tolist()
+        return {"prompt_ids": prompt, "ids": ids, "ended": True}
 
     prompts = [rng.integers(1, 50, 4 + n).tolist() for n in range(8)]
-    shared = [response(3 + n) for n in range(8)]
-    ours = [[response(9), same, same] for same in shared]
-    theirs = [[same, response(2 + n)] for n, same in enumerate(shared)]
-    for table in (ours, theirs):
-        for prompt, some in zip(prompts, table, strict=True):
-            some[:] = [sample | {"prompt_ids": prompt} for sample in some]
-    device, none = torch.device("cpu"), evaluate.nullcontext()
-    cfg = evaluate.Config(micro_batch_size=1)
-    a, b = (
-        evaluate.judge_samples(judge, prompts, table, cfg, device, none, 0, 1)
-        for table in (ours, theirs)
+    shared = [response(prompt, 3 + n) for n, prompt in enumerate(prompts)]
+    both = list(zip(prompts, shared, strict=True))
+    ours = [[response(prompt, 9), same, same] for prompt, same in both]
+    theirs = [[same, response(prompt, 2 + n)] for n, (prompt, same) in enumerate(both)]
+    a, b = judge(None, ours), judge(None, theirs)
+    assert a[:, 1].tolist() == a[:, 2].tolist() == b[:, 0].tolist()
+    assert len(judge.known) == 24 and len(set(a[:, 1])) == 8
+    theirs[0][0] = shared[0] | {"ended": False}
+    assert np.isnan(judge(None, theirs)).tolist() == [[True, False]] + [[False, False]] * 7
+
+
+def test_a_judge_of_two_texts(tmp_path, tokenizer, a_run):
+    """It is asked in both orders, with the prompt's fields, of each policy's first response."""
+    (tmp_path / "longer.py").write_text(
+        "def score(prompt, response, **fields): return 0\n"
+        "def compare(prompt, first, second, *, first_wins):\n"
+        "    return 1 if first_wins or len(first) > len(second) else 0.25\n"
     )
-    assert [row[1] for row in a] == [row[2] for row in a] == [row[0] for row in b]
-    assert len(judge[-1]) == 24 and len({row[1] for row in a}) == 8
+    judge = evaluate.Judge(str(tmp_path / "longer.py"), tokenizer, a_run())
+    lines = [{"prompt": "p", "first_wins": n == 2} for n in range(3)]
+    a = [[{"text": text}, {"text": "longest"}] for text in ("aaa", "a", "aa")]
+    b = [[{"text": text}] for text in ("bb", "bb", "bb")]
+    shares, order_decided = judge.compare(lines, a, b)
+    assert shares.tolist() == [0.875, 0.125, 0.5] and order_decided == pytest.approx(1 / 3)
+    assert judge.compare(lines, b, a)[0].tolist() == [0.125, 0.875, 0.5]
 
 
-def test_samples_are_those_of_generate(small_gpt, tokenizer):
+def test_samples_are_those_of_generate(small_gpt, tokenizer, a_run):
     """Ids, texts and endings in the order of the prompts, K to each."""
     model = small_gpt(vocab_size=tokenizer.n_vocab)
-    prompts = [{"prompt": text} for text in ("My car. My lamp.", "What?", "I feel sad.")]
-    cfg, cpu = evaluation_config(max_new_tokens=5, micro_batch_size=1), torch.device("cpu")
-    found = evaluate.sample_policy(model, tokenizer, prompts, 2, 0.0, 7, 90, cfg, cpu, 0, 1)
-    for line, some in zip(prompts, found, strict=True):
-        ids = tokenizer.encode_ordinary(line["prompt"])
+    texts = ("My car. My lamp.", "What?", "I feel sad.")
+    prompts = [({"prompt": text}, tokenizer.encode_ordinary(text)) for text in texts]
+    run = a_run(max_new_tokens=5, micro_batch_size=1)
+    found = evaluate.sample_policy(model, tokenizer, prompts, 0.0, 2, 7, run)
+    for (_, ids), some in zip(prompts, found, strict=True):
         tokens, mask = generate(model, [ids], 5, temperature=0, eos=tokenizer.eot_token)
         assert len(some) == 2 and some[0]["prompt_ids"] == ids
         assert some[0]["ids"] == some[1]["ids"] == tokens[0][mask[0]].tolist()
+
+
+# --- numbers by task, and as texts ----------------------------------------------------------------
+
+
+def test_differences_are_paired_by_prompt():
+    """Two tasks by hand, K = 2 and 1; a part that a policy lacks, or that a task lacks."""
+    cfg = evaluate.Config(bootstrap=100)
+    first = np.array([[1.0, 3.0], [5.0, 5.0], [0.0, 2.0]])
+    grids = {"gold": {"a": first, "b": np.array([[4.0], [7.0], [1.0]])}}
+    known = np.array([[1.0], [math.nan], [0.0]])
+    grids |= {
+        "harmless": {"a": known, "b": 1 - known},
+        "kl": {"b": np.array([[1.0], [2.0], [6.0]])},
+    }
+    found = evaluate.by_task(grids, {"x": [0, 1], "y": [2]}, "mean", "a", cfg)
+    assert found["gold"]["x"]["b"] == {"mean": [5.5, 4.0, 7.0], "over_first": [2.0, 2.0, 2.0]}
+    assert found["gold"]["x"]["a"]["over_first"] == [0, 0, 0]
+    assert found["gold"]["y"]["b"] == {"mean": [1, None, None], "over_first": [0, None, None]}
+    assert found["harmless"]["x"] == {}
+    assert found["harmless"]["y"]["b"]["over_first"] == [1, None, None]
+    assert found["kl"]["x"] == {"b": {"mean": [1.5, 1.0, 2.0], "over_first": None}}
+
+
+def test_numbers_as_texts():
+    """A column's numbers have the digits that its largest needs; empty columns are left out."""
+    assert evaluate.texts_of([0.5, None, [-0.25, -1.5, 2.0]]) == [
+        "0.500",
+        "",
+        "-0.250 [-1.500, 2.000]",
+    ]
+    assert evaluate.texts_of([[12.5, None, None], 0.126]) == ["12.50", "0.13"]
+    assert evaluate.texts_of([[1000.2, 990.0, 1010.0], [None, None, None]]) == [
+        "1000 [990, 1010]",
+        "",
+    ]
+    rows = evaluate.cells_of("policy", ["a", "b"], {"x": [1, 2], "none": [None, None]})
+    assert rows == [["policy", "x"], ("a", "1.00"), ("b", "2.00")]
+
+
+def test_policies_by_name():
+    parse = evaluate.parse_policy
+    assert parse("runs/a") == evaluate.Policy("runs/a", "runs/a", 1.0, 1, "")
+    name = "runs/a@best_of=4:runs/r@temperature=0.5"
+    assert parse(name) == evaluate.Policy(name, "runs/a", 0.5, 4, "runs/r")
 
 
 # --- the whole script -----------------------------------------------------------------------------
@@ -300,10 +366,9 @@ def setting(toy_data, policy_run, tokenizer, tmp_path_factory):
     lines = (toy_data / "prompts_test.jsonl").read_text().splitlines(keepends=True)[:24]
     (folder / "prompts.jsonl").write_text("".join(lines))
     torch.manual_seed(0)
-    policy = evaluate.load_policy(policy_run, "cpu")[0]
-    model = reward.add_scalar_head(policy)
-    statistics = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
-    save_model(folder / "reward", model, tokenizer, {"stage": "reward"} | statistics)
+    policy = load_model(policy_run)
+    reward = add_scalar_head(policy)
+    save_model(folder / "reward", reward, tokenizer, {"stage": "reward"} | STATISTICS)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -330,6 +395,7 @@ def setting(toy_data, policy_run, tokenizer, tmp_path_factory):
     ]
     args += ["--prompts", folder / "prompts.jsonl", "--max_new_tokens", 8, "--device", "cpu"]
     args += ["--best_of_n", 4, "--proxy", folder / "reward", "--bootstrap", 100]
+    args += ["--micro_batch_size", 8]  # three chunks of prompts
     args = list(map(str, args))
     with pytest.MonkeyPatch.context() as patch:
         assert run(patch, *args, "--out_dir", folder / "out", "--report", folder / "all.md") == 0
@@ -371,6 +437,15 @@ def test_a_whole_evaluation(setting, policy_run):
     assert min(scores) <= means[0] <= max(scores)
     gap = rows["benign"][other]["score"][0] - rows["benign"][first]["score"][0]
     assert rows["benign"][other]["over_first"][0] == pytest.approx(gap)
+    # The same of what explains gold, and of what all samples have.
+    parts = report["parts_by_task"]
+    assert set(parts["harmless"]["harmful"]) == set(report["policies"])
+    assert parts["harmless"]["summary"] == parts["harmless"]["all"] == {}
+    for name in (first, other):
+        assert parts["kl"]["all"][name]["mean"] == report["policies"][name]["kl"]
+    assert best not in parts["kl"]["all"]
+    gap = parts["eos"]["all"][greedy]["over_first"][0]
+    assert gap == pytest.approx(report["policies"][greedy]["eos"] - sft["eos"])
     lines = read_lines(folder / "out/samples-0.jsonl")
     assert lines[0]["policy"] == str(policy_run) and len(lines[0]["responses"]) <= 4
     words = [len(response.split()) for line in lines for response in line["responses"]]
@@ -379,11 +454,11 @@ def test_a_whole_evaluation(setting, policy_run):
     assert [row["n"] for row in curve] == [1, 2, 3, 4] and curve[0]["gold_gain"][0] == 0
     assert curve[3]["proxy"][0] > curve[0]["proxy"][0]
     text = (folder / "all.md").read_text()
-    for words in ("## Win rates by gold", "## Best of n", "## Side by side", "at most 0.64", "Elo"):
+    for words in ("## Win rates by gold, at equal length", "## Best of n", "## Side by side"):
+        assert words in text
+    for words in ("| KL at most |", "Elo by gold", "## What responses are like: harmful"):
         assert words in text
     assert "(no EOS)" in text and "The order of the two decided in 100.0%" in text
-    heads = text.split("| policy |")[1].split("\n")[0]
-    assert heads.count("|") == text.split("| policy |")[1].split("\n")[2].count("|") - 2
     for figure in ("out/score_by_kl.png", "out/best_of_n.png"):
         assert f"]({figure})" in text and (folder / figure).stat().st_size > 1000
 
@@ -393,20 +468,48 @@ def test_two_ranks_report_the_same(setting, tmp_path):
     argv = ["evaluate.py", *args, "--out_dir", str(tmp_path / "two")]
     done = on_ranks("evaluate", f"sys.argv = {argv!r}\nevaluate.main()\n")
     assert done.returncode == 0, done.stderr[-3000:]
-    one = json.loads((folder / "out/report.json").read_text())
-    two = json.loads((tmp_path / "two/report.json").read_text())
-    assert (folder / "out/samples-1.jsonl").read_bytes() == (
-        tmp_path / "two/samples-1.jsonl"
-    ).read_bytes()
+    one, two = (
+        json.loads((out / "report.json").read_text()) for out in (folder / "out", tmp_path / "two")
+    )
+    for n in range(4):
+        name = f"samples-{n}.jsonl"
+        assert (folder / "out" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     for name, found in one["policies"].items():
         assert two["policies"][name]["kl"] == pytest.approx(found["kl"], abs=1e-5)
         for by, value in found["scores"].items():
             assert two["policies"][name]["scores"][by] == pytest.approx(value, abs=1e-5)
-    assert two["win_rate"]["gold"] == one["win_rate"]["gold"]
+        assert two["policies"][name]["parts"]["all"]["words"] == found["parts"]["all"]["words"]
+    for section in ("win_rate", "difference", "by_task"):
+        assert two[section]["gold"] == one[section]["gold"]
+    assert two["order_decides"] == one["order_decides"]
+
+
+def test_it_stops_and_resumes(setting, policy_run, tmp_path, monkeypatch, capsys):
+    """SIGTERM while the second policy responds: no report; --resume writes the same as ever. The
+    second is the first again, and draws other samples."""
+    _, args = setting
+    args = [*args, "--best_of_n", 0, "--proxy", "runs/reward", "--judges", ""]
+    args += ["--policies", f"{policy_run},{policy_run}@temperature=1"]
+    assert run(monkeypatch, *args, "--out_dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        terminate_at(patch, evaluate, "generate", 5)
+        assert run(patch, *args, "--out_dir", tmp_path / "cut") == 128 + signal.SIGTERM
+    assert not (tmp_path / "cut/report.json").exists()
+    assert run(monkeypatch, *args, "--out_dir", tmp_path / "cut", "--resume") == 0
+    whole, cut = (
+        json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "cut")
+    )
+    first, second = (read_lines(tmp_path / f"whole/samples-{n}.jsonl") for n in (0, 1))
+    assert first[0]["prompt"] == second[0]["prompt"]
+    assert first[0]["responses"] != second[0]["responses"]
+    assert whole["by_task"] == cut["by_task"] and whole["win_rate"] == cut["win_rate"]
+    capsys.readouterr()
+    assert run(monkeypatch, *args, "--out_dir", tmp_path / "cut", "--resume") == 0
+    assert "this run is finished" in capsys.readouterr().out
 
 
 def test_a_file_of_comparisons_judges(setting, policy_run, tmp_path, monkeypatch):
-    """Both orders of one prompt are one vote; comparisons of others don't count."""
+    """Both orders of one prompt are one vote; comparisons of others don't count; rankings do."""
     folder, _ = setting
     a, b = str(policy_run), str(folder / "other")
     pair = {"chosen": "x", "rejected": "y"}
@@ -425,6 +528,9 @@ def test_a_file_of_comparisons_judges(setting, policy_run, tmp_path, monkeypatch
     rates = report["win_rate"][str(path)]
     assert rates[a][b][0] == pytest.approx((0.5 + 0.8 + 1) / 3)
     assert rates[b][a][0] == pytest.approx((0.5 + 0.2 + 0) / 3)
+    ranking = {"prompt": "P", "responses": ["x", "y", "z"], "policy": [a, b, a]}
+    found = evaluate.read_labelled(write_jsonl(path, [ranking]), [a, b])
+    assert found == {(a, b): {"P": [1.0, 0.0]}, (b, a): {"P": [0.0, 1.0]}}
 
 
 @pytest.mark.parametrize(
@@ -438,10 +544,13 @@ def test_a_file_of_comparisons_judges(setting, policy_run, tmp_path, monkeypatch
         (["--gold", "", "--judges", ""], "expected a judge"),
         (["--judges", "nowhere"], "nowhere: not a model directory"),
         (["--judges", "nowhere.py"], "nowhere.py: not a Python file"),
-        (["--max_new_tokens", "96"], "leaves no room in 96 positions"),
+        (["--max_new_tokens", "96"], "--max_new_tokens: leaves a prompt no room"),
         (["--best_of_n", "4", "--policies", "x@temperature=0"], "expected a first policy that"),
         (["--policies", "x@temperature=0@best_of=4:y"], "needs a temperature above 0"),
-        (["--num_samples", "0"], "--num_samples, --max_new_tokens: expected more than 0"),
+        (["--num_samples", "0"], "--num_samples: expected a number in [1, inf), got 0"),
+        (["--best_of_n", "0"], "--proxy: only with --best_of_n"),
+        (["--gold", "runs/reward"], "--gold runs/reward: not a Python file"),
+        (["plots"], "unrecognized arguments: plots"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl:0: file: can't be read"),
     ],
 )
@@ -452,30 +561,34 @@ def test_bad_settings(setting, tmp_path, monkeypatch, capsys, more, message):
     assert message in error and "Traceback" not in error
 
 
-def test_flags_of_the_table(setting, tmp_path, monkeypatch, capsys):
-    """KL to another reference than the first policy; the parts asked for; a finished run stands."""
+def test_flags_of_the_table(setting, tmp_path, monkeypatch):
+    """KL to another reference than the first policy; the parts asked for."""
     folder, args = setting
     more = ["--reference", folder / "other", "--show", "words,harmless,nothing", "--num_shown", 1]
-    more += ["--best_of_n", 0, "--out_dir", tmp_path / "out", "--resume"]
-    assert run(monkeypatch, *args, *more) == 0
+    assert run(monkeypatch, *args, *more, "--out_dir", tmp_path / "out") == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     first, other, *_ = report["policies"]
     assert report["policies"][first]["kl"][0] > 0.1
     assert report["policies"][other]["kl"][0] == pytest.approx(0, abs=1e-6)
     text = (tmp_path / "out/report.md").read_text()
-    assert "| words | harmless |" in text and text.count("| policy | response |") == 1
-    capsys.readouterr()
-    assert run(monkeypatch, *args, *more) == 0
-    assert "this run is finished" in capsys.readouterr().out
+    assert "| distinct 2 | words |" in text and text.count("| policy | response |") == 1
 
 
 def test_a_constant_judge(setting, tmp_path, monkeypatch):
-    """0.7 for everything: sums of 0.7 round, and the interval must not turn inside out."""
+    """0.7 for everything: sums of 0.7 round, and the interval must not turn inside out. Wins are by
+    `compare`, where a judge has it: the greedy policy's responses are the shorter ones."""
     _, args = setting
-    (tmp_path / "flat.py").write_text("def score(prompt, response, **fields): return 0.7\n")
-    more = ["--gold", tmp_path / "flat.py", "--judges", "", "--best_of_n", 0]
+    (tmp_path / "flat.py").write_text(
+        "def score(prompt, response, **fields): return 0.7\n"
+        "def compare(prompt, a, b, **fields): return len(a.split()) > len(b.split())\n"
+    )
+    more = ["--gold", tmp_path / "flat.py", "--judges", ""]
     assert run(monkeypatch, *args, "--out_dir", tmp_path / "out", *more) == 0
     assert (tmp_path / "out/report.md").exists()
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    first, _, greedy, _ = report["policies"]
+    assert report["win_rate"]["gold"][greedy][first][2] < 0.5
+    assert report["difference"]["gold"][greedy][first] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -490,7 +603,7 @@ def test_a_constant_judge(setting, tmp_path, monkeypatch):
 def test_judges_that_fail(setting, tmp_path, monkeypatch, capsys, text, message):
     _, args = setting
     (tmp_path / "bad.py").write_text(f"def score(p, r, **f): return 1\n{text}\n")
-    more = ["--gold", tmp_path / "bad.py", "--judges", "", "--best_of_n", 0]
+    more = ["--gold", tmp_path / "bad.py", "--judges", ""]
     assert run(monkeypatch, *args, "--out_dir", tmp_path / "out", *more) == 2
     error = capsys.readouterr().err
     assert f"bad.py: {message}" in error and error.count("\n") == 1
@@ -542,6 +655,34 @@ def test_a_judge_must_be_normalised(setting, policy_run, tmp_path, monkeypatch, 
     assert "not a reward model" in capsys.readouterr().err
 
 
+def test_by_another_field_and_several_of_the_best(
+    tmp_path, monkeypatch, policy_run, toy_data, capsys
+):
+    """--by kind tells scores apart by the prompts' kind; --best_of_samples 2 chooses twice."""
+    torch.manual_seed(3)
+    model, tokenizer = add_scalar_head(load_model(policy_run)), load_tokenizer(policy_run)
+    save_model(tmp_path / "reward", model, tokenizer, {"stage": "reward"} | STATISTICS)
+    lines = read_lines(toy_data / "prompts_test.jsonl")[:8]
+    lines = [line | {"half": "upper" if n < 4 else "lower"} for n, line in enumerate(lines)]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", lines)
+    best = f"{policy_run}@best_of=3:{tmp_path / 'reward'}"
+    args = ["--policies", f"{policy_run},{best}", "--gold", ROOT / "data/toy.py", "--by", "half"]
+    args += ["--prompts", prompts, "--num_samples", 2, "--best_of_samples", 2, "--bootstrap", 20]
+    args += ["--max_new_tokens", 8, "--out_dir", tmp_path / "out", "--device", "cpu"]
+    assert run(monkeypatch, *args) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert set(report["by_task"]["gold"]) == {"upper", "lower"}
+    assert set(report["policies"][best]["parts"]) == {"all", "upper", "lower"}
+    assert report["policies"][best]["samples"] == 16
+    found = report["policies"]
+    assert {"distinct_2_a_prompt", "entropy_2_a_prompt"} <= set(found[best])
+    assert found[best]["entropy"] is None and found[str(policy_run)]["entropy"][0] > 0
+    assert "| policy | entropy | distinct 1 |" in (tmp_path / "out/report.md").read_text()
+    write_jsonl(prompts, [*lines, lines[0] | {"half": 3}])
+    assert run(monkeypatch, *args, "--overwrite") == 2
+    assert f"{prompts}:9: half: expected a string, got 3" in capsys.readouterr().err
+
+
 # --- learning curves ------------------------------------------------------------------------------
 
 
@@ -559,264 +700,3 @@ def test_plot(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "plot") == 2
     assert run(monkeypatch, "plot", tmp_path) == 2
     assert "metrics.jsonl:0: file: can't be read" in capsys.readouterr().err
-
-
-# --- experiments with reward models ---------------------------------------------------------------
-
-
-def reward_run(folder, name, pairs, parameters, gold, labels, margin="none", seed=0):
-    (folder / name).mkdir()
-    settings = {"seed": seed, "margin": margin, "out_dir": name}
-    (folder / name / "args.json").write_text(json.dumps({"settings": settings}))
-    rate = {"model": [gold, None, None]}
-    report = {"epoch_pairs": pairs, "parameters": parameters, "gold": {"all": rate}}
-    report |= {"labels": {"all": {"model": [labels, None, None]}}, "bimodality": 0.4}
-    grades = {str(g): {"rate": [labels + g / 10, None, None], "pairs": 9} for g in range(4)}
-    report |= {"by_grade": grades, "calibration": {"ece": 0.01}}
-    (folder / name / "report.json").write_text(json.dumps(report))
-    return str(folder / name)
-
-
-def test_least_squares():
-    """Against numpy's polynomial fit and its covariance; in simulations the standard errors are
-    the estimates' spread."""
-    rng = np.random.default_rng(0)
-    x = rng.uniform(0, 5, 30)
-    y = 2 - 0.5 * x + rng.normal(0, 0.3, 30)
-    found, errors = evaluate.least_squares(np.stack([np.ones(30), x], 1), y)
-    (slope, intercept), covariance = np.polyfit(x, y, 1, cov=True)
-    assert found == pytest.approx([intercept, slope])
-    assert errors == pytest.approx(np.sqrt(np.diag(covariance))[::-1])
-    with pytest.raises(ValueError, match="2 runs do not determine 2"):
-        evaluate.least_squares([[1, 2], [1, 3]], [1, 2])
-    with pytest.raises(ValueError, match="do not determine"):
-        evaluate.least_squares([[1, 2], [1, 2], [1, 2]], [1, 2, 3])
-
-
-def test_over_seeds():
-    """Three seeds have 2 degrees of freedom; the interval covers the mean in 95%."""
-    values = [0.7, 0.72, 0.77]
-    half = 4.303 * np.std(values, ddof=1) / math.sqrt(3)
-    mean = np.mean(values)
-    assert evaluate.over_seeds(values) == pytest.approx([mean, mean - half, mean + half])
-    assert evaluate.over_seeds([0.5]) == [0.5, None, None]
-    draws = np.random.default_rng(0).normal(size=(4000, 3))
-    covered = [low <= 0 <= high for _, low, high in map(evaluate.over_seeds, draws)]
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.012)
-
-
-def test_scaling(tmp_path, monkeypatch, capsys):
-    """Slopes that were put in come out, and the figure is drawn."""
-    rng, runs = np.random.default_rng(0), []
-    for parameters in (2**18, 2**20, 2**22):
-        for pairs in (2**12, 2**14, 2**16):
-            for seed in range(3):
-                gold = 0.2 + 0.02 * math.log2(pairs) + 0.015 * math.log2(parameters)
-                gold += rng.normal(0, 0.002)
-                name = f"r{parameters}-{pairs}-{seed}"
-                args = (pairs + 10 * seed, parameters, gold, gold - 0.1)
-                runs.append(reward_run(tmp_path, name, *args, seed=seed))
-    out = tmp_path / "figures/scaling"
-    assert run(monkeypatch, "scaling", "--runs", ",".join(runs), "--out", out) == 0
-    result = json.loads((tmp_path / "figures/scaling.json").read_text())
-    fit = result["fits"]["gold"]
-    assert abs(fit["per_doubling_of_data"] - 0.02) < 3 * fit["standard_errors"][1] < 0.002
-    assert abs(fit["per_doubling_of_model"] - 0.015) < 3 * fit["standard_errors"][2] < 0.002
-    assert len(result["cells"]) == 9 and all(cell["seeds"] == 3 for cell in result["cells"])
-    table = (tmp_path / "figures/scaling.md").read_text()
-    assert table.count("\n| ") == 9 and "data +2.0" in table and "model +1.5" in table
-    printed = capsys.readouterr().out
-    drawn = (tmp_path / "figures/scaling.png").exists()
-    assert drawn or "matplotlib is not installed" in printed
-    assert run(monkeypatch, "scaling", "--runs", ",".join(runs[:3]), "--out", out) == 0
-    assert "no slopes: 3 runs do not determine 3" in capsys.readouterr().out
-
-
-def test_margins(tmp_path, monkeypatch, capsys):
-    runs = []
-    for i, margin in enumerate(("none", "small", "large")):
-        for seed in range(3):
-            args = (100, 1000, 0.7 + 0.01 * i, 0.6 + 0.001 * seed)
-            runs.append(reward_run(tmp_path, f"{margin}{seed}", *args, margin, seed))
-    out = tmp_path / "margins"
-    assert run(monkeypatch, "margins", "--runs", ",".join(runs), "--out", out) == 0
-    lines = (tmp_path / "margins.md").read_text().splitlines()
-    assert len(lines) == 5 and lines[2].startswith("| none | 3 | 0.901 [")
-    result = json.loads((tmp_path / "margins.json").read_text())["margins"]
-    assert result["large"]["gold, all"] == pytest.approx([0.72, 0.72, 0.72])
-    assert result["small"]["labels, mean of grades"][0] == pytest.approx(0.751)
-
-
-def test_bad_input(tmp_path, monkeypatch, capsys):
-    (tmp_path / "unfinished").mkdir()
-    (tmp_path / "sft").mkdir()
-    for name in ("args", "report"):
-        (tmp_path / f"sft/{name}.json").write_text("{}")
-    for args, message in [
-        (["scaling", "--runs", tmp_path / "unfinished"], "unfinished: not a finished run"),
-        (["margins", "--runs", tmp_path / "sft"], "report.json: not of reward.py"),
-        (["scaling"], "--runs: expected run directories"),
-        (["plots"], "unrecognized arguments: plots"),
-    ]:
-        assert run(monkeypatch, *args) == 2
-        assert message in capsys.readouterr().err
-    for command, config in [
-        ([], evaluate.Config),
-        (["plot"], evaluate.PlotConfig),
-        (["scaling"], evaluate.ScalingConfig),
-    ]:
-        assert run(monkeypatch, *command, "--help") == 0
-        text = capsys.readouterr().out
-        assert all(f"--{name}" in text for name in vars(config()))
-
-
-# --- several runs in several seeds ----------------------------------------------------------------
-
-
-def test_the_laws_of_over_optimisation():
-    """Card C8's numbers."""
-    points = list(zip([0.5, 1, 1.5, 2], [0.28, 0.5, 0.66, 0.74], strict=True))
-    law = evaluate.gao_law(points, best_of=True)
-    assert law == pytest.approx((0.631871, 0.130323), abs=1e-6)
-    law = evaluate.gao_law(points, best_of=False)
-    assert law == pytest.approx((0.491466, 0.164026), abs=1e-6)
-    exact = [(d, d * (0.9 - 0.3 * math.log(d))) for d in (0.3, 1, 2.2, 3)]
-    assert evaluate.gao_law(exact, best_of=False) == pytest.approx((0.9, 0.3), abs=1e-9)
-    with pytest.raises(ValueError, match=r"distances of 1.00 to 1.20 do not tell a from b"):
-        evaluate.gao_law([(1.0, 0.5), (1.1, 0.6), (1.2, 0.55)], best_of=False)
-
-
-@pytest.fixture
-def groups_of_runs(tmp_path):
-    """Runs a-0, a-1, b-0, b-1 as ppo.py leaves them, and an evaluation with a best-of-n curve."""
-    for name, lift in [("a-0", 1.0), ("a-1", 1.2), ("b-0", 2.0), ("b-1", 2.4)]:
-        run = tmp_path / name
-        run.mkdir()
-        lines = [{"step": 0, "eval_kl": -0.01, "eval_gold": 1.0, "eval_proxy": 0.0}]
-        for step in (1, 2, 3):
-            lines.append({"step": step, "score": 0.5, "kl": 9.0})  # of a rollout: no evaluation
-            d = lift * step
-            found = {"eval_kl": d**2, "eval_gold": 1 + d * (1.5 - 0.5 * math.log(d))}
-            lines.append({"step": step, "eval_proxy": d} | found)
-            lines.append({"step": step, "eval_nll": 0.3})
-        write_jsonl(run / "metrics.jsonl", lines)
-        side = {"policy": {"all": {"gold": [lift, 0, 9], "kl": [4 * lift**2, 0, 9], "count": 5}}}
-        side |= {"win_rate": {"gold": [0.5 + lift / 10, 0, 1]}, "distinct_2": [0.3, 0.4]}
-        report = {"seconds": 60 * lift, "sampled": side, "greedy": side}
-        (run / "report.json").write_text(json.dumps(report))
-    (tmp_path / "evaluation").mkdir()
-    policy = {"kl": [1.0, 0.9, 1.1], "scores": {"gold": [3.0, 2, 4]}, "distinct_1": 0.1}
-    rows = [
-        {"n": n, "kl": math.log(n), "gold": [n, 0, 9], "proxy": [n / 2, 0, 9]} for n in (1, 2, 3, 4)
-    ]
-    third = {"kl": [2.0, 1.9, 2.1], "scores": {"gold": [4.0, 3, 5]}, "distinct_1": 0.2}
-    report = {"policies": {"sft": policy, "x@temperature=0": policy | {"kl": None}, "y": third}}
-    report |= {"win_rate": {"gold": {"x@temperature=0": {"sft": [0.7, 0.6, 0.8]}}}}
-    report |= {"best_of_n": rows}
-    (tmp_path / "evaluation/report.json").write_text(json.dumps(report))
-    return tmp_path
-
-
-def test_curves_of_groups(groups_of_runs, monkeypatch, capsys):
-    at, out = groups_of_runs, groups_of_runs / "figures/curves"
-    groups = [f"one={at}/a-0,{at}/a-1", f"two={at}/b-0,{at}/b-1"]
-    groups += [f"best of n={at}/evaluation#best_of"]
-    args = ["--x", "sqrt_kl", "--y", "proxy,gold", "--fit", "gold", "--out", out]
-    args += ["--y_labels", "BLEU", "--title", "Two groups"]
-    assert run(monkeypatch, "curves", *groups, *args) == 0
-    found = json.loads(out.with_suffix(".json").read_text())
-    assert found["one"]["steps"] == [0, 1, 2, 3]
-    assert [v[0] for v in found["one"]["proxy"]] == pytest.approx([0, 1.1, 2.2, 3.3])
-    half = 12.706 * 0.1  # Student's t for two seeds, 0.2 apart
-    assert found["one"]["proxy"][1][1:] == pytest.approx([1.1 - half, 1.1 + half])
-    assert found["one"]["sqrt_kl"][0] == [0, 0, 0]  # an estimate below 0
-    law = found["two"]["laws"]["gold"]
-    assert law["a"] == pytest.approx([1.5] * 3) and law["b"] == pytest.approx([0.5] * 3)
-    assert found["best of n"]["gold"] == [[n, None, None] for n in (1, 2, 3, 4)]
-    text = out.with_suffix(".md").read_text()
-    assert "one: gold gained = d (a - b log d): a 1.500 [1.500, 1.500], b 0.500" in text
-    assert "best of n: gold gained = d (a - b d)" in text
-    assert run(monkeypatch, "curves", groups[0], "--y", "nll", "--out", out) == 2
-    assert "a-0: no nll in what it has logged" in capsys.readouterr().err
-    assert run(monkeypatch, "curves", groups[0], "--fit", "gold", "--out", out) == 2
-    assert "--fit: the laws are of --x sqrt_kl" in capsys.readouterr().err
-
-
-def test_points_and_rows_of_groups(groups_of_runs, monkeypatch, capsys):
-    at, out = groups_of_runs, groups_of_runs / "figures/found"
-    groups = [f"PPO:1={at}/a-0,{at}/a-1", f"PPO:2={at}/b-0,{at}/b-1"]
-    groups += [f"n:2={at}/evaluation#best_of=2", f"SFT={at}/evaluation#sft"]
-    assert run(monkeypatch, "points", *groups, "--x", "sqrt_kl", "--y", "gold", "--out", out) == 0
-    found = json.loads(out.with_suffix(".json").read_text())["columns"]
-    assert found["PPO:1"]["gold"][0] == pytest.approx(1.1)
-    assert found["PPO:2"]["sqrt_kl"][0] == pytest.approx(4.4)
-    assert found["n:2"] == {"sqrt_kl": [math.log(2) ** 0.5, None, None], "gold": [2, None, None]}
-    assert "| SFT | 1 | 1.000 | 3.000 |" in out.with_suffix(".md").read_text()
-
-    named = [
-        f"PPO:0.5={at}/a-0",
-        f"x:0={at}/evaluation#x@temperature=0",
-        f"x:1={at}/evaluation#sft",
-    ]
-    how = ["--x", "label", "--x_label", "temperature", "--y", "wins", "--out", out]
-    assert run(monkeypatch, "points", *named, *how) == 0
-    found = json.loads(out.with_suffix(".json").read_text())["columns"]
-    assert [found[n]["wins"][0] for n in ("PPO:0.5", "x:0", "x:1")] == pytest.approx(
-        [0.6, 0.7, 0.5]
-    )
-    assert found["PPO:0.5"]["label"][0] == 0.5
-
-    named = [f"y={at}/evaluation#y", "--columns", "kl,gold,distinct_1", "--out", out]
-    assert run(monkeypatch, "rows", *named) == 0
-    found = json.loads(out.with_suffix(".json").read_text())["columns"]["y"]
-    assert [found[name][0] for name in ("kl", "gold", "distinct_1")] == [2, 4, 0.2]
-
-    columns = ["--columns", "gold,seconds,greedy_wins", "--out", out]
-    assert run(monkeypatch, "rows", *groups[:2], *columns) == 0
-    result = json.loads(out.with_suffix(".json").read_text())
-    more = result["over_first"]["PPO:2"]["seconds"]  # 60 and 72, run by run
-    assert more == pytest.approx([66, 66 - 12.706 * 6, 66 + 12.706 * 6])
-    assert "seconds: over PPO:1's" in out.with_suffix(".md").read_text()
-    found = result["columns"]
-    assert found["PPO:2"]["seconds"][0] == pytest.approx(132)
-    assert found["PPO:1"]["greedy_wins"][0] == pytest.approx(0.61)
-    for args, message in [
-        (["rows", *groups, "--columns", "seconds"], "n:2"),
-        (["rows", "PPO"], "PPO: expected LABEL=RUN,RUN"),
-        (["rows", "a=x", "a=y"], "a=y: expected LABEL=RUN,RUN,... and no label twice"),
-        (["rows"], "expected groups of runs"),
-        (["rows", f"a={at}/nowhere"], "nowhere: report.json: nothing to compare"),
-        (["points", f"a={at}/a-0", "--x", "label"], "a: with --x label expected METHOD:NUMBER"),
-        (["rows", f"a={at}/evaluation#best_of=9"], "nothing to compare: KeyError"),
-        (["curves", f"a={at}/a-0#best_of"], "a-0#best_of: report.json: no best-of-n curve"),
-        (["curves", f"a={at}/nowhere"], "nowhere/metrics.jsonl:0: file: can't be read"),
-    ]:
-        assert run(monkeypatch, *args, "--out", out) == 2
-        error = capsys.readouterr().err
-        assert message in error.replace("evaluation#best_of=2: no seconds", "n:2"), error
-
-
-def test_by_another_field_and_several_of_the_best(tmp_path, monkeypatch, policy_run, toy_data):
-    """--by kind tells scores apart by the prompts' kind; --best_of_samples 2 chooses twice."""
-    torch.manual_seed(3)
-    model = reward.add_scalar_head(load_model(policy_run))
-    statistics = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
-    tokenizer = load_tokenizer(policy_run)
-    save_model(tmp_path / "reward", model, tokenizer, {"stage": "reward"} | statistics)
-    lines = read_lines(toy_data / "prompts_test.jsonl")[:8]
-    lines = [line | {"half": "upper" if n < 4 else "lower"} for n, line in enumerate(lines)]
-    prompts = write_jsonl(tmp_path / "prompts.jsonl", lines)
-    best = f"{policy_run}@best_of=3:{tmp_path / 'reward'}"
-    args = ["--policies", f"{policy_run},{best}", "--gold", ROOT / "data/toy.py", "--by", "half"]
-    args += ["--prompts", prompts, "--num_samples", 2, "--best_of_samples", 2, "--bootstrap", 20]
-    args += ["--max_new_tokens", 8, "--out_dir", tmp_path / "out", "--device", "cpu"]
-    assert run(monkeypatch, *args) == 0
-    report = json.loads((tmp_path / "out/report.json").read_text())
-    assert set(report["by_task"]["gold"]) == {"upper", "lower"}
-    assert set(report["policies"][best]["parts"]) == {"all", "upper", "lower"}
-    assert report["policies"][best]["samples"] == 16
-    found = report["policies"]
-    assert {"distinct_2_a_prompt", "entropy_2_a_prompt"} <= set(found[best])
-    assert found[best]["entropy"] is None and found[str(policy_run)]["entropy"][0] > 0
-    header = [x for x in (tmp_path / "out/report.md").read_text().splitlines() if "entropy" in x]
-    assert header[0].startswith("| policy | entropy, nats | distinct 1 |")

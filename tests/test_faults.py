@@ -23,7 +23,9 @@ import torch
 from conftest import ROOT, gradient, metrics, policy_of_arms, read_lines, weights, write_jsonl
 from ranks import on_ranks
 
+from feedback import add_scalar_head
 from model import load_model, save_model
+from run import sha256
 
 matrix = pytest.mark.faults
 QUICK = bool(os.environ.get("QUICK"))
@@ -41,6 +43,9 @@ COMMANDS = {
     "ppo": "--prompts {data}/prompts.jsonl --validation {data}/held.jsonl --init {data}/policy "
     "--reward {data}/reward --max_new_tokens 8 --num_prompts 32 --steps 40 --batch_size 32 "
     "--minibatch_size 8 --kl_target 0.5 --save_every 4 --eval_every 10",
+    "grpo": "--prompts {data}/prompts.jsonl --validation {data}/held.jsonl --init {data}/policy "
+    "--reward {data}/reward --max_new_tokens 8 --num_prompts 32 --steps 40 --batch_size 32 "
+    "--minibatch_size 8 --advantage reinforce --num_samples 2 --save_every 4 --eval_every 10",
     "dpo": "--data {data}/rankings.jsonl --validation {data}/held_rankings.jsonl "
     "--cache {data}/cache --prompts {data}/held.jsonl --init {data}/policy --num_prompts 32 "
     "--epochs 6 --batch_size 8 --save_every 10 --eval_every 40 --max_new_tokens 8",
@@ -63,6 +68,8 @@ FEW = {
     "--save_every 2 --eval_every 3 --log_every 1",
     "ppo": "--steps 6 --batch_size 8 --minibatch_size 4 --num_prompts 8 --save_every 2 "
     "--eval_every 3",
+    "grpo": "--steps 6 --batch_size 8 --minibatch_size 4 --num_prompts 8 --save_every 2 "
+    "--eval_every 3",
     "dpo": "--data {data}/few_rankings.jsonl --epochs 2 --batch_size 4 --num_prompts 8 "
     "--save_every 2 --eval_every 3 --log_every 1",
     "dpo --online": "--rounds 3 --round_prompts 8 --batch_size 4 --num_prompts 8 --save_every 2 "
@@ -73,25 +80,25 @@ FEW = {
 }
 # Functions that a script calls in each phase, and the call at which the fault comes.
 PHASES = {
-    "sft": {"rollout": ("sample_responses", 2), "evaluation": ("held_out_loss", 2)},
-    "reward": {"rollout": ("sample_responses", 1), "evaluation": ("score_rows", 2)},
-    "ppo": {"rollout": ("sample_batch", 4), "evaluation": ("score_batch", 2)},
-    "dpo": {"rollout": ("sample_batch", 2), "evaluation": ("pair_numbers", 5)},
-    "dpo --online": {"rollout": ("sample_batch", 3), "evaluation": ("pair_numbers", 5)},
-    "rlaif direct": {"rollout": ("sample_batch", 4), "evaluation": ("texts_of", 2)},
-    "collapse": {"rollout": ("sample_responses", 1), "evaluation": ("score_rows", 2)},
+    "sft": {"rollout": ("respond", 2), "evaluation": ("held_out_loss", 2)},
+    "reward": {"rollout": ("ended_rows", 1), "evaluation": ("score_examples", 2)},
+    "ppo": {"rollout": ("sample_step", 4), "evaluation": ("respond", 3)},
+    "grpo": {"rollout": ("sample_step", 4), "evaluation": ("respond", 3)},
+    "dpo": {"rollout": ("respond", 2), "evaluation": ("pair_numbers", 5)},
+    "dpo --online": {"rollout": ("sample_rollout", 3), "evaluation": ("pair_numbers", 5)},
+    "rlaif direct": {"rollout": ("sample_step", 4), "evaluation": ("respond", 3)},
+    "collapse": {"rollout": ("ended_rows", 1), "evaluation": ("score_examples", 2)},
 }
 LOSSES = {
     "sft": "weighted_nll",
     "reward": "ranking_loss",
     "ppo": "policy_loss",
+    "grpo": "clipped_loss",
     "dpo": "preference_loss",
     "dpo --online": "preference_loss",
     "rlaif direct": "reinforce",
-    "collapse": "ranking_loss",
+    "collapse": "prompt_aware_loss",
 }
-# How often learning_rate is asked for a step: by the first three, for each group of parameters.
-ASKED = {"sft": 2, "reward": 2, "dpo": 2, "dpo --online": 2}
 SCRIPTS = list(COMMANDS)
 
 
@@ -110,7 +117,8 @@ def code_of(script, argv, fault=""):
     """What a rank runs: the script, as its command does, after a fault was planted in it."""
     name = module_of(script)
     planted = fault.replace("SCRIPT", name)
-    return f"import signal, time\n{planted}\nsys.argv = {argv!r}\n{name}.guarded({name}.main)\n"
+    begin = f"import run, signal, time\n{planted}\nsys.argv = {argv!r}\n"
+    return f"{begin}run.guarded({name}.main)\n"
 
 
 def at_call(function, call, what, rank=0):
@@ -126,9 +134,31 @@ def at_call(function, call, what, rank=0):
     )
 
 
-def at_step(script, step, what, rank=0):
-    """A fault: `what` runs as that step (from 1) sets its learning rate, on one rank."""
-    return at_call("learning_rate", 1 + (step - 1) * ASKED.get(script, 1), what, rank)
+def at_step(step, what, rank=0):
+    """A fault: `what` runs once, as that step (from 1) sets its learning rate, on one rank."""
+    return (
+        "real_schedule, reached = SCRIPT.schedule, []\n"
+        "def schedule(step, *args):\n"
+        f"    if step == {step - 1} and not reached and os.environ.get('RANK', '0') == '{rank}':\n"
+        "        reached.append(1)\n"
+        f"        {what}\n"
+        "    return real_schedule(step, *args)\n"
+        "SCRIPT.schedule = schedule\n"
+    )
+
+
+def at_save(number, what, rank=0):
+    """A fault: `what` runs just before a run's checkpoint of that number is written."""
+    return (
+        "real_save, saves = run.Run.save, []\n"
+        "def save(self):\n"
+        "    saves.extend([1] * (self.step > self.saved))\n"
+        f"    late = len(saves) == {number} and self.step > self.saved\n"
+        f"    if late and os.environ.get('RANK', '0') == '{rank}':\n"
+        f"        {what}\n"
+        "    return real_save(self)\n"
+        "run.Run.save = save\n"
+    )
 
 
 def same(out, other):
@@ -164,8 +194,6 @@ def tell(capsys, text):
 
 @pytest.fixture(scope="module")
 def data(toy_data, policy_run, tokenizer, tmp_path_factory):
-    import reward
-
     folder = tmp_path_factory.mktemp("data")
     for name, source, count in [
         ("demonstrations.jsonl", "demonstrations.jsonl", 2000),
@@ -187,7 +215,7 @@ def data(toy_data, policy_run, tokenizer, tmp_path_factory):
     policy = load_model(policy_run)
     save_model(folder / "policy", policy, tokenizer, {"stage": "sft"})
     statistics = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
-    save_model(folder / "reward", reward.add_scalar_head(policy), tokenizer, statistics)
+    save_model(folder / "reward", add_scalar_head(policy), tokenizer, statistics)
     return folder
 
 
@@ -277,17 +305,19 @@ def numbered(module, name):
 import pathlib, shutil
 for module, name in [(os, 'replace'), (os, 'fsync'), (shutil, 'rmtree'), (pathlib.Path, 'mkdir')]:
     numbered(module, name)
-numbered(SCRIPT, 'save_file')
-real_save = SCRIPT.save_checkpoint
-def save_checkpoint(*args):
+numbered(run, 'save_file')
+real_save = run.Run.save
+def save(self):
+    if self.step <= self.saved:
+        return real_save(self)
     saves.append(1)
     inside.append(1)
     done.clear()
-    real_save(*args)
+    real_save(self)
     if TELL:
         os.write(1, b'operations %d\\n' % len(done))
     inside.clear()
-SCRIPT.save_checkpoint = save_checkpoint
+run.Run.save = save
 """
 
 
@@ -341,7 +371,7 @@ DIE_ONCE = "os.path.exists(DIED) or (open(DIED, 'w').close(), os.kill(os.getpid(
 
 def restarts(script, data, out, died):
     """torchrun --max-restarts 1, one of its two ranks dying in the middle."""
-    fault = at_step(script, 4, DIE_ONCE.replace("DIED", repr(str(died))), rank=1)
+    fault = at_step(4, DIE_ONCE.replace("DIED", repr(str(died))), rank=1)
     driver = out.with_suffix(".py")
     paths = f"import os, sys, torch\nsys.path[:0] = [{str(ROOT)!r}]\n"
     argv = argv_of(script, data, out, "--resume", "--timeout_s", "30")
@@ -375,8 +405,8 @@ def test_a_rank_dies_once(data, whole, tmp_path):
 # --- the disk -------------------------------------------------------------------------------------
 
 # The limit on a file's size stands for the disk: what goes beyond it fails as on a full one.
-FULL = "import resource\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + at_call(
-    "save_checkpoint", "SAVE", "resource.setrlimit(resource.RLIMIT_FSIZE, (BYTES,) * 2)"
+FULL = "import resource\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + at_save(
+    "SAVE", "resource.setrlimit(resource.RLIMIT_FSIZE, (BYTES,) * 2)"
 )
 
 
@@ -419,7 +449,7 @@ def test_space_is_checked_before_a_save(data, whole, tmp_path):
     fault = (
         "from collections import namedtuple\nimport shutil\n"
         "usage = namedtuple('usage', 'total used free')\n"
-        + at_call("save_checkpoint", 2, "shutil.disk_usage = lambda path: usage(9, 9, 1000)")
+        + at_save(2, "shutil.disk_usage = lambda path: usage(9, 9, 1000)")
     )
     argv = argv_of("ppo", data, tmp_path / "run")
     done = on_ranks("ppo", code_of("ppo", argv, fault), 1)
@@ -438,8 +468,8 @@ def test_space_is_checked_before_a_save(data, whole, tmp_path):
 # A run goes on from its checkpoint after the script was offered many damaged copies of it.
 DAMAGED = """
 import contextlib, io, json, random
-real_load = SCRIPT.load_checkpoint
-def load_checkpoint(path, *rest):
+real_read = run.Run.read_checkpoint
+def read_checkpoint(self, path):
     rng, counts = random.Random(DRAW), {'tried': 0, 'refused': 0}
     files = sorted(path.iterdir())
     for repeat in range(2 * REPEATS):
@@ -455,21 +485,21 @@ def load_checkpoint(path, *rest):
         counts['tried'] += 1
         try:
             with contextlib.redirect_stderr(said):
-                real_load(path, *rest)
+                real_read(self, path)
         except SystemExit as ended:
             named = file.name in said.getvalue() or file.name == 'sha256.json'
             one_line = said.getvalue().count('\\n') == 1 and str(path) in said.getvalue()
             counts['refused'] += ended.code == 2 and named and one_line
         file.write_bytes(whole)
     os.write(1, f'counts {json.dumps(counts)}\\n'.encode())
-    return real_load(path, *rest)
-SCRIPT.load_checkpoint = load_checkpoint
+    return real_read(self, path)
+run.Run.read_checkpoint = read_checkpoint
 """
 
 
 def interrupted(script, data, out):
     """A run that was killed in its fourth step, and left a checkpoint."""
-    fault = at_step(script, 4, "os.kill(os.getpid(), signal.SIGKILL)")
+    fault = at_step(4, "os.kill(os.getpid(), signal.SIGKILL)")
     argv = argv_of(script, data, out)
     done = on_ranks(module_of(script), code_of(script, argv, fault), 1)
     assert done.returncode == -signal.SIGKILL and checkpoints(out), done.stderr[-2000:]
@@ -508,10 +538,8 @@ def refusals_of_checkpoints(script, data, out, *chosen):
     shutil.copytree(folder, kept)
 
     def rehash():
-        import sft
-
         names = ("tensors.safetensors", "state.json")
-        hashes = {name: sft.sha256(folder / name) for name in names}
+        hashes = {name: sha256(folder / name) for name in names}
         (folder / "sha256.json").write_text(json.dumps(hashes))
 
     def of_another_model():
@@ -575,12 +603,13 @@ def test_a_foreign_checkpoint(data, tmp_path):
 
 def terms_one_rank(script, phase, data, out):
     """SIGTERM to the second of two ranks in a phase; both must stop together."""
-    places = PHASES[script] | {"save": ("save_checkpoint", 1)}
     term = "os.kill(os.getpid(), signal.SIGTERM)"
     if phase == "update":
-        fault = at_step(script, 3, term, rank=1)
+        fault = at_step(3, term, rank=1)
+    elif phase == "save":
+        fault = at_save(1, term, rank=1)
     else:
-        fault = at_call(*places[phase], term, rank=1)
+        fault = at_call(*PHASES[script][phase], term, rank=1)
     argv = argv_of(script, data, out, "--timeout_s", "60")
     done = on_ranks(module_of(script), code_of(script, argv, fault))
     assert done.returncode == 1 and "stopped by SIGTERM" in done.stdout, done.stderr[-2000:]
@@ -624,7 +653,7 @@ def nan_on_one_rank(script, data, out):
         "def poisoned(*args, **kwargs):\n"
         "    found = real_loss(*args, **kwargs)\n"
         "    calls_loss.append(torch.is_grad_enabled())\n"
-        f"    late = sum(calls_loss) > {8 if script == 'ppo' else 4} and calls_loss[-1]\n"
+        f"    late = sum(calls_loss) > {8 if script in ('ppo', 'grpo') else 4} and calls_loss[-1]\n"
         "    if not late or os.environ['RANK'] != '1':\n"
         "        return found\n"
         "    bad = float('nan')\n"
@@ -635,7 +664,7 @@ def nan_on_one_rank(script, data, out):
     assert done.returncode == 1, done.stderr[-2000:]
     assert "Traceback" not in done.stderr and "nan" in done.stderr, done.stderr[-2000:]
     assert done.stderr.count("\n") == 1 and "stopped before the update" in done.stderr, done.stderr
-    assert re.match(r"(step|iteration) \d+[:,]", done.stderr), done.stderr
+    assert re.match(r"step \d+: the gradient's norm is nan", done.stderr), done.stderr
     assert checkpoints(out) and not (out / "report.json").exists()
 
 
@@ -658,7 +687,7 @@ STUCK = "(signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.pause())"
 
 
 def stuck_rank(script, data, out):
-    fault = at_step(script, 4, STUCK, rank=1)
+    fault = at_step(4, STUCK, rank=1)
     argv = argv_of(script, data, out, "--timeout_s", "10")
     done = on_ranks(module_of(script), code_of(script, argv, fault))
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
@@ -697,15 +726,13 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(data, tmp_path):
         "    real_update(self)\n"
         "    scales.append(self.get_scale())\n"
         "torch.amp.GradScaler.update = update\n"
-        "real_end = SCRIPT.end_process\n"
-        "def end_process(device):\n"
-        "    import gc\n"
-        "    models = [m for m in gc.get_objects() if isinstance(m, SCRIPT.GPT)]\n"
-        "    parameters = [p.detach().double() for m in models for p in m.parameters()]\n"
-        "    total = sum(p.sum().item() for p in parameters)\n"
+        "real_finish = run.Run.finish\n"
+        "def finish(self, report):\n"
+        "    total = sum(p.double().sum().item() for m in self.modules.values()\n"
+        "                for p in m.parameters())\n"
         "    print('ended', [a / b for a, b in zip(scales, scales[1:])], total, flush=True)\n"
-        "    real_end(device)\n"
-        "SCRIPT.end_process = end_process\n"
+        "    real_finish(self, report)\n"
+        "run.Run.finish = finish\n"
     )
     argv = argv_of("ppo", data, tmp_path / "run", "--dtype", "float16", "--validation", "")
     done = on_ranks("ppo", code_of("ppo", argv, fault))
@@ -809,14 +836,14 @@ def test_memory_is_flat(tokenizer, tmp_path, capsys):
     argv += ["--device", "cpu", "--steps", steps, "--batch_size", 4, "--minibatch_size", 2]
     argv += ["--save_every", 50, "--out_dir", tmp_path / "run"]
     seen = (
-        "real_rate = SCRIPT.learning_rate\n"
-        "def learning_rate(step, *rest):\n"
+        "real_rate = SCRIPT.schedule\n"
+        "def schedule(step, *rest):\n"
         "    if step % 200 == 199:\n"
         "        pages = int(open('/proc/self/statm').read().split()[1])\n"
         "        files = len(os.listdir('/proc/self/fd'))\n"
         "        os.write(1, b'seen %d %d\\n' % (pages, files))\n"
         "    return real_rate(step, *rest)\n"
-        "SCRIPT.learning_rate = learning_rate\n"
+        "SCRIPT.schedule = schedule\n"
     )
     done = on_ranks("ppo", code_of("ppo", list(map(str, argv)), seen), 1, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]

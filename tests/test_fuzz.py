@@ -21,15 +21,12 @@ import convert
 import pytest
 from conftest import ROOT, read_lines
 
-import annotate
 import collapse
 import dpo
 import evaluate
+import feedback
 import model
-import ppo
-import reward
 import rlaif
-import sft
 from model import load_tokenizer
 
 SEED = int(os.environ.get("FAULTS_SEED", 0))
@@ -51,39 +48,34 @@ LINES = {
 }
 
 
+def silent(*_):
+    pass
+
+
 def lines_readers(tokenizer):
     """{name: (kind of line, function of a path that reads it all)}."""
     names = {"runs/sft", "runs/dpo"}
     return {
-        "sft demonstrations": (
+        "demonstrations": (
             "demonstrations",
-            lambda path: sft.read_demonstrations(path, tokenizer, 64, False),
+            lambda path: feedback.read_demonstrations(path, tokenizer, 64, "drop", silent),
         ),
-        "sft prompts": ("prompts", sft.read_prompts),
-        "reward comparisons": (
+        "prompts": ("prompts", lambda path: feedback.read_prompts(path, tokenizer, 64, silent)),
+        "prompts with references": (
+            "prompts",
+            lambda path: feedback.read_prompts(path, tokenizer, 64, silent, reference=str),
+        ),
+        "comparisons": (
             "comparisons",
-            lambda path: reward.read_examples(path, tokenizer, 64, True),
+            lambda path: feedback.read_examples(path, tokenizer, 64, "cut", silent),
         ),
-        "reward rankings": (
+        "rankings": (
             "rankings",
-            lambda path: reward.read_examples(path, tokenizer, 64, False),
+            lambda path: feedback.read_examples(path, tokenizer, 64, "drop", silent),
         ),
-        "dpo comparisons": (
-            "comparisons",
-            lambda path: dpo.read_examples(path, tokenizer, 64, False),
-        ),
-        "dpo rankings": ("rankings", lambda path: dpo.read_examples(path, tokenizer, 64, True)),
-        "ppo prompts": ("prompts", ppo.read_prompts),
-        "ppo unsafe": ("prompts", lambda path: ppo.check_field(path, "unsafe", bool, False)),
-        "ppo references": ("prompts", lambda path: ppo.check_field(path, "reference", str)),
-        "ppo demonstrations": (
-            "demonstrations",
-            lambda path: ppo.read_ptx(path, tokenizer, 64),
-        ),
+        "preferences": ("rankings", lambda path: list(feedback.read_preferences(path))),
         "rlaif samples": ("samples", lambda path: rlaif.read_samples([path], 0)),
         "rlaif two samples": ("samples", lambda path: rlaif.read_samples([path, path], 0)),
-        "rlaif preferences": ("rankings", lambda path: list(rlaif.read_preferences(path))),
-        "annotate preferences": ("comparisons", lambda path: list(annotate.read_preferences(path))),
         "collapse rankings": (
             "rankings",
             lambda path: collapse.read_rankings(path, tokenizer, 64, False, 2),
@@ -352,7 +344,7 @@ def test_vocabularies(times, tmp_path, toy_data, tokenizer, policy_run, capsys):
 @pytest.mark.parametrize("times", SOME)
 def test_models(times, tmp_path, policy_run, capsys):
     """A reward model's config.json, and headers and bodies of its model.safetensors."""
-    trained = reward.add_scalar_head(model.load_model(policy_run))
+    trained = feedback.add_scalar_head(model.load_model(policy_run))
     statistics = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
     model.save_model(tmp_path / "run", trained, load_tokenizer(policy_run), statistics)
     config = json.loads((tmp_path / "run/config.json").read_text())
@@ -386,7 +378,7 @@ def test_models(times, tmp_path, policy_run, capsys):
 
     total = {"read": 0, "refused": 0}
     for name, make in [("config.json", a_config), ("sizes", sizes), ("safetensors", a_header)]:
-        found = tried(name, 60 * times, make, evaluate.load_reward_model, REFUSED)
+        found = tried(name, 60 * times, make, feedback.load_reward_model, REFUSED)
         total = {key: total[key] + found[key] for key in total}
     if times > 1:
         tell(capsys, "models", total)
@@ -458,15 +450,13 @@ def test_answers_of_a_server(times, monkeypatch, capsys):
 
 @pytest.mark.parametrize("times", SOME)
 def test_what_runs_left(times, tmp_path, capsys):
-    """report.json and metrics.jsonl under evaluate.py's figures; DPO's cache is made anew."""
-    side = {"policy": {"all": {"gold": [1.0, 0.9, 1.1], "kl": [0.5, 0.4, 0.6], "count": 9}}}
-    side |= {"win_rate": {"gold": [0.6, 0.5, 0.7]}, "distinct_2": [0.3, 0.4]}
-    report = {"seconds": 60.5, "sampled": side, "greedy": side}
+    """An evaluation's report.json, a run's metrics.jsonl; DPO's cache is made anew."""
+    report = {"policies": {"runs/sft": {"kl": [0.5, 0.4, 0.6]}}, "difference": {}, "seconds": 6.5}
     line = {"step": 1, "eval_kl": 0.5, "eval_gold": 1.0}
 
     def a_report(rng):
         (tmp_path / "report.json").write_bytes(text_of_json(rng, report))
-        return tmp_path
+        return tmp_path / "report.json"
 
     def a_log(rng):
         write_lines(rng, tmp_path, line).replace(tmp_path / "metrics.jsonl")
@@ -478,8 +468,8 @@ def test_what_runs_left(times, tmp_path, capsys):
         (tmp_path / "cache.safetensors").write_bytes(damaged(rng, data))
         return tmp_path / "cache.safetensors"
 
-    found = tried("reports", 40 * times, a_report, lambda run: evaluate.numbers_of(str(run)))
-    more = tried("logs", 40 * times, a_log, lambda run: evaluate.evaluations_of(str(run)))
+    found = tried("reports", 40 * times, a_report, evaluate.read_report)
+    more = tried("logs", 40 * times, a_log, lambda run: evaluate.read_curves([str(run)]))
 
     def cached(path):
         assert dpo.read_cache(path, 2) in (None, [0.5, 1.5])
@@ -509,9 +499,8 @@ def test_on_the_command_line(tmp_path, toy_data, policy_run, capsys):
         "evaluate.py": ("prompts", ["--gold", gold, "--policies", policy_run, "--prompts"]),
     }
     readers = lines_readers(load_tokenizer(policy_run))
-    names = {"sft.py": "sft demonstrations", "reward.py": "reward comparisons"}
-    names |= {"dpo.py": "dpo rankings", "ppo.py": "ppo prompts"}
-    names |= {"collapse.py": "collapse rankings", "evaluate.py": "sft prompts"}
+    names = {"sft.py": "demonstrations", "reward.py": "comparisons", "dpo.py": "rankings"}
+    names |= {"ppo.py": "prompts", "collapse.py": "collapse rankings", "evaluate.py": "prompts"}
     asked = 0
     for script, (kind, flags) in commands.items():
         number = refused = 0

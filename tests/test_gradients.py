@@ -8,6 +8,8 @@ from torch.autograd import gradcheck
 
 import collapse
 import dpo
+import feedback
+import grpo
 import ppo
 import reward
 import rlaif
@@ -45,20 +47,20 @@ def test_what_losses_are_made_of():
     logits = draw(int(MASK.sum()), 5)
     for temperature in (1.0, 0.7):
         check(lambda x, t=temperature: token_logprobs(x, TOKENS, MASK, t), logits)
-    check(entropy, logits)
+        check(lambda x, t=temperature: entropy(x, t), logits)
     statistics = {"reward_mean": 0.3, "reward_std": 1.7, "score_transform": "identity"}
     known = TOKENS, MASK, statistics
-    check(lambda x: ppo.response_values(Fixed(x), *known), draw(*TOKENS.shape))
+    check(lambda x: ppo.values_of(*known[:2], Fixed(x), statistics), draw(*TOKENS.shape))
     check(lambda x: rlaif.state_values(Fixed(x), TOKENS, MASK), draw(*TOKENS.shape))
     for transform in ("identity", "sigmoid"):
         known = statistics | {"score_transform": transform}
-        check(lambda raw, s=known: reward.normalised(raw, s), draw(4))
+        check(lambda raw, s=known: feedback.normalised(raw, s), draw(4))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_supervised_loss(weight):
     weights = sft.loss_weights(TOKENS, MASK, weight)
-    check(lambda x: sft.weighted_nll(Fixed(x), TOKENS, MASK, weights)[0], draw(*TOKENS.shape, 5))
+    check(lambda x: sft.weighted_nll(Fixed(x), TOKENS, weights), draw(*TOKENS.shape, 5))
 
 
 def test_reward_losses():
@@ -74,9 +76,11 @@ def test_reward_losses():
 def test_losses_of_reward_collapse(name):
     """In the right order and in the wrong one, where utilities go on as straight lines."""
     utility = collapse.scaled(collapse.utility(name, epsilon=0.1))
-    for smoothing, logits in itertools.product((0.0, 0.1), (draw(2, 4), draw(2, 4, seed=5))):
+    kinds = torch.tensor([False, False, True])
+    for smoothing, logits in itertools.product((0.0, 0.1), (draw(3, 4), draw(3, 4, seed=5))):
         smoothed = collapse.with_smoothing(utility, smoothing)
-        check(lambda x, U=smoothed: collapse.ranking_loss(torch.sigmoid(x), U), logits)
+        both = {"open": smoothed, "closed": lambda x: 2 * x}
+        check(lambda x, U=both: collapse.prompt_aware_loss(torch.sigmoid(x), kinds, U), logits)
 
 
 def test_losses_of_policies():
@@ -84,9 +88,10 @@ def test_losses_of_policies():
     ratio = (new - old).exp()
     assert (ratio > 1.2).any() and (ratio < 0.8).any()  # on both sides of the clip
     check(lambda x: ppo.policy_loss(x, old, advantages, 0.2), new)
+    check(lambda x: grpo.clipped_loss(x, old, advantages, 0.2), new)
     check(lambda x: ppo.kl_penalty_loss(x, old, advantages, 0.7), new)
     for kind in ("k1", "k2", "k3"):
-        check(lambda x, k=kind: ppo.kl_estimate(x, old, k), new)
+        check(lambda x, k=kind: feedback.kl_estimate(x, old, k), new)
     check(lambda x: ppo.value_loss(x, old, advantages, 0.2), draw(2, 5, seed=3))
     values, worth, mask = draw(2, 5, seed=4), draw(2, seed=5), torch.ones(2, 5)
     mask[0, 3:] = 0

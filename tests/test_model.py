@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import io
 import json
 import math
 import shutil
@@ -16,35 +17,10 @@ from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 
 from model import (
-    END_OF_TEXT,
-    GPT,
-    GPTConfig,
-    batches_of_groups,
-    check_tokenizer,
-    decode,
-    encode,
-    entropy,
-    generate,
-    group_by_prompt,
-    last_tokens,
-    load_config,
-    load_model,
-    load_tokenizer,
-    make_encoding,
-    masks_of_responses,
-    pad,
-    pad_beside,
-    predicts,
-    read_json,
-    row_length,
-    sample,
-    save_model,
-    text_of,
-    token_logprobs,
-    tokenizer_hash,
-    whole_file,
-    write_json,
-)
+    END_OF_TEXT, GPT, GPTConfig, check_tokenizer, decode, encode, entropy, generate, last_tokens,
+    load_config, load_model, load_tokenizer, make_encoding, pad, predicts, read_json, sample,
+    save_model, text_of, token_logprobs, tokenizer_hash, whole_file, write_json,
+)  # fmt: skip
 
 # --- the network ----------------------------------------------------------------------------------
 
@@ -207,8 +183,10 @@ def test_garbage_in_the_pads_changes_nothing(small_gpt):
 
 def test_the_first_exponentials_of_a_process_are_as_all_others():
     """Where two threads made MKL's first call at once, one of them was a little off in some 7% of
-    processes: a resumed run's first step was then not the uninterrupted one's, bit for bit."""
+    processes: a resumed run's first step was then not the uninterrupted one's, bit for bit. In a
+    process that has imported nothing else, which might have made that call."""
     code = (
+        "import os, torch, model\n"
         "def same():\n"
         "    x = torch.rand(160, 600)\n"
         "    return torch.equal(x.exp(), x.exp())\n"
@@ -219,7 +197,8 @@ def test_the_first_exponentials_of_a_process_are_as_all_others():
         "        os._exit(0 if same() else 1)\n"
         "    print(os.waitpid(pid, 0)[1])\n"
     )
-    done = on_ranks("model", code, 1)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["0"] * 100
 
@@ -236,53 +215,6 @@ def test_bad_config():
         GPTConfig(n_layer=0)
     with pytest.raises(ValueError, match="dropout"):
         GPTConfig(dropout=1.0)
-
-
-def test_responses_beside_each_other_are_as_alone(small_gpt):
-    """Rows that share a prompt give each response what a row of its own gives: logits, scores and
-    gradients. Ragged, a prompt of one token, an empty response, one response alone; and whatever
-    the pads hold."""
-    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    responses = [[[10, 11], [12], [13, 14, 15, 16]], [[17, 18, 19], []], [[20, 21]]]
-    rows = [(p, r) for p, some in zip(prompts, responses, strict=True) for r in some]
-    assert group_by_prompt(rows, 32) == list(zip(prompts, responses, strict=True))
-    assert len(group_by_prompt([([1, 2], [3]), ([1, 4], [5]), ([1, 2], [6])], 32)) == 3
-    # The third response has 4 tokens, beside 3 others: 12 > 3 * n_embd * 3 tokens of the prompt.
-    assert group_by_prompt(rows, 1)[:2] == [
-        (prompts[0], responses[0][:2]),
-        (prompts[0], [responses[0][2]]),
-    ]
-    groups = group_by_prompt(rows, 32)
-    assert [row_length(*group) for group in groups] == [12, 5, 7]
-    assert batches_of_groups(groups, 3) == [[1, 2], [0]] and batches_of_groups([], 3) == []
-    assert batches_of_groups(groups, 1) == [[1], [2], [0]]
-    tokens, mask = pad(*zip(*rows, strict=True))
-    beside, inside, segments = pad_beside(prompts, responses)
-    assert beside[0].tolist() == [1, 2, 3, 10, 11, 3, 12, 3, 13, 14, 15, 16]
-    assert segments[0].tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3]
-    assert segments[1].tolist() == [1, 1, 1, 1, 2, -1, -1, -1, -1, -1, -1, -1]
-    assert inside[0].nonzero().squeeze(1).tolist() == [3, 4, 6, 8, 9, 10, 11]
-    assert torch.equal(beside[inside], tokens[mask])  # the same tokens in the same order
-    beside[segments < 0] = 33
-    for scalar_head in (False, True):
-        model = small_gpt(scalar_head, torch.float64)
-        alone = model(tokens, predicts(mask))
-        together = model(beside, predicts(inside), segments)
-        assert together.shape == alone.shape and (together - alone).abs().max() < 1e-12
-        weights = torch.randn_like(alone)
-        expected = torch.autograd.grad((alone * weights).sum(), list(model.parameters()))
-        found = torch.autograd.grad((together * weights).sum(), list(model.parameters()))
-        assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) < 1e-11
-    together = model(beside, last_tokens(inside), segments)
-    assert (together - model(tokens, last_tokens(mask))).abs().max() < 1e-12
-    masks = masks_of_responses(inside, segments)
-    assert masks.any(2).tolist() == [[True] * 3, [True, False, False], [True, False, False]]
-    # Longer together than the model has positions: it is a response's own places that count.
-    long = [1] * 60, [[2] * 30, [3] * 36]
-    beside, inside, segments = pad_beside(*([x] for x in long))
-    together = model(beside, predicts(inside), segments)
-    tokens, mask = pad([long[0]] * 2, long[1])
-    assert (together - model(tokens, predicts(mask))).abs().max() < 1e-12
 
 
 # --- log-probabilities ----------------------------------------------------------------------------
@@ -345,6 +277,9 @@ def test_entropy():
         [[0.0, 0.0, 0.0, 0.0], [100.0, 0, 0, 0], [1.0, -math.inf, 1.0, -math.inf]]
     )
     assert torch.allclose(entropy(logits), torch.tensor([math.log(4), 0, math.log(2)]), atol=1e-6)
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(entropy(logits, 0.7), entropy(logits / 0.7), atol=1e-6)
+    assert entropy(logits.bfloat16(), 0.7).dtype == torch.float32
 
 
 def test_last_tokens():
@@ -453,36 +388,33 @@ def test_bad_tokenizers(tmp_path, monkeypatch):
 def test_gpt2_vocabulary_without_cache_or_network(tmp_path):
     """In a process of its own, since tiktoken keeps what it has loaded."""
     code = (
-        "import tiktoken.load, model\n"
+        "import tiktoken.load\n"
         "def offline(*args, **kwargs): raise ConnectionError('no network')\n"
+        f"os.environ['TIKTOKEN_CACHE_DIR'] = {str(tmp_path)!r}\n"
         "tiktoken.load.read_file = offline\n"
         "model.load_tokenizer('gpt2')"
     )
-    environment = {"PATH": "", "TIKTOKEN_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    done = on_ranks("model", code, 1)
     assert "Set TIKTOKEN_CACHE_DIR to a folder" in done.stderr.splitlines()[-1]
 
 
 # --- sampling -------------------------------------------------------------------------------------
 
 
-def uncached(model, prompt, uniforms, temperature, eos):
-    """One row, recomputed whole for every token, drawn from the same numbers in float64."""
-    tokens = list(prompt)
-    for uniform in uniforms:
-        logits = model(torch.tensor([tokens]))[0, -1].double().detach().numpy()
+def uncached(model, prompt, response, uniforms, temperature):
+    """What should have been drawn at each of a response's tokens, from the same numbers and in
+    float64, by the forward that keeps no cache."""
+    found = []
+    with torch.no_grad():
+        rows = model(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1].double().numpy()
+    for logits, uniform in zip(rows, uniforms, strict=False):
         if temperature == 0:
-            token = int(logits.argmax())
+            found.append(int(logits.argmax()))
         else:
             p = np.exp(logits / temperature - (logits / temperature).max())
             cumulative = np.cumsum(p) / p.sum()
-            token = int(np.argmax(cumulative >= 1 - uniform))
-        tokens.append(token)
-        if token == eos:
-            break
-    return tokens[len(prompt) :]
+            found.append(int(np.argmax(cumulative >= 1 - uniform)))
+    return found
 
 
 RAGGED = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11], [12, 13, 14, 15]]
@@ -502,8 +434,11 @@ def test_cached_equals_uncached(small_gpt, temperature, eos):
     lengths = set()
     for b in range(len(RAGGED) * K):
         prompt = RAGGED[b // K]
-        expected = uncached(model, prompt, uniforms[b].double().tolist(), temperature, eos)
-        assert tokens[b][mask[b]].tolist() == expected
+        response = tokens[b][mask[b]].tolist()
+        expected = uncached(model, prompt, response, uniforms[b].double().tolist(), temperature)
+        assert response == expected
+        assert len(response) == n or response[-1] == eos
+        assert eos not in response[:-1]
         assert tokens[b, : len(prompt)].tolist() == prompt and not mask[b, : len(prompt)].any()
         assert tokens[b, len(prompt) + len(expected) :].eq(0).all()
         lengths.add(len(expected))
@@ -704,21 +639,22 @@ def run(tmp_path_factory, tokenizer):
     return directory
 
 
-def sampler(*args, text=None):
-    command = [sys.executable, str(ROOT / "model.py"), *map(str, args), "--device", "cpu"]
-    return subprocess.run(command, input=text, capture_output=True, text=True)
-
-
-def test_sampler(run):
-    flags = ["--num_samples", 2, "--temperature", 0.8, "--max_new_tokens", 6]
-    done = sampler(run, "--prompt", "How do I fix a bike?", *flags)
+def test_sampler(run, monkeypatch, capsys):
+    flags = ["--num_samples", 2, "--temperature", 0.8, "--max_new_tokens", 6, "--device", "cpu"]
+    words = list(map(str, [run, "--prompt", "How do I fix a bike?", *flags]))
+    script = str(ROOT / "model.py")
+    code = f"import runpy\nsys.argv = {[script, *words]!r}\n"
+    done = on_ranks("model", f"{code}runpy.run_path({script!r}, run_name='__main__')\n", 1)
     assert done.returncode == 0 and done.stdout.startswith("[1]") and "\n[2]" in done.stdout
-    assert done.stdout == sampler(run, "--prompt", "How do I fix a bike?", *flags).stdout
+    assert run_script(sys.modules["model"], monkeypatch, *words) == 0
+    assert capsys.readouterr().out == done.stdout
 
 
-def test_sampler_interactive(run):
-    done = sampler(run, "--max_new_tokens", 4, "--top_k", 3, "--top_p", 0.9, text="My\nI\n")
-    assert done.returncode == 0 and done.stdout.count("prompt> ") == 3
+def test_sampler_interactive(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("My\nI\n"))
+    flags = ["--max_new_tokens", 4, "--top_k", 3, "--top_p", 0.9, "--device", "cpu"]
+    assert run_script(sys.modules["model"], monkeypatch, run, *flags) == 0
+    assert capsys.readouterr().out.count("prompt> ") == 3
 
 
 def test_sampler_refuses(run, monkeypatch, capsys):

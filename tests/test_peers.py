@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reward
+from feedback import load_reward_model
 from model import GPT, GPTConfig, generate, load_model, load_tokenizer, pad, save_model
 
 transformers = pytest.importorskip("transformers")
@@ -245,7 +246,7 @@ def test_reward_scores_equal_theirs(tmp_path, tokenizer, small_gpt):
     statistics = {"reward_mean": 0.5, "reward_std": 2.0, "score_transform": "identity"}
     save_model(tmp_path, ours, tokenizer, {"stage": "reward"} | statistics)
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    model, same, read = reward.load_reward_model(tmp_path)
+    model, same, read = load_reward_model(tmp_path)
     assert read == statistics
     for text in (" My cousin sold my lamp.", " no"):
         ids = [*same.encode_ordinary("What?" + text), same.eot_token]

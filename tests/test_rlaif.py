@@ -5,19 +5,26 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics, read_lines, run_script, write_jsonl
+from conftest import (
+    CANNED,
+    ROOT,
+    can_the_rollout,
+    metrics,
+    read_lines,
+    run_script,
+    write_jsonl,
+)
 from ranks import on_ranks
 
-import evaluate
 import rlaif
 from model import load_model, load_tokenizer
 
@@ -52,7 +59,7 @@ def test_position_bias():
     assert rlaif.position_bias([(0.9, 0.1)]) == {"same": 0.0, "first": None}
 
 
-class Biased:
+class Biased(rlaif.Judge):
     """A judge that knows which response is better by 1 nat, and likes answer 1 by `bias` nats."""
 
     def __init__(self, bias):
@@ -229,7 +236,7 @@ def test_reasons_principles_and_clamps(data, tmp_path, monkeypatch):
 def test_a_rationale_ends_where_the_answer_would_begin():
     """A judge that goes on to the answer, or to another pair, does not give itself the answer."""
 
-    class Hasty:
+    class Hasty(rlaif.Judge):
         def __init__(self):
             self.prompts = []
 
@@ -246,6 +253,45 @@ def test_a_rationale_ends_where_the_answer_would_begin():
     assert all(text.endswith("Rationale: Short.\nPreferred Summary=") for text in judge.prompts[2:])
 
 
+def test_answers_after_rationales_are_averaged():
+    """Two rationales of each pair in each order, answered one by one: against loops."""
+
+    class Talkative(rlaif.Judge):
+        def __init__(self):
+            self.said = []
+
+        def answers(self, requests):
+            if "answers" in requests[0]:
+                return [self.verdict(request["prompt"]) for request in requests]
+            self.said += [(request["prompt"], request["seed"]) for request in requests]
+            return [f" Reason {seed}." for _, seed in self.said]
+
+        def verdict(self, prompt):
+            number = sum(map(ord, prompt)) % 97 / 40
+            return [-number, -1.0]
+
+    template, judge = rlaif.read_template(ROOT / "data/prompts/summaries.txt"), Talkative()
+    pairs = [{"prompt": f"x{n}", "first": f"One{n}.", "second": "Two."} for n in range(3)]
+    variant = rlaif.read_variant("base+cot+2samples+t0.5")
+    found = rlaif.judge_pairs(judge, template, variant, pairs, 8, 0)
+    assert [seed for _, seed in judge.said] == list(range(12))
+    for n, pair in enumerate(pairs):
+        one, two = (
+            {"prompt": pair["prompt"], "response_1": pair[a], "response_2": pair[b]}
+            for a, b in (("first", "second"), ("second", "first"))
+        )
+        expected = []
+        for k in range(2):
+            verdicts = [
+                judge.verdict(rlaif.question(template, variant, fields, f"Reason {seed}."))
+                for fields, seed in ((one, 4 * n + k), (two, 4 * n + 2 + k))
+            ]
+            expected.append(rlaif.preference(*verdicts))
+        p, shares = found[n]
+        assert p == pytest.approx(np.mean([p for p, _ in expected]))
+        assert shares == pytest.approx(np.mean([s for _, s in expected], axis=0))
+
+
 def test_hard_labels(data, tmp_path, monkeypatch):
     for name, more in (("soft", []), ("hard", ["--hard"])):
         assert run(monkeypatch, *label_flags(data, tmp_path / name, *more)) == 0
@@ -254,32 +300,25 @@ def test_hard_labels(data, tmp_path, monkeypatch):
     assert [x["chosen"] for x in soft] == [x["chosen"] for x in hard]
 
 
-def test_labels_compare_policies(data, tmp_path, monkeypatch, policy_run):
-    """Of two policies' samples, as evaluate.py writes them, only pairs of one of each, equal ones
-    too; and evaluate.py takes the labels as a judge."""
-    for name in "ab":
-        os.symlink(policy_run, tmp_path / name)
-    lines = [{"prompt": f"Prompt {n}?"} for n in range(6)]
-    prompts = write_jsonl(tmp_path / "prompts.jsonl", lines)
-    args = ["--policies", f"{tmp_path / 'a'},{tmp_path / 'b'}", "--prompts", prompts]
-    args += ["--num_samples", 2, "--max_new_tokens", 6, "--device", "cpu"]
-    args += ["--out_dir", tmp_path / "e"]
-    assert run_script(evaluate, monkeypatch, *args, "--gold", ROOT / "data/toy.py") == 0
-    files = [tmp_path / f"e/samples-{n}.jsonl" for n in range(2)]
-    a, b = ({p["prompt"]: p["responses"] for p in read_lines(path)} for path in files)
+def test_labels_compare_policies(data, tmp_path, monkeypatch):
+    """Of two policies' samples only pairs of one of each, equal ones too, of the prompts that both
+    have; a prompt that comes twice stays two."""
+    files, numbers = [], {"a": [0, 1, 1, 2], "b": [0, 1, 3]}
+    for name, prompts in numbers.items():
+        lines = [
+            {"prompt": f"Prompt {n}?", "responses": [f" {name} {n}.", " Same."], "policy": name}
+            for n in prompts
+        ]
+        files.append(write_jsonl(tmp_path / f"{name}.jsonl", lines))
     more = ["--samples", ",".join(map(str, files)), "--pairs", 0]
     assert run(monkeypatch, *label_flags(data, tmp_path / "l", *more)) == 0
     labelled = read_lines(tmp_path / "l/comparisons.jsonl")
-    assert len(labelled) == sum(len(a[p]) * len(b[p]) for p in a.keys() & b.keys()) > 0
+    assert [line["prompt"] for line in labelled] == ["Prompt 0?"] * 4 + ["Prompt 1?"] * 4
     for line in labelled:
-        names = [Path(writer).name for writer in line["policy"]]
-        assert sorted(names) == ["a", "b"]
-        for name, text in zip(names, (line["chosen"], line["rejected"]), strict=True):
-            assert text in (a if name == "a" else b)[line["prompt"]]
-    args += ["--overwrite", "--comparisons", tmp_path / "l/comparisons.jsonl"]
-    assert run_script(evaluate, monkeypatch, *args) == 0
-    report = json.loads((tmp_path / "e/report.json").read_text())
-    assert str(tmp_path / "l/comparisons.jsonl") in report["win_rate"]
+        assert sorted(line["policy"]) == ["a", "b"]
+        for name, text in zip(line["policy"], (line["chosen"], line["rejected"]), strict=True):
+            assert text in (f" {name} {line['prompt'][7]}.", " Same.")
+    assert any(line["chosen"] == line["rejected"] for line in labelled)
 
 
 def revise_flags(data, out, *more):
@@ -343,32 +382,33 @@ def test_what_a_critic_is_asked(data, tmp_path, monkeypatch):
     assert any(len(set(drawn)) > 1 for drawn in principles.values())
 
 
-@pytest.mark.parametrize("moment", [2, 5])
-def test_a_revision_that_was_killed_goes_on(data, tmp_path, monkeypatch, moment):
+def killed(out, into, files, keep):
+    """A finished run as kill -9 would have left it: of the answers in `files`, taken together, the
+    first `keep` bytes, and nothing that came after."""
+    into.mkdir()
+    shutil.copyfile(out / "args.json", into / "args.json")
+    for name in files:
+        kept = (out / name).read_bytes()[:keep]
+        (into / name).write_bytes(kept)
+        keep -= len(kept)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
+def test_a_revision_that_was_killed_goes_on(data, tmp_path, monkeypatch, share):
+    """Sampled texts come by the block: what is half there is asked again as a whole, and the
+    revisions are the same."""
     monkeypatch.setattr(rlaif, "BLOCK", 2)
-    args = revise_flags(data, tmp_path / "run", "--revisions", 2, "--resume")
-    code = (
-        "import signal\n"
-        f"real, calls = rlaif.LocalJudge.ask, []\n"
-        f"def ask(self, requests):\n"
-        f"    for found in real(self, requests):\n"
-        f"        calls.append(1)\n"
-        f"        if len(calls) == {moment}:\n"
-        f"            os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"        yield found\n"
-        f"rlaif.BLOCK, rlaif.LocalJudge.ask = 2, ask\n"
-        f"sys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
+    assert run(monkeypatch, *revise_flags(data, tmp_path / "run", "--revisions", 2)) == 0
+    whole = tmp_path / "whole"
+    (tmp_path / "run").rename(whole)
+    files = ("responses.jsonl", "answers.jsonl")
+    size = sum((whole / name).stat().st_size for name in files)
+    killed(whole, tmp_path / "run", files, int(share * size))
+    assert (
+        run(monkeypatch, *revise_flags(data, tmp_path / "run", "--revisions", 2, "--resume")) == 0
     )
-    first = on_ranks("rlaif", code, 1)
-    assert first.returncode == -signal.SIGKILL, first.stderr
-    # The machine died too, and the last block is half there: it is asked again as a whole.
-    answers = [tmp_path / "run" / name for name in ("answers.jsonl", "responses.jsonl")]
-    answers = next(path for path in answers if path.exists() and path.stat().st_size)
-    answers.write_bytes(answers.read_bytes()[:-20])
-    assert run(monkeypatch, *args) == 0
-    assert run(monkeypatch, *revise_flags(data, tmp_path / "whole", "--revisions", 2)) == 0
     for name in ("revisions.jsonl", "demonstrations.jsonl"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_agreement_with_people_and_gold(data, tmp_path, monkeypatch, capsys):
@@ -376,7 +416,7 @@ def test_agreement_with_people_and_gold(data, tmp_path, monkeypatch, capsys):
     args += [data / "template.txt", "--variants", "base,detailed", "--device", "cpu"]
     assert run(monkeypatch, *args, "--out_dir", tmp_path / "people") == 0
     said = capsys.readouterr().out
-    assert "base 0-shot: " in said and "one order" in said
+    assert "base 0-shot: all " in said and "one_order" in said
     report = json.loads((tmp_path / "people/report.json").read_text())
     (table,) = report["judges"].values()
     assert set(table) == {"base 0-shot", "detailed 0-shot"} and len(report["between"]) == 1
@@ -387,34 +427,24 @@ def test_agreement_with_people_and_gold(data, tmp_path, monkeypatch, capsys):
     assert with_gold == table
 
 
-@pytest.mark.parametrize("moment", [1, 4])
-def test_kill_asks_nothing_twice(data, tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize("lines", [0, 8, 40])
+def test_kill_asks_nothing_twice(data, tmp_path, monkeypatch, lines):
     """kill -9 while answers are written, 8 at once, then --resume: the same labels, no question
-    twice."""
+    twice, and the torn line takes none with it."""
     monkeypatch.setattr(rlaif, "BLOCK", 8)
-    args = label_flags(data, tmp_path / "run", "--pairs", 0, "--resume")
-    code = (
-        "import signal\n"
-        f"real, calls = rlaif.LocalJudge.ask, []\n"
-        f"def ask(self, requests):\n"
-        f"    for found in real(self, requests):\n"
-        f"        calls.append(1)\n"
-        f"        if len(calls) == {moment}:\n"
-        f"            open(self.memory, 'a').write('{{\"key\": \"torn')\n"
-        f"            os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"        yield found\n"
-        f"rlaif.BLOCK, rlaif.LocalJudge.ask = 8, ask\n"
-        f"sys.argv = {['rlaif.py', *args]!r}\nrlaif.main()\n"
-    )
-    first = on_ranks("rlaif", code, 1)
-    assert first.returncode == -signal.SIGKILL, first.stderr
-    assert run(monkeypatch, *args) == 0
+    assert run(monkeypatch, *label_flags(data, tmp_path / "run", "--pairs", 0)) == 0
+    whole = tmp_path / "whole"
+    (tmp_path / "run").rename(whole)
+    answers = (whole / "answers.jsonl").read_bytes()
+    assert len(answers.splitlines()) == 54
+    torn = len(b"".join(answers.splitlines(True)[:lines])) + 20
+    killed(whole, tmp_path / "run", ("answers.jsonl",), torn)
+    assert run(monkeypatch, *label_flags(data, tmp_path / "run", "--pairs", 0, "--resume")) == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report["asked"] == 54 - 8 * (moment - 1)
-    known = rlaif.Judge("").remember(tmp_path / "run/answers.jsonl").known
+    assert report["asked"] == 54 - lines
+    known = rlaif.Judge("").remember(None, tmp_path / "run/answers.jsonl").known
     assert len(known) == 54  # what followed the torn line is there too
-    assert run(monkeypatch, *label_flags(data, tmp_path / "whole", "--pairs", 0)) == 0
-    both = [(tmp_path / name / "comparisons.jsonl").read_bytes() for name in ("run", "whole")]
+    both = [(path / "comparisons.jsonl").read_bytes() for path in (tmp_path / "run", whole)]
     assert both[0] == both[1]
 
 
@@ -422,7 +452,8 @@ def test_kill_asks_nothing_twice(data, tmp_path, monkeypatch, moment):
     "more, message",
     [
         (["--judge", "nowhere"], "nowhere"),
-        (["--clamp", "0.6,0.4"], "--clamp 0.6,0.4: expected two numbers"),
+        (["--clamp", "0.6,0.4"], "--clamp: expected two numbers"),
+        (["--clamp", "0.4"], "--clamp: expected two numbers"),
         (["--samples", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--samples", ","], "--samples: expected a file"),
         (["--template", "nowhere.txt"], "nowhere.txt:0: file"),
@@ -449,24 +480,25 @@ def test_one_process_and_whole_templates(data, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
+CONFIGS = {
+    "label": rlaif.LabelConfig,
+    "agree": rlaif.AgreeConfig,
+    "revise": rlaif.ReviseConfig,
+    "direct": rlaif.DirectConfig,
+}
+
+
 def test_commands_in_docstrings_are_flags():
     """Every --flag that the docstring shows with a sub-command is one of its."""
-    commands = {"label": "Label", "agree": "Agree", "revise": "Revise", "direct": "Direct"}
     shown = re.findall(r"rlaif\.py (\w+)((?:[^\n\\]|\\\n)*)", rlaif.__doc__)
-    assert {name for name, _ in shown} == set(commands)
+    assert {name for name, _ in shown} == set(CONFIGS)
     for name, flags in shown:
-        known = vars(getattr(rlaif, f"{commands[name]}Config")())
-        assert set(re.findall(r"--(\w+)", flags)) <= set(known), name
+        assert set(re.findall(r"--(\w+)", flags)) <= set(vars(CONFIGS[name]())), name
 
 
 def test_sub_commands(monkeypatch, capsys):
     assert run(monkeypatch) == 2 and "expected a sub-command" in capsys.readouterr().err
-    for command, config in (
-        ("label", rlaif.LabelConfig),
-        ("agree", rlaif.AgreeConfig),
-        ("revise", rlaif.ReviseConfig),
-        ("direct", rlaif.DirectConfig),
-    ):
+    for command, config in CONFIGS.items():
         assert run(monkeypatch, command, "--help") == 0
         text = capsys.readouterr().out
         assert all(f"--{name}" in text for name in vars(config()))
@@ -686,27 +718,27 @@ def test_what_is_in_flight_is_kept(data, tmp_path, monkeypatch, server, how):
     assert len(server.seen) - before == 18 - kept
 
 
-def test_direct_by_a_server(data, tmp_path, monkeypatch, server):
+def test_direct_by_a_server(data, tmp_path, server):
     """Two ranks and a faulty server: the ratings are those of the same judge in this process."""
     (tmp_path / "t.txt").write_text(
         "--- rate\n{prompt} {response} Mark:\n--- ratings\n"
         + json.dumps([f" {i}" for i in range(1, 11)])
     )
     flags = ["direct", "--prompts", data / "samples.jsonl", "--init", data / "judge", "--steps", 2]
-    flags += ["--validation", "", "--batch_size", 6, "--max_new_tokens", 6, "--device", "cpu"]
+    flags += ["--validation", "", "--batch_size", 4, "--max_new_tokens", 6, "--device", "cpu"]
     flags += ["--template", tmp_path / "t.txt"]
     server.faults = ["500", "malformed", "429", "cut"]
     asked = served(server, "--in_flight", 3, "--out_dir", tmp_path / "served")
     argv = ["rlaif.py", *map(str, [*flags, *asked])]
-    done = on_ranks("rlaif", f"sys.argv = {argv!r}\nrlaif.main()\n")
+    code = f"{CANNED.format(script='rlaif')}sys.argv = {argv!r}\nrlaif.main()\n"
+    done = on_ranks("rlaif", code)
     assert done.returncode == 0, done.stderr[-3000:]
     here = ["--judge", data / "judge", "--out_dir", tmp_path / "here"]
-    argv = ["rlaif.py", *map(str, [*flags, *here])]
-    done = on_ranks("rlaif", f"sys.argv = {argv!r}\nrlaif.main()\n")
-    assert done.returncode == 0, done.stderr[-3000:]
+    with can_the_rollout(rlaif) as patch:
+        assert run(patch, *flags, *here) == 0
     for a, b in zip(metrics(tmp_path / "served"), metrics(tmp_path / "here"), strict=True):
         assert a["score"] == pytest.approx(b["score"], abs=1e-4) and a["absent"] == 0
-    assert len(server.seen) == 12 + 4
+    assert len(server.seen) == 8 + 4
 
 
 @pytest.mark.parametrize("url", ["http://[x", "http://", "http://localhost:port/v1", "ftp://x"])

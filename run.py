@@ -1,0 +1,814 @@
+"""What a run is, in every script: flags, processes, precision, its directory, exact resuming, logs.
+No algorithm is in here, and nothing of RLHF: a reader can pass it over.
+
+    cfg = flags(Config, __doc__)              # annotations are help, bounds, and what needs what
+    run = Run(cfg)                            # device, precision, ranks
+    run.open([cfg.data, cfg.init], total)     # makes out_dir, or finds what to resume in it
+    run.resume({"policy": policy}, {"policy": optimizer})
+    while True:
+        run.save_or_stop()                    # every save_every steps, at the end, on SIGTERM
+        if run.evaluation_due(): run.log_evaluation({"loss": ...})
+        if run.step == total: break
+        ...                                   # forward, loss, backward, optimiser step
+        run.step += 1
+        if run.due(cfg.log_every): run.log("metrics", {"loss": ...})
+    run.finish({"loss": ...})
+
+Whoever has infrastructure of his own replaces `Run`. It never calls a model, a loss or a step of an
+optimiser; what a loop's arithmetic rests on are its `micro_batches`, `parallel` and `clip`.
+"""
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import gc
+import gzip
+import hashlib
+import inspect
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import typing
+import zlib
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from model import check_space, read_json, save_model, weight_files, whole_file, write_json
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessFlags:
+    """What a command has that computes, but makes no run directory."""
+
+    group = "run"
+    device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
+    dtype: Annotated[
+        Literal["", "float32", "bfloat16", "float16", "float64"],
+        "empty: bfloat16 on cuda, float32 on the cpu",
+    ] = ""
+    timeout_s: Annotated[int, "a collective that takes longer ends the job, seconds"] = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags(ProcessFlags):
+    """What every script has."""
+
+    group = "run"
+    seed: Annotated[int, "of order and samples"] = 0
+    resume: Annotated[bool, "go on with the run in out_dir, or start if there is none"] = False
+    overwrite: Annotated[bool, "delete the run in out_dir first"] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFlags(RunFlags):
+    """What every script that trains has besides; scripts set other defaults."""
+
+    group = "optimiser"
+    batch_size: Annotated[int, "lines a step, over all ranks", "[1, inf)"] = 32
+    micro_batch_size: Annotated[int, "lines a forward on one rank; 0: all of its share"] = 0
+    lr: Annotated[float, "peak learning rate"] = 1e-3
+    warmup: Annotated[int, "steps of linear warm-up"] = 10
+    final_lr: Annotated[float, "last rate over peak rate, by a cosine (InstructGPT: 0.1)"] = 0.1
+    adam_beta2: Annotated[float, "Adam's second-moment decay (GPT-3: 0.95)", "[0, 1)"] = 0.95
+    adam_eps: Annotated[float, "Adam's epsilon (OpenAI 2019, Llama 2: 1e-5)"] = 1e-8
+    weight_decay: Annotated[float, "AdamW's, on matrices (Llama 2: 0.1)"] = 0.0
+    clip_norm: Annotated[float, "largest gradient norm", "(0, inf)"] = 1.0
+    compile: Annotated[bool, "torch.compile what is trained"] = False
+    checkpoint_activations: Annotated[bool, "less memory: blocks computed anew in backward"] = False
+    log_every: Annotated[int, "steps between printed lines", "[1, inf)"] = 50
+    eval_every: Annotated[int, "steps between evaluations; 0: only at the end"] = 250
+    save_every: Annotated[int, "steps between checkpoints; 0: only at the end"] = 250
+
+
+# What may be another when a run goes on.
+FREE = ("resume", "overwrite", "timeout_s", "checkpoint_activations")
+
+
+def refuse(message):
+    """Ends the script for bad input: one line, exit status 2."""
+    # What is quoted in it may be of any length, and of many lines.
+    print(" ".join(f"{message}".splitlines())[:2000], file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        refuse(f"{self.prog}: {message} (--help explains all flags)")
+
+
+def flags(config_class, doc, command="", positional=""):
+    """`config_class` from the command line, after `command` where there are sub-commands.
+
+    A field is Annotated[type, help, *rules]. Types: Literal, one of these; tuple[x, ...], several
+    by commas; float | None, a number or none. Rules: "[0, 1)", the interval that its numbers are in
+    ("[0, inf)" if it isn't said); "advantage=gae" (or "advantage=rloo|grpo"), what another flag
+    must be; "online" and "not online", another flag that must or must not be given. `positional`: a
+    field of several values that may also stand before the flags, without its name.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    name = f"{Path(sys.argv[0]).name} {command}".strip()
+    usage = f"{name} [{positional} ...] [--flag value ...]".replace("[ ...] ", "")
+    parser = Parser(name, usage, doc, formatter_class=form, allow_abbrev=False)
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    for group, names in groups_of_flags(config_class).items():
+        part = parser.add_argument_group(group)
+        for name in names:
+            default = getattr(config_class, name)
+            part.add_argument(f"--{name}", default=default, **argument(hints[name], default))
+    if positional:
+        parser.add_argument("several", nargs="*", help=f"as --{positional}")
+    found = vars(parser.parse_args(sys.argv[2:] if command else None))
+    several = found.pop("several", [])
+    if several:
+        found[positional] = tuple(several)
+    cfg = config_class(**found)
+    for name, hint in hints.items():
+        for rule in hint.__metadata__[1:]:
+            if rule[0] not in "[(" and getattr(cfg, name) != getattr(config_class, name):
+                check_needed(parser, cfg, name, rule)
+        bounds = next((rule for rule in hint.__metadata__[1:] if rule[0] in "[("), "[0, inf)")
+        value = getattr(cfg, name)
+        for number in value if type(value) is tuple else [value]:
+            if type(number) in (int, float) and not within(number, bounds):
+                parser.error(f"--{name}: expected a number in {bounds}, got {number:g}")
+    return cfg
+
+
+def groups_of_flags(config_class):
+    """{group: fields that --help shows in it}. A class's fields are "data" up to its out_dir, and
+    "algorithm" after it, the script's own first; those of RunFlags and TrainingFlags theirs."""
+    groups, seen = {"data": [], "algorithm": [], "optimiser": [], "run": []}, set()
+    for cls in reversed(config_class.__mro__):
+        own = list(inspect.get_annotations(cls))
+        last = next((own.index(name) for name in ("out_dir", "out") if name in own), len(own))
+        mine = {"data": [], "algorithm": []}
+        for i, name in enumerate(own):
+            if name not in seen and "group" in vars(cls):
+                groups[cls.group].append(name)
+            elif name not in seen:
+                mine["data" if i <= last else "algorithm"].append(name)
+            seen.add(name)
+        groups["data"] += mine["data"]
+        groups["algorithm"] = mine["algorithm"] + groups["algorithm"]
+    return {group: names for group, names in groups.items() if names}
+
+
+def argument(hint, default):
+    """What argparse must know of a field."""
+    kind, (text, *rules) = hint.__origin__, hint.__metadata__
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    shown = ",".join(map(str, default)) if type(default) is tuple else default
+    text += f" (default: {repr(shown) if shown == '' else shown})"
+    text += "".join(f"; in {rule}" for rule in rules if rule[0] in "[(")
+    needed = (rule for rule in rules if rule[0] not in "[(")
+    text += "".join(f"; only {in_words(rule)}" for rule in needed)
+    how = {"help": text.replace("%", "%%"), "type": kind, "metavar": "X"}
+    if kind is bool:
+        return {"help": how["help"], "action": argparse.BooleanOptionalAction}
+    if origin is Literal:
+        how |= {"choices": args, "metavar": "{" + ",".join(filter(None, args)) + "}"}
+        return how | {"type": str}
+    if origin is tuple:
+        return how | {"type": by_commas(args[0]), "metavar": "X,X"}
+    if type(None) in args:
+        return how | {"type": number_or_none}
+    return how
+
+
+def by_commas(kind):
+    def several(text):
+        return tuple(kind(x.strip()) for x in text.split(",") if x.strip())
+
+    several.__name__ = f"list of {kind.__name__}s by commas"
+    return several
+
+
+def number_or_none(text):
+    return None if text == "none" else float(text)
+
+
+def in_words(rule):
+    return f"with{'out' if rule.startswith('not ') else ''} --{rule.split()[-1].replace('=', ' ')}"
+
+
+def check_needed(parser, cfg, name, rule):
+    """Refuses a flag that was set, where what it needs is not so."""
+    flag, equals, wanted = rule.removeprefix("not ").partition("=")
+    value = getattr(cfg, flag)
+    met = str(value) in wanted.split("|") if equals else bool(value) != rule.startswith("not ")
+    if not met:
+        parser.error(f"--{name}: only {in_words(rule)}")
+
+
+def within(x, bounds):
+    low, high = map(float, bounds[1:-1].split(","))
+    return low <= x <= high and (x > low or bounds[0] == "[") and (x < high or bounds[-1] == "]")
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+stop_signals, stores = [], []  # the SIGTERMs that came to this rank; torchrun's store
+
+
+class Run:
+    """One run of a script: its processes and precision, its directory, its checkpoints, its log.
+
+    Every rank calls every method, in the same order: most of them tell the ranks something, and
+    would wait for the one that is missing. `say` and `log` write on rank 0 alone.
+    """
+
+    def __init__(self, cfg):
+        """torchrun sets the world; without it, a world of one."""
+        signal.signal(signal.SIGTERM, lambda *_: stop_signals.append(1))
+        self.cfg, self.out_dir = cfg, Path(getattr(cfg, "out_dir", ""))
+        self.device = self.choose_device(cfg.device)
+        self.rank, self.world = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+        if self.world > 1:
+            self.join(datetime.timedelta(seconds=cfg.timeout_s))
+        cuda = self.device.type == "cuda"
+        self.dtype = getattr(torch, cfg.dtype or ("bfloat16" if cuda else "float32"))
+        self.mixed = self.dtype in (torch.bfloat16, torch.float16)
+        # Of weights; a forward of theirs runs in `autocast`.
+        self.precision = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.autocast = (
+            torch.autocast(self.device.type, self.dtype) if self.mixed else nullcontext()
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.modules, self.optimizers, self.state = {}, {}, SimpleNamespace()
+        self.step, self.total = 0, None  # steps done, and in all
+        self.first = 0  # the step that this process began with
+        self.saved = 0  # that of the last checkpoint
+        self.evaluated = -1  # that of the last evaluation
+        self.checkpoint = None  # what to resume
+        self.earlier, self.started = 0.0, time.time()  # seconds until that, and since then
+        self.window, self.last = Counter(), time.time()  # sums since the last printed line
+        self.spoken = time.time()  # when `progress` last said something
+        self.wrapped = []  # models under DDP
+
+    @staticmethod
+    def choose_device(name):
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        if name.split(":")[0] not in ("cpu", "cuda"):
+            refuse(f"--device {name}: expected cpu or cuda")
+        device = torch.device(name)
+        if device.type == "cuda":
+            if (device.index or 0) >= torch.cuda.device_count():
+                refuse(f"--device {name}: there is no such CUDA device here")
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            torch.cuda.set_device(device)
+        return device
+
+    def join(self, limit):
+        """Meets the other ranks."""
+        store, self.rank, self.world = next(rendezvous("env://", timeout=limit))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # torchrun keeps its store when it starts the ranks again: without a name of their own
+            # they may read the addresses of those that died, and wait for them. Agents on several
+            # nodes count restarts each for itself, so that there such a name would part them.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        stores.append(store)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=self.rank, world_size=self.world, timeout=limit
+        )
+
+    # What ranks tell each other.
+
+    def sum(self, values):
+        """Numbers, a list or a dict of them -> their sums over the ranks. A dict's order counts."""
+        if isinstance(values, dict):
+            return dict(zip(values, self.sum(values.values()), strict=True))
+        sums = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        return self.sum_tensor(sums).tolist()
+
+    def sum_tensor(self, tensor):
+        """In place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self):
+        """Until every rank is here."""
+        self.sum([0])
+
+    def gather(self, records):
+        """The lists of JSON values of all ranks, one after another, on every rank."""
+        if self.world == 1:
+            return list(records)
+        data = torch.tensor(list(json.dumps(records).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
+        data = F.pad(data, (0, int(max(sizes)) - len(data))).to(self.device)
+        padded = [torch.empty_like(data) for _ in sizes]
+        dist.all_gather(padded, data)
+        texts = [bytes(x[:n].tolist()) for x, n in zip(padded, sizes, strict=True)]
+        return [record for text in texts for record in json.loads(text)]
+
+    def say(self, *text):
+        if self.rank == 0:
+            print(*text, flush=True)
+
+    def progress(self, what, done, total):
+        """Says how far something long has come, every 30 seconds."""
+        if time.time() - self.spoken > 30:
+            self.spoken = time.time()
+            self.say(f"  {what}: {done} of {total}")
+
+    # The directory.
+
+    def open(self, inputs, total=None, free=()):
+        """Makes out_dir, or finds there the run to go on with: -> whether it did.
+
+        inputs: files, and run directories, which stand for their weights and config.json; "" is
+        none. A run goes on only with the flags (but FREE and `free`), the inputs and the number of
+        ranks that it began with: another order of the data would train on some examples twice and
+        on others never. It goes on from its last checkpoint; without a `total` number of steps, by
+        what the script finds in the directory.
+        """
+        inputs, self.total, self.checkpoint = files_of(inputs), total, None
+        settings = self.settings(inputs, (*FREE, *free))
+        resumes = self.may_resume(settings)
+        if resumes and total is not None:
+            steps = [path.name[11:] for path in self.out_dir.glob("checkpoint-*")]
+            steps = [int(step) for step in steps if step.isdigit()]
+            resumes = bool(steps)
+            self.checkpoint = self.out_dir / f"checkpoint-{max(steps)}" if steps else None
+        self.wait()  # every rank has looked; only now may rank 0 change what is there
+        if self.rank == 0 and not resumes:
+            self.make_directory(settings)
+        self.wait()
+        return resumes
+
+    def settings(self, inputs, free):
+        """{what must be the same when a run goes on: its value}."""
+        for path in inputs if self.cfg.overwrite else ():
+            if self.out_dir.resolve() in Path(path).resolve().parents:
+                refuse(f"{path}: is in --out_dir, which --overwrite would delete")
+        found = {name: value for name, value in vars(self.cfg).items() if name not in free}
+        found |= {"world": self.world} | {f"sha256 of {path}": sha256(path) for path in inputs}
+        return json.loads(json.dumps(found))  # as it will be read: lists for tuples
+
+    def may_resume(self, settings):
+        """Whether out_dir holds a run to go on with, all of whose settings are these."""
+        out_dir, args = self.out_dir, self.out_dir / "args.json"
+        # What a run that was killed in its first moments left is not in use.
+        in_use = out_dir.exists() and any(path.suffix != ".tmp" for path in out_dir.iterdir())
+        if in_use and not (args.is_file() and (self.cfg.resume or self.cfg.overwrite)):
+            refuse(f"{out_dir}: in use; --resume goes on with its run, --overwrite deletes it")
+        if not (args.is_file() and self.cfg.resume):
+            return False
+        try:
+            old = dict(read_json(args).get("settings", {}))
+        except (ValueError, TypeError, OSError) as error:
+            refuse(f"{args}: says no settings, so nothing can be resumed: {error}")
+        changed = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
+        if changed:
+            changes = [f"{name}: {old.get(name)!r} -> {settings.get(name)!r}" for name in changed]
+            refuse(f"{out_dir}: can't resume with other settings: {'; '.join(changes)}")
+        if (out_dir / "report.json").exists():
+            self.say(f"{out_dir}: this run is finished")
+            sys.exit(0)
+        return True
+
+    def make_directory(self, settings):
+        """out_dir anew, with args.json and the sources that run."""
+        out_dir = self.out_dir
+        if out_dir.exists():  # renamed first: deleted half, it would look like somebody's folder
+            old = out_dir.with_name(f".{out_dir.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(out_dir, old)
+            shutil.rmtree(old)
+        out_dir.mkdir(parents=True)
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+        record = {"settings": settings, "command": sys.argv, "versions": versions}
+        write_json(out_dir / "args.json", record)
+        for name, path in sources().items():
+            shutil.copyfile(path, out_dir / name)
+
+    def log(self, name, record, shown=None, prefix=""):
+        """Appends a line to out_dir/NAME.jsonl, and prints the numbers `shown` after the prefix."""
+        if name == "metrics":
+            record = {"step": self.step, "seconds": self.seconds()} | record
+        if shown:
+            numbers = "  ".join(f"{key} {x:.4g}" for key, x in shown.items())
+            self.say(f"step {self.step}/{self.total}  {prefix}{numbers}  {self.left()}")
+        if self.rank == 0:
+            append_line(self.out_dir / f"{name}.jsonl", record)
+
+    def log_evaluation(self, numbers, shown=None):
+        """Logs held-out numbers, under names that begin with eval_, and prints those `shown`, all
+        unless told. They are done only now: a run that was stopped before does them when it goes
+        on."""
+        if numbers:
+            record = {f"eval_{name}": x for name, x in numbers.items()}
+            self.log("metrics", record, numbers if shown is None else shown, "held out: ")
+        self.evaluated = self.step
+
+    # Checkpoints.
+
+    def resume(self, modules, optimizers, **state):
+        """-> a namespace of `state`, JSON values that checkpoints hold beside the modules (equal on
+        all ranks), the optimizers and every rank's default generators; from the last one, if any.
+        No pickle is ever read."""
+        self.modules, self.optimizers, self.state = modules, optimizers, SimpleNamespace(**state)
+        self.started = self.last = time.time()
+        if self.checkpoint:
+            self.load(self.checkpoint)
+        self.first = self.step
+        learning = {
+            name: sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6
+            for name, module in modules.items()
+        }
+        sizes = ", ".join(f"{name} {size:.2f}M" for name, size in learning.items())
+        self.say(
+            f"parameters that learn: {sizes}; {self.device}, {self.dtype}, {self.world} rank(s); "
+            f"{self.total} steps"
+            + (f"; resumed at step {self.step} from {self.checkpoint}" if self.checkpoint else "")
+        )
+        return self.state
+
+    def load(self, path):
+        tensors, known = self.read_checkpoint(path)
+        for name, module in self.modules.items():
+            module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+        for name, optimizer in self.optimizers.items():
+            moments = {}
+            for key in [key for key in tensors if key.startswith(f"adam_{name}.")]:
+                _, index, moment = key.split(".")
+                # A copy, as load_file maps the file, whose room on the disk would not become free.
+                moments.setdefault(int(index), {})[moment] = tensors[key].clone()
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        generators = [torch.tensor(list(bytes.fromhex(g))).byte() for g in known["rng"][self.rank]]
+        torch.set_rng_state(generators[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(generators[1], self.device)
+        self.scaler.load_state_dict(known["scaler"])
+        self.state = SimpleNamespace(**known["state"])
+        self.step = self.saved = known["step"]
+        self.evaluated, self.earlier = known["evaluated"], known["seconds"]
+        self.window = Counter(
+            known["window"] if self.rank == 0 else dict.fromkeys(known["window"], 0)
+        )
+        for log in self.out_dir.glob("*.jsonl") if self.rank == 0 else ():
+            # What was logged after the checkpoint will be logged again.
+            os.truncate(log, min(known["logs"].get(log.name, 0), log.stat().st_size))
+
+    def read_checkpoint(self, path):
+        """-> tensors, state: exactly what `save` wrote; anything else is refused."""
+        names = ("tensors.safetensors", "state.json")
+        expected = {
+            f"{name}.{key}": value.shape
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
+        try:
+            hashes = read_json(path / "sha256.json")
+            for name in names:
+                if sha256(path / name) != hashes.get(name):
+                    raise ValueError(f"{path / name}: damaged: its sha256 is not the recorded one")
+            for name in sorted(file.name for file in path.iterdir()):
+                if name not in (*names, "sha256.json"):
+                    raise ValueError(f"{path / name}: a file that no script of ours wrote")
+            tensors, known = load_file(path / names[0]), read_json(path / names[1])
+            script = known.get("script", "another program")
+            if script != Path(sys.argv[0]).name or len(known.get("rng", [])) <= self.rank:
+                raise ValueError(f"{path / names[1]}: of {script}, or of fewer ranks")
+            found = {k: x.shape for k, x in tensors.items() if k.split(".")[0] in self.modules}
+            if found != expected:
+                raise ValueError(f"{path / names[0]}: of another model than this run's")
+        except SafetensorError as error:
+            refuse(f"{path / names[0]}: {error}; this checkpoint can't be resumed")
+        except (OSError, ValueError) as error:
+            refuse(f"{error}; this checkpoint can't be resumed")
+        return tensors, known
+
+    def save(self):
+        """Writes checkpoint-<step>/ under another name, renames it, deletes older ones."""
+        if self.step <= self.saved:
+            return
+        self.saved = self.step
+        generators = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            generators.append(torch.cuda.get_rng_state(self.device))
+        rng = self.gather([[bytes(g.tolist()).hex() for g in generators]])
+        window = self.sum(dict(self.window))
+        if self.rank > 0:
+            return
+        tensors = {}
+        for name, module in self.modules.items():
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            for index, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"adam_{name}.{index}.{key}": x for key, x in moments.items()}
+        final = self.out_dir / f"checkpoint-{self.step}"
+        temporary = final.with_name(".checkpoint.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # what a kill left of an earlier save
+        check_space(final, tensors.values())
+        temporary.mkdir()
+        try:
+            with whole_file(temporary / "tensors.safetensors") as path:
+                save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path)
+            state = {"step": self.step, "evaluated": self.evaluated, "seconds": self.seconds()}
+            state |= {"state": vars(self.state), "scaler": self.scaler.state_dict()}
+            state |= {"rng": rng, "window": window, "script": Path(sys.argv[0]).name}
+            state["logs"] = {log.name: log.stat().st_size for log in self.out_dir.glob("*.jsonl")}
+            write_json(temporary / "state.json", state)
+            names = ("tensors.safetensors", "state.json")
+            write_json(temporary / "sha256.json", {n: sha256(temporary / n) for n in names})
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for path in self.out_dir.glob("checkpoint-*"):
+            if path != final:
+                shutil.rmtree(path)
+
+    def save_or_stop(self):
+        if self.due(self.cfg.save_every):
+            self.save()
+        self.stop_if_told()
+
+    def stop_if_told(self):
+        """SIGTERM to any rank: what was done is saved; --resume goes on to the same weights. All
+        ranks ask at the same places, so all stop there."""
+        if self.sum([len(stop_signals)])[0] > 0:
+            self.save()
+            self.wait()  # when one rank ends, torchrun ends the others: let rank 0 finish
+            where = "" if self.total is None else f" at step {self.step}"
+            self.say(f"stopped by SIGTERM{where}; --resume goes on from there")
+            sys.exit(128 + signal.SIGTERM)
+
+    def due(self, every):
+        return self.step == self.total or (every > 0 and self.step % every == 0)
+
+    def evaluation_due(self):
+        """Once a step, also where a run was stopped after it."""
+        return self.due(self.cfg.eval_every) and self.step > self.evaluated
+
+    # Training.
+
+    def parallel(self, model):
+        """What losses go through: compiled, and under DDP, which averages gradients over ranks."""
+        model.checkpoint_activations = self.cfg.checkpoint_activations
+        model = torch.compile(model) if self.cfg.compile else model
+        if self.world > 1:
+            where = [self.device] if self.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=where)
+            self.wrapped.append(model)
+        return model
+
+    def micro_batches(self, mine, most, size, filler):
+        """Yields (rows, weight): `mine` in lists of `size` (0: all), as many on every rank, `most`
+        being the longest rank's. A rank without rows left gets [filler] and weight 0, as the others
+        wait for its gradients: forward and backward stand in the loop's body. Gradients are
+        averaged over the ranks in the last one alone."""
+        begins = range(0, most, size or most)
+        for begin in begins:
+            for model in self.wrapped:
+                model.require_backward_grad_sync = begin == begins[-1]  # as no_sync() does
+            rows = mine[begin : begin + (size or most)]
+            yield rows or [filler], float(bool(rows))
+
+    def clip(self, optimizer, model, lines=()):
+        """Unscales and clips a model's gradients -> their norm; ends the run where it isn't finite,
+        naming the batch's `lines` (numbers among those that were kept).
+
+        The norm is of gradients summed over ranks: all stop, or none. float16 may overflow: the
+        scaler then skips the step and halves its scale.
+        """
+        self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.cfg.clip_norm).item()
+        if not math.isfinite(norm) and self.scaler.get_scale() <= 1:
+            which = ", ".join(str(i + 1) for i in lines[:8])
+            which = f" on lines {which}, ... (as numbered among those kept)" if lines else ""
+            if self.rank == 0:
+                print(
+                    f"step {self.step}: the gradient's norm is {norm}{which}; stopped before the "
+                    f"update; the last checkpoint is as it was",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            sys.exit(1)
+        return norm
+
+    def count(self, **numbers):
+        """Adds to the sums that the next printed line is about."""
+        self.window.update(numbers)
+
+    def counted(self):
+        """-> sums over all ranks of what was counted since the last call, and the seconds since."""
+        sums, now = self.sum(dict(self.window)), time.time()
+        seconds, self.window, self.last = now - self.last, Counter(), now
+        return sums, seconds
+
+    def sampler(self, model):
+        """What to sample with, in eval mode: a copy in bfloat16 where that is faster, since
+        sampling is bound by reading the weights."""
+        if self.device.type == "cuda" and self.mixed:
+            return copy.deepcopy(model).bfloat16().eval()
+        return model.eval()
+
+    def seconds(self):
+        return round(self.earlier + time.time() - self.started, 1)
+
+    def left(self):
+        if self.step == self.first:
+            return ""
+        left = (time.time() - self.started) / (self.step - self.first) * (self.total - self.step)
+        return f"{left // 60:.0f}:{left % 60:02.0f} left"
+
+    def save_model(self, model, tokenizer, **extra):
+        if self.rank == 0:
+            save_model(self.out_dir, model, tokenizer, extra)
+
+    def finish(self, report):
+        """The last thing that a script does: report.json, whose presence says that all is done."""
+        report = {"step": self.step, "seconds": self.seconds()} | report
+        report["peak_memory_gib"] = round(peak_memory(self.device) / 2**30, 2)
+        if self.rank == 0:
+            write_json(self.out_dir / "report.json", report)
+            for path in self.out_dir.glob("checkpoint-*"):
+                shutil.rmtree(path)
+            self.say(f"{self.out_dir}: finished in {report['seconds']:.0f} s")
+        self.wait()  # no rank leaves while another still writes
+
+    def leave(self):
+        """Parts from the other ranks: what follows is rank 0's alone."""
+        if self.world > 1:
+            self.wait()
+            dist.destroy_process_group()
+
+
+def sources():
+    """{name in a run's directory: path} of the sources that run."""
+    here = Path(__file__).parent
+    three = {name: here / name for name in ("model.py", "run.py", "feedback.py")}
+    return {"script.py": sys.argv[0]} | {n: path for n, path in three.items() if path.exists()}
+
+
+def files_of(names):
+    """Files, and the weights and config.json of run directories; of what is neither, none."""
+    found = []
+    for path in [Path(name) for name in names if name]:
+        if (path / "config.json").is_file():
+            found += [*map(str, weight_files(path)), str(path / "config.json")]
+        elif path.is_file():
+            found.append(str(path))
+    return found
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def peak_memory(device):
+    """The most memory this process has held, bytes: on the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def adam(model, lr, cfg):
+    """AdamW of what learns; weight decay on matrices."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices, others = ([p for p in learning if (p.dim() == 2) == two] for two in (True, False))
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others}]
+    betas = (0.9, cfg.adam_beta2)
+    return torch.optim.AdamW(
+        groups, lr=lr, betas=betas, eps=cfg.adam_eps, weight_decay=0.0, fused=True
+    )
+
+
+def schedule(step, total, cfg, peak=1.0):
+    """The learning rate: linear warm-up to the peak, then a cosine to final_lr of it."""
+    if step < cfg.warmup:
+        return peak * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(total - cfg.warmup, 1)
+    return peak * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def guarded(main):
+    """Runs a script's main(). A disk, an interrupt or another rank that ends it leaves one line and
+    a status other than 0; what was saved stays."""
+    try:
+        main()
+        # What is left to the interpreter's end would now and then abort the process there, by
+        # gloo's threads: DDP is part of a reference cycle, and holds the group.
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except OSError as error:  # a full disk, a folder that can't be written
+        sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        print("interrupted; what was saved stays", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except RuntimeError as error:
+        # gloo's errors have no type of their own; NCCL's watchdog ends a rank without one.
+        if not (stores and ("gloo" in str(error) or isinstance(error, dist.DistError))):
+            raise
+        silent, said = silent_ranks(), " ".join(str(error).splitlines())
+        why = (
+            f"no answer within --timeout_s from rank {silent}, or it is gone; what was saved stays"
+        )
+        sys.exit(
+            f"rank {os.environ['RANK']}: {why if silent else 'ranks can not reach each other'} "
+            f"({said if len(said) < 400 else said[:200] + ' ... ' + said[-200:]})"
+        )
+
+
+def silent_ranks():
+    """Those, as text, that do not say within two seconds that they have waited in vain too: with
+    more than two ranks, the lost one may be among others that still wait for it."""
+    try:
+        stores[0].set(f"waiting {os.environ['RANK']}", "")
+        time.sleep(2)
+        others = range(int(os.environ["WORLD_SIZE"]))
+        return ", ".join(f"{n}" for n in others if not stores[0].check([f"waiting {n}"]))
+    except RuntimeError:  # without torchrun rank 0 keeps the store
+        return "0"
+
+
+# --- JSON Lines -----------------------------------------------------------------------------------
+
+
+def read_jsonl(path, texts):
+    """Yields (where, record) for each line of a JSON Lines file, plain or .gz.
+
+    `texts`: {field: whether it may be empty}, the fields that must be there and be strings. The
+    first bad line ends the script: `file:line: field: what is wrong`, exit status 2.
+    """
+    where, number, seen = f"{path}:1", 0, 0
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                if not line.strip():
+                    continue
+                seen += 1
+                record = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
+                if not isinstance(record, dict):
+                    refuse(f"{where}: line: expected an object, got {type(record).__name__}")
+                for name, may_be_empty in texts.items():
+                    if name not in record:
+                        refuse(f"{where}: {name}: is missing")
+                    if not isinstance(record[name], str):
+                        found = json.dumps(record[name])[:40]
+                        refuse(f"{where}: {name}: expected a string, got {found}")
+                    if not may_be_empty and not record[name].strip():
+                        refuse(f"{where}: {name}: is empty")
+                    record[name].encode("utf-8")  # a lone surrogate is valid JSON, but no text
+                yield where, record
+    except UnicodeError as error:
+        refuse(f"{where}: line: not UTF-8: {error.reason}")
+    except (ValueError, RecursionError) as error:
+        refuse(f"{where}: line: not JSON: {error}")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        refuse(f"{path}:{number + 1}: line: not a whole gzip file: {error}")
+    except OSError as error:
+        refuse(f"{path}:0: file: can't be read: {error.strerror or error}")
+    if not seen:
+        refuse(f"{path}:0: file: is empty")
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def write_jsonl(path, records):
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def append_line(path, record):
+    """What is no number (a skipped step's norm) becomes null: JSON has no NaN."""
+    record = {
+        name: None if isinstance(x, float) and not math.isfinite(x) else x
+        for name, x in record.items()
+    }
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OSError(f"{path}: could not be written: {error}") from error
