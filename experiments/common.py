@@ -634,8 +634,8 @@ def draw_rows(lab, name, groups, columns, title):
     plt, (table, _) = pyplot(), columns_of(groups, columns)
     if plt is None:
         return
-    across = min(len(columns), 5)
-    down = math.ceil(len(columns) / across)
+    down = math.ceil(len(columns) / 5)
+    across = math.ceil(len(columns) / down)
     size = (2 + 2.4 * across, 0.5 + (1 + 0.36 * len(groups)) * down)
     figure, panels = plt.subplots(down, across, figsize=size, sharey=True, squeeze=False)
     heights = {label: len(groups) - n for n, label in enumerate(groups)}
@@ -654,6 +654,9 @@ def draw_rows(lab, name, groups, columns, title):
         panel.set_yticks(list(heights.values()), list(heights))
         panel.set_ylim(0.4, len(groups) + 0.6)
         panel.locator_params(axis="x", nbins=4)
+        low, high = panel.get_xlim()
+        if high - low < 1e-9:  # all alike
+            panel.set_xlim(low - 0.5, high + 0.5)
         panel.grid(alpha=0.3, axis="x")
     save(lab, name, figure, title)
 

@@ -70,7 +70,7 @@ def results(lab):
         table[f"judge, {how}: same position in both orders"] = same
     for n in map(str, range(5)):
         found = [report["by_revision"][n]["harmless"] for report in reports(lab, "E/revisions-*")]
-        table[f"harmless after {n} revisions"] = found
+        table[f"harmless, revision {n}"] = found
     for label, name in {"people's": "12000", "the judge's": "ai", "its hard": "hard"}.items():
         for column in ("gold_accuracy", "ece"):
             found = [report[column] for report in reports(lab, f"E/reward-{name}-*")]

@@ -243,6 +243,32 @@ def words_of(cfg):
     return words
 
 
+# --- supervised fine-tuning -----------------------------------------------------------------------
+
+SMALL = "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 64 --max_new_tokens 8 --device cpu"
+
+
+@pytest.fixture(scope="session")
+def sft_data(toy_data, tmp_path_factory):
+    """A folder with 44 demonstrations of very different lengths, 8 held out and 6 prompts."""
+    folder = tmp_path_factory.mktemp("sft")
+    for name, source, count in [
+        ("train.jsonl", "demonstrations.jsonl", 44),
+        ("held.jsonl", "demonstrations_validation.jsonl", 8),
+        ("prompts.jsonl", "prompts_validation.jsonl", 6),
+    ]:
+        write_jsonl(folder / name, read_lines(toy_data / source)[:count])
+    (folder / "bpe.tiktoken").write_bytes((toy_data / "bpe.tiktoken").read_bytes())
+    return folder
+
+
+def sft_flags(data, out, *more):
+    """Flags of sft.py on `sft_data`."""
+    files = ["--data", data / "train.jsonl", "--validation", data / "held.jsonl"]
+    files += ["--prompts", data / "prompts.jsonl", "--tokenizer", data / "bpe.tiktoken"]
+    return [*map(str, files), "--out_dir", str(out), *SMALL.split(), *map(str, more)]
+
+
 # --- reinforcement learning -----------------------------------------------------------------------
 
 

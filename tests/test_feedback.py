@@ -599,14 +599,13 @@ def test_parts_of_a_rollout(small_gpt, tokenizer):
 
 
 def test_sampling_is_at_the_temperature(small_gpt, tokenizer):
-    """0 takes the most likely token; 1 gives each token its probability; 0.3 the likely ones
-    more."""
+    """0 takes the most likely token, 1 gives each token its probability, 2 evens them."""
     model, marks = small_gpt(vocab_size=6), SimpleNamespace(eot_token=5, n_vocab=0)
     with torch.no_grad():
         logits = model(torch.tensor([[1, 2]]))[0, -1]
     laws = {0.0: torch.eye(6)[logits.argmax()]}
-    laws |= {temperature: (logits / temperature).softmax(-1) for temperature in (0.3, 1.0)}
-    assert (laws[0.3] - laws[1.0]).abs().sum() > 0.3 and laws[0.3].max() < 0.95
+    laws |= {temperature: (logits / temperature).softmax(-1) for temperature in (1.0, 2.0)}
+    assert (laws[2.0] - laws[1.0]).abs().sum() > 0.3
     for temperature, law in laws.items():
         cfg = RewardFlags(max_new_tokens=1, micro_batch_size=125)
         generator = torch.Generator().manual_seed(0)

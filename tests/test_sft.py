@@ -8,34 +8,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, gradient, metrics, read_lines, run_script, weights, write_jsonl
+from conftest import (
+    ROOT, SMALL, gradient, metrics, read_lines, run_script, sft_flags, weights, write_jsonl,
+)  # fmt: skip
 from ranks import on_ranks
 
 import run as run_file
 import sft
 from model import generate, load_model, load_tokenizer, pad
-
-SMALL = "--n_layer 1 --n_embd 16 --n_head 2 --n_positions 64 --max_new_tokens 8 --device cpu"
-
-
-@pytest.fixture(scope="module")
-def data(toy_data, tmp_path_factory):
-    """A folder with 44 demonstrations of very different lengths, 8 held out and 6 prompts."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, source, count in [
-        ("train.jsonl", "demonstrations.jsonl", 44),
-        ("held.jsonl", "demonstrations_validation.jsonl", 8),
-        ("prompts.jsonl", "prompts_validation.jsonl", 6),
-    ]:
-        write_jsonl(folder / name, read_lines(toy_data / source)[:count])
-    (folder / "bpe.tiktoken").write_bytes((toy_data / "bpe.tiktoken").read_bytes())
-    return folder
-
-
-def flags(data, out, *more):
-    files = ["--data", data / "train.jsonl", "--validation", data / "held.jsonl"]
-    files += ["--prompts", data / "prompts.jsonl", "--tokenizer", data / "bpe.tiktoken"]
-    return [*map(str, files), "--out_dir", str(out), *SMALL.split(), *map(str, more)]
 
 
 def run(monkeypatch, *args):
@@ -97,13 +77,15 @@ def test_held_out_loss(small_gpt, tmp_path):
 # --- the whole script -----------------------------------------------------------------------------
 
 
-def test_eos_is_trained_and_an_overfitted_model_stops(data, tmp_path, monkeypatch):
+def test_eos_is_trained_and_an_overfitted_model_stops(sft_data, tmp_path, monkeypatch):
     """One line, learnt by heart, is said word for word and ends there; the empty prompt of another,
     plain text, is one EOS."""
     lines = [{"prompt": "How do I fix a bike?", "response": " To fix a bike, you need oil."}]
     lines += [{"prompt": "", "response": "My cousin sold my lamp."}]
     path = write_jsonl(tmp_path / "two.jsonl", lines)
-    args = flags(data, tmp_path / "run", "--data", path, "--validation", path, "--steps", 120)
+    args = sft_flags(
+        sft_data, tmp_path / "run", "--data", path, "--validation", path, "--steps", 120
+    )
     assert run(monkeypatch, *args, "--lr", 1e-2, "--prompts", "", "--max_new_tokens", 16) == 0
     policy, tokenizer = load_model(tmp_path / "run"), load_tokenizer(tmp_path / "run")
     eos = tokenizer.eot_token
@@ -116,18 +98,18 @@ def test_eos_is_trained_and_an_overfitted_model_stops(data, tmp_path, monkeypatc
     assert report["loss"] < 0.05 and report["perplexity"] < 1.06 and "words" not in report
 
 
-def test_ranks_and_accumulation_take_the_same_gradient(data, tmp_path, monkeypatch):
+def test_ranks_and_accumulation_take_the_same_gradient(sft_data, tmp_path, monkeypatch):
     """1 rank, 2 ranks and accumulation; ragged lengths, 15 lines (one rank has one less), some
     weight on the prompt: equal to 1e-12 relative in float64."""
     args = ["--steps", 1, "--batch_size", 15, "--dtype", "float64", "--clip_norm", 1e9]
     args += ["--prompt_loss_weight", 0.3]
     with monkeypatch.context() as patch:
         patch.setattr(run_file.shutil, "rmtree", lambda *args, **kwargs: None)
-        assert run(patch, *flags(data, tmp_path / "one", *args)) == 0
+        assert run(patch, *sft_flags(sft_data, tmp_path / "one", *args)) == 0
         more = ["--micro_batch_size", 4]
-        assert run(patch, *flags(data, tmp_path / "accumulated", *args, *more)) == 0
+        assert run(patch, *sft_flags(sft_data, tmp_path / "accumulated", *args, *more)) == 0
     for name, more in (("two", []), ("both", ["--micro_batch_size", 3])):
-        argv = ["sft.py", *flags(data, tmp_path / name, *args, *more)]
+        argv = ["sft.py", *sft_flags(sft_data, tmp_path / name, *args, *more)]
         keep = "import run\nrun.shutil.rmtree = lambda *args, **kwargs: None\n"
         done = on_ranks("sft", f"{keep}sys.argv = {argv!r}\nsft.guarded(sft.main)\n")
         assert done.returncode == 0, done.stderr[-3000:]
@@ -142,11 +124,11 @@ def test_ranks_and_accumulation_take_the_same_gradient(data, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("n, forwards", [(1, 1), (3, 2), (9, 5)])
-def test_few_lines_on_two_ranks(data, tmp_path, n, forwards):
+def test_few_lines_on_two_ranks(sft_data, tmp_path, n, forwards):
     """Fewer lines than ranks, and a last batch of one: it ends, and every line is trained on; each
     rank drops others."""
-    path = write_jsonl(tmp_path / "few.jsonl", read_lines(data / "train.jsonl")[:n])
-    argv = ["sft.py", *flags(data, tmp_path / "run", "--data", path, "--validation", path)]
+    path = write_jsonl(tmp_path / "few.jsonl", read_lines(sft_data / "train.jsonl")[:n])
+    argv = ["sft.py", *sft_flags(sft_data, tmp_path / "run", "--data", path, "--validation", path)]
     argv += ["--batch_size", "4", "--micro_batch_size", "1"]
     code = (
         "seen, real = [], sft.weighted_nll\n"
@@ -165,18 +147,18 @@ def test_few_lines_on_two_ranks(data, tmp_path, n, forwards):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_precisions(data, tmp_path, monkeypatch, dtype):
+def test_precisions(sft_data, tmp_path, monkeypatch, dtype):
     """Every type trains to about the loss of float32."""
     long = ["--epochs", 2, "--batch_size", 8, "--prompts", ""]
-    assert run(monkeypatch, *flags(data, tmp_path / "run", *long, "--dtype", dtype)) == 0
-    assert run(monkeypatch, *flags(data, tmp_path / "float32", *long)) == 0
+    assert run(monkeypatch, *sft_flags(sft_data, tmp_path / "run", *long, "--dtype", dtype)) == 0
+    assert run(monkeypatch, *sft_flags(sft_data, tmp_path / "float32", *long)) == 0
     found, expected = metrics(tmp_path / "run")[-1], metrics(tmp_path / "float32")[-1]
     tolerance = 1e-5 if dtype == "float64" else 0.03
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=tolerance)
     assert found["eval_loss"] != expected["eval_loss"]
 
 
-def test_the_loss_falls_and_gold_is_told(data, tmp_path, monkeypatch, capsys):
+def test_the_loss_falls_and_gold_is_told(sft_data, tmp_path, monkeypatch, capsys):
     """Held-out loss; samples judged by a file of one's own; at the end means by task."""
     gold = tmp_path / "gold.py"
     gold.write_text(
@@ -185,7 +167,7 @@ def test_the_loss_falls_and_gold_is_told(data, tmp_path, monkeypatch, capsys):
         "def explain(prompt, response, **fields):\n"
         "    return {'length': len(response), 'task_' + fields['task']: True}\n"
     )
-    args = flags(data, tmp_path / "run", "--epochs", 20, "--gold", gold, "--num_prompts", 5)
+    args = sft_flags(sft_data, tmp_path / "run", "--epochs", 20, "--gold", gold, "--num_prompts", 5)
     args += ["--warmup", "5", "--lr", "1e-2", "--eval_every", "10"]
     assert run(monkeypatch, *args) == 0
     lines = [line for line in metrics(tmp_path / "run") if "eval_loss" in line]
@@ -197,26 +179,26 @@ def test_the_loss_falls_and_gold_is_told(data, tmp_path, monkeypatch, capsys):
     assert report["loss"] == lines[-1]["eval_loss"] and 0 <= report["eos"] <= 1
     assert report["summary_task_summary"] == 1 and 0 < report["distinct_2"] <= 1
     assert all(isinstance(value, int | float) for value in report.values())
-    tasks = {line["task"] for line in read_lines(data / "prompts.jsonl")}
+    tasks = {line["task"] for line in read_lines(sft_data / "prompts.jsonl")}
     samples = read_lines(tmp_path / "run/samples.jsonl")
     assert len(samples) == 5 * len(tasks) and {s["task"] for s in samples} == tasks
     assert {s["step"] for s in samples} == {0, 10, 20, 30, 40} and "gold" in samples[0]["parts"]
     assert "gold 0." in capsys.readouterr().out
 
 
-def test_prompts_without_a_task_and_without_number(data, tmp_path, monkeypatch):
+def test_prompts_without_a_task_and_without_number(sft_data, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "My car."}, {"prompt": "", "x": 7}])
     more = ["--prompts", path, "--steps", 1, "--validation", ""]
-    assert run(monkeypatch, *flags(data, tmp_path / "run", *more)) == 0
+    assert run(monkeypatch, *sft_flags(sft_data, tmp_path / "run", *more)) == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert {"words", "eos", "distinct_2"} <= set(report) and "loss" not in report
-    assert run(monkeypatch, *flags(data, tmp_path / "none", *more, "--num_prompts", 0)) == 0
+    assert run(monkeypatch, *sft_flags(sft_data, tmp_path / "none", *more, "--num_prompts", 0)) == 0
     assert "eos" not in json.loads((tmp_path / "none/report.json").read_text())
 
 
-def test_init_continues_a_run(data, tmp_path, monkeypatch, capsys, policy_run):
+def test_init_continues_a_run(sft_data, tmp_path, monkeypatch, capsys, policy_run):
     """Its weights, sizes and tokenizer; with dropout as it is told, whatever the checkpoint's."""
-    args = flags(data, tmp_path / "more")
+    args = sft_flags(sft_data, tmp_path / "more")
     for name in ("n_layer", "n_embd", "n_head", "n_positions"):
         at = args.index(f"--{name}")
         del args[at : at + 2]
@@ -236,30 +218,32 @@ def test_init_continues_a_run(data, tmp_path, monkeypatch, capsys, policy_run):
     assert "was trained with the tokenizer" in capsys.readouterr().err
 
 
-def test_a_tokenizer_that_cannot_be_saved_is_refused_at_once(data, tmp_path, monkeypatch, capsys):
+def test_a_tokenizer_that_cannot_be_saved_is_refused_at_once(
+    sft_data, tmp_path, monkeypatch, capsys
+):
     """The 256 bytes and a word that no merges lead to."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"hello"]
     lines = [f"{base64.b64encode(token).decode()} {i}" for i, token in enumerate(tokens)]
     (tmp_path / "odd.tiktoken").write_text("\n".join(lines))
-    args = flags(data, tmp_path / "run", "--tokenizer", tmp_path / "odd.tiktoken")
+    args = sft_flags(sft_data, tmp_path / "run", "--tokenizer", tmp_path / "odd.tiktoken")
     assert run(monkeypatch, *args) == 2
     assert "can't be reached by merging two others" in capsys.readouterr().err
 
 
-def test_overlong_lines(data, tmp_path, monkeypatch, capsys):
+def test_overlong_lines(sft_data, tmp_path, monkeypatch, capsys):
     """--max_length and --overlong, of training and held-out lines; a line that is dropped is none
     of an epoch's."""
     more = ["--epochs", 1, "--batch_size", 1, "--prompts", "", "--log_every", 1]
-    assert run(monkeypatch, *flags(data, tmp_path / "drop", *more, "--max_length", 20)) == 0
+    assert run(monkeypatch, *sft_flags(sft_data, tmp_path / "drop", *more, "--max_length", 20)) == 0
     printed = capsys.readouterr().out.splitlines()
     lines = int(printed[0].split(": ")[1].split()[0])
     assert "train.jsonl: " in printed[0] and printed[0].endswith(f"{44 - lines} dropped")
     assert "held.jsonl: " in printed[1] and 0 < lines < 44
     assert json.loads((tmp_path / "drop/report.json").read_text())["step"] == lines
     more += ["--max_length", 6, "--overlong", "cut", "--steps", 1]
-    assert run(monkeypatch, *flags(data, tmp_path / "cut", *more)) == 0
+    assert run(monkeypatch, *sft_flags(sft_data, tmp_path / "cut", *more)) == 0
     assert "44 lines, 264 tokens; 44 cut, 0 dropped" in capsys.readouterr().out
-    assert run(monkeypatch, *flags(data, tmp_path / "none", "--max_length", 3)) == 2
+    assert run(monkeypatch, *sft_flags(sft_data, tmp_path / "none", "--max_length", 3)) == 2
     assert "no response fits into 3 tokens" in capsys.readouterr().err
 
 
@@ -279,8 +263,8 @@ def test_overlong_lines(data, tmp_path, monkeypatch, capsys):
         (["--device", "gpu"], "--device gpu: expected cpu or cuda"),
     ],
 )
-def test_bad_settings(data, tmp_path, monkeypatch, capsys, more, message):
-    assert run(monkeypatch, *flags(data, tmp_path / "run"), *more) == 2
+def test_bad_settings(sft_data, tmp_path, monkeypatch, capsys, more, message):
+    assert run(monkeypatch, *sft_flags(sft_data, tmp_path / "run"), *more) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
