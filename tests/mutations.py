@@ -27,12 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MUTATIONS = {
     "model": [
         (
-            "two threads make the first call of MKL's exp",
-            "model.py",
-            "torch.ones(1).exp()",
-            "torch.ones(1)",
-        ),
-        (
             "what a row's positions have before them is left out",
             "model.py",
             "used = at.flip(1).cumsum(1).flip(1) > 0",
@@ -204,6 +198,18 @@ MUTATIONS = {
             "feedback.py",
             "return combine_scores(scores, weights, self.cfg.combine)",
             "return combine_scores(scores, weights[::-1], self.cfg.combine)",
+        ),
+        (
+            "dropout left on",
+            "feedback.py",
+            "return model.eval().to(run.device, run.precision), tokenizer",
+            "return model.train().to(run.device, run.precision), tokenizer",
+        ),
+        (
+            "ranks with the same samples",
+            "feedback.py",
+            "seed = (cfg.seed * 1_000_003 + run.step) * 4096 + run.rank",
+            "seed = (cfg.seed * 1_000_003 + run.step) * 4096",
         ),
     ],
     "sft": [
@@ -461,12 +467,6 @@ MUTATIONS = {
             "reference = policy",
         ),
         (
-            "dropout left on",
-            "feedback.py",
-            "return model.eval().to(run.device, run.precision), tokenizer",
-            "return model.train().to(run.device, run.precision), tokenizer",
-        ),
-        (
             "entropy punished",
             "ppo.py",
             "loss = policy_sum + value_sum - cfg.entropy_coef * bonus",
@@ -477,12 +477,6 @@ MUTATIONS = {
             "feedback.py",
             "mine = sorted(order[run.rank :: run.world], key=lambda i: len(prompts[i][1]))",
             "mine = sorted(order[: len(order[run.rank :: run.world])], key=lambda i: len(prompts[i][1]))",
-        ),
-        (
-            "ranks with the same samples",
-            "feedback.py",
-            "seed = (cfg.seed * 1_000_003 + run.step) * 4096 + run.rank",
-            "seed = (cfg.seed * 1_000_003 + run.step) * 4096",
         ),
         (
             "policy and reference with the same draws",

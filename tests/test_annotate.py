@@ -19,7 +19,7 @@ from ranks import on_ranks
 
 import annotate
 import run as a_run
-from feedback import load_python, rate_interval
+from feedback import load_python
 
 GOLD = (
     "def score(prompt, response, **fields):\n"
@@ -398,28 +398,6 @@ def test_agreement_report_by_hand(tmp_path, monkeypatch, gold, capsys):
     assert "between annotators" in capsys.readouterr().out
 
 
-def test_rate_interval():
-    """Groups of one are Wilson's interval (by its definition: the p at 1.96 standard errors); pairs
-    that always agree in a group count as one; simulated groups' truth is covered in 95%."""
-    hits = [1] * 30 + [0] * 20
-    rate, low, high = rate_interval(hits, [1] * 50)
-    n = 49  # one degree of freedom goes to the mean
-    for p in (low, high):
-        assert abs(rate - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n))
-    assert rate_interval([6 * h for h in hits], [6] * 50) == pytest.approx([rate, low, high])
-    assert rate_interval([2], [4]) == [0.5, None, None]
-    assert rate_interval([], []) == [None, None, None]
-    rate, low, high = rate_interval([1] * 5, [1] * 5)
-    assert rate == 1.0 and low == pytest.approx(5 / (5 + 1.96**2)) and high == pytest.approx(1)
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(1000):
-        counts = rng.integers(1, 7, 150)
-        hits = rng.binomial(counts, rng.beta(7, 3, 150))  # of mean 0.7
-        _, low, high = rate_interval(hits, counts)
-        covered += low <= 0.7 <= high
-    assert 935 <= covered <= 965
-
-
 # --- ratings --------------------------------------------------------------------------------------
 
 
@@ -439,41 +417,6 @@ def test_elo_vectors():
     assert annotate.to_reward(ratings / annotate.ELO, "logit") == pytest.approx(
         [0.075595, -0.091908, 0.016313], abs=1e-6
     )
-
-
-def test_bradley_terry_vector():
-    scores = annotate.fit_ratings([[0, 3, 2], [1, 0, 3], [1, 1, 0]])
-    assert scores == pytest.approx([0.657584, 0, -0.657584], abs=1e-6)
-    assert annotate.ELO * scores[0] == pytest.approx(114.234057, abs=1e-6)
-
-
-def test_fit_against_minorise_maximise():
-    """Hunter's slow algorithm, which is another way to the same maximum (2004, eq. 3)."""
-    rng = np.random.default_rng(1)
-    wins = rng.integers(1, 9, (7, 7)).astype(float) * (1 - np.eye(7))
-    strengths = np.ones(7)
-    for _ in range(3000):
-        both = (wins + wins.T) / (strengths[:, None] + strengths[None])
-        strengths = wins.sum(1) / both.sum(1)
-        strengths /= np.exp(np.log(strengths).mean())
-    assert annotate.fit_ratings(wins) == pytest.approx(np.log(strengths), abs=1e-8)
-    many = np.stack([wins, wins.T, 3 * wins])
-    found = annotate.fit_ratings(many)
-    assert found[1] == pytest.approx(annotate.fit_ratings(wins.T), abs=1e-9)
-    assert found[2] == pytest.approx(found[0], abs=1e-9)
-
-
-def test_undefeated_players_and_strangers():
-    """Half a win each way keeps an undefeated player's score finite; players who never met have no
-    ratings; who met by way of others has."""
-    lone = annotate.fit_ratings([[0, 5], [0, 0]])
-    assert lone[0] - lone[1] == pytest.approx(math.log(5.5 / 0.5), abs=1e-8)
-    even = annotate.fit_ratings([[0, 5], [5, 0]])
-    assert even == pytest.approx([0, 0], abs=1e-12)
-    chain = annotate.fit_ratings([[0, 2, 0], [1, 0, 2], [0, 1, 0]])
-    assert chain == pytest.approx([math.log(2), 0, -math.log(2)], abs=1e-8)
-    with pytest.raises(ValueError, match="never met"):
-        annotate.fit_ratings([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
 
 
 def test_intervals_cover_the_truth():
