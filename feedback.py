@@ -1,5 +1,14 @@
 """What the stages pass on: prompts, demonstrations, preferences; rewards; rollouts, and samples for
-held-out prompts. No algorithm's objective or loop is in here.
+held-out prompts. No algorithm's objective or loop is in here. In this order:
+
+    files             read_prompts, read_demonstrations, read_preferences, read_examples; batches
+    rows              pad_beside, collate: several responses to a prompt in one row
+    rewards           load_policy, load_reward_model, Reward (a model, or a Python file)
+    rollouts          Rollout, sample_step, logprobs_of, kl_estimate, token_rewards, whiten
+    learning by them  flags of ppo.py and grpo.py, Rewards (several, shaped), missing EOS, PPO-ptx
+    samples           respond, numbers: what a policy says to held-out prompts, and what it is worth
+    reward models     what reward.py and collapse.py have in common
+    judgements        rates with intervals, Bradley-Terry ratings
 
 A prompt, once read, is (line, ids): the line of its file, a dict, and its token ids. A `Rollout` is
 a response to each of some prompts. Tensors as in model.py: (B, T), padded on the right, `mask` True

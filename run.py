@@ -654,7 +654,8 @@ class Run:
         self.wait()  # no rank leaves while another still writes
 
     def leave(self):
-        """Parts from the other ranks: what follows is rank 0's alone."""
+        """Parts from the other ranks; what follows is rank 0's alone. Not once something was
+        `parallel`: DDP would hold the group."""
         if self.world > 1:
             self.wait()
             dist.destroy_process_group()
