@@ -39,7 +39,7 @@ from feedback import (
     check_field, connected, fit_ratings, grade_of, grouped_rate, load_policy, load_python,
     read_preferences, read_responses, told,
 )  # fmt: skip
-from model import encode, generate, text_of, write_json
+from model import encode, generate, text_of, token_ids, write_json
 from run import Run, RunFlags, flags, guarded, read_jsonl, refuse, write_jsonl
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -232,13 +232,12 @@ def check(cfg):
 
 def read_policy(text):
     """RUN or RUN@temperature=T -> the directory, the temperature."""
-    directory, _, option = text.partition("@")
-    name, _, value = option.partition("=")
+    directory, given, value = text.partition("@temperature=")  # a path may have an @ too
     try:
-        temperature = float(value) if option else 1.0
+        temperature = float(value) if given else 1.0
     except ValueError:
         temperature = -1.0
-    if (option and name != "temperature") or not 0 <= temperature < math.inf:
+    if not 0 <= temperature < math.inf:
         refuse(f"--policy {text}: expected RUN or RUN@temperature=T")
     return directory, temperature
 
@@ -264,7 +263,7 @@ def sample_all(run, policies, prompts, path):
     the same.
     """
     size = run.cfg.micro_batch_size
-    lengths = [len(policies[0][2].encode_ordinary(line["prompt"])) for line in prompts]
+    lengths = [len(token_ids(policies[0][2], line["prompt"])) for line in prompts]
     order = sorted(range(len(prompts)), key=lambda i: lengths[i])
     chunks = [order[i : i + size] for i in range(0, len(order), size)]
     partial, done = path.with_name("samples.partial.jsonl"), 0
@@ -844,7 +843,7 @@ def main():
     # 3. How far they agree.
     report = agreement_report([path], gold)
     print_report(report)
-    write_json(run.out_dir / "report.json", report)
+    write_json(run.out_dir / "report.json", {"seconds": run.seconds()} | report)
 
 
 if __name__ == "__main__":

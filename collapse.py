@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as F
 
 from feedback import (
-    RewardModelFlags, batches_from, ended_rows, groups_of, load_trunk, load_yardstick, pad_beside,
-    read_responses, row_lengths, score_examples, statistics_of,
+    RewardModelFlags, batches_from, count_spelled, ended_rows, groups_of, load_trunk,
+    load_yardstick, pad_beside, read_responses, row_lengths, score_examples, statistics_of,
 )  # fmt: skip
 from model import encode, last_tokens, whole_file, write_json
 from run import Run, adam, flags, guarded, read_jsonl, refuse, schedule
@@ -343,6 +343,7 @@ def read_rankings(path, tokenizer, max_length, overlong="drop", n=0, say=print):
     counts = {"texts cut": 0, "lines with fewer": 0, "with one too long": 0, "with equal ones": 0}
     for where, record in read_jsonl(path, {"prompt": True}) if path else ():
         texts, lines = read_responses(where, record), lines + 1
+        count_spelled(counts, record["responses"], texts)
         n = n or len(texts)
         if record.get("kind") not in KINDS:
             refuse(f"{where}: kind: expected open or closed, got {record.get('kind')!r}")

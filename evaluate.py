@@ -6,18 +6,25 @@ Every policy responds to the same prompts; every judge scores every response. Fo
     KL(A, reference) = E sum_t sum_v pi(v | s_t) log(pi(v | s_t) / pi_ref(v | s_t))  nats a sequence
 
 with 95% intervals by the bootstrap over prompts. Differences, over all prompts and by task, are
-paired: a policy's score less the first's to the same prompt. A judge is a Python file that knows
-the truth (`--gold`), a reward model, or a file of comparisons that somebody else labelled. Beside
-the win rates stand those of two controls, the longer response and a coin; the report has them at
-equal length too.
+paired: a policy's score less the first's to the same prompt. Beside the win rates stand those of
+two controls, the longer response and a coin; the report has wins at equal length too.
+
+A policy is a run directory, or a file of outputs, whoever wrote them: JSON Lines of `prompt` and
+`response` or `responses`, matched to the prompts by their text; its KL is not known. A judge is a
+reward model; a file of comparisons that somebody else labelled; or a Python file (`--gold` if it is
+the truth), which defines one of these, or both:
+
+    score(prompt, response, **fields) -> a number; fields: the others of the prompt's line
+    compare(prompt, a, b, **fields) -> P(a is better); it is asked in both orders
 
 Simplified against the papers: the win rate at equal length has no term for a prompt's difficulty;
 Elo ratings are Bradley-Terry's on Elo's scale, whatever the order of the games.
 
     python evaluate.py --policies runs/sft,runs/sft@temperature=0 --gold data/toy.py
     python evaluate.py --policies runs/sft,runs/sft@best_of=4:runs/reward --judges runs/reward
+    python evaluate.py --policies ours.jsonl,theirs.jsonl --prompts "" --judges mine.py
     python evaluate.py table; python evaluate.py check --better "A > B"      # of a report
-    python evaluate.py plot runs/sft runs/reward                             # learning curves
+    python evaluate.py plot runs/ppo --y gold,kl             # learning curves; or --tensorboard
 """
 
 import collections
@@ -25,7 +32,9 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 import shlex
+import shutil
 import sys
 import time
 from functools import cache, partial
@@ -37,10 +46,13 @@ import torch
 
 from feedback import (
     Reward, batches_of_groups, check_field, connected, distinct, fit_ratings, group_by_prompt,
-    load_policy, masks_of_responses, normalised, pad_beside, read_preferences, read_prompts,
-    score_rows, told,
+    load_policy, load_python, masks_of_responses, normalised, pad_beside, read_preferences,
+    read_responses, score_rows, told,
 )  # fmt: skip
-from model import entropy, generate, predicts, read_json, text_of, tokenizer_hash, whole_file
+from model import (
+    encode, entropy, generate, load_tokenizer, predicts, read_json, text_of, tokenizer_hash,
+    whole_file,
+)  # fmt: skip
 from run import Run, RunFlags, flags, guarded, read_jsonl, refuse, write_jsonl
 
 ELO = 400 / math.log(10)  # points of Elo's scale in one nat of log-odds
@@ -229,12 +241,21 @@ def gram_entropy(texts, n):
 class Config(RunFlags):
     policies: Annotated[
         tuple[str, ...],
-        "RUN, RUN@temperature=T, RUN@best_of=N:REWARD; the tables are against the first",
+        "RUN, RUN@temperature=T, RUN@best_of=N:REWARD, or a file of outputs (.jsonl); the tables "
+        "are against the first",
     ] = ("runs/sft",)
     reference: Annotated[str, "run that KL is to; empty: the first policy's"] = ""
-    prompts: Annotated[str, "prompts for all of them"] = "data/toy/prompts_test.jsonl"
-    gold: Annotated[str, "Python file whose score(prompt, response, **fields) is the truth"] = ""
-    judges: Annotated[tuple[str, ...], "more judges: reward models and Python files"] = ()
+    prompts: Annotated[
+        str, "prompts for all of them; empty: those that all files of outputs have"
+    ] = "data/toy/prompts_test.jsonl"
+    gold: Annotated[
+        str, "Python file that is the truth: score(prompt, response, **fields), or compare"
+    ] = ""
+    judges: Annotated[
+        tuple[str, ...],
+        "more judges: reward models, Python files of score(prompt, response, **fields) or "
+        "compare(prompt, a, b, **fields)",
+    ] = ()
     comparisons: Annotated[
         str, "comparisons or rankings of these policies (named in `policy`) as one more judge"
     ] = ""
@@ -258,8 +279,7 @@ class Config(RunFlags):
     show: Annotated[tuple[str, ...], "parts of gold's `explain` in the printed table"] = (
         "harmless",
     )
-    num_shown: Annotated[int, "prompts whose responses stand side by side in the report"] = 6
-    resume: Annotated[bool, "start anew unless the run in out_dir is finished"] = False
+    num_shown: Annotated[int, "prompts whose responses stand side by side in the report"] = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,34 +297,52 @@ class CheckConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PlotConfig:
-    runs: Annotated[tuple[str, ...], "run directories, here or before the flags"] = ()
-    metrics: Annotated[tuple[str, ...], "names of metrics; empty: all that change"] = ()
+    runs: Annotated[
+        tuple[str, ...],
+        "run directories, here or before the flags; NAME-0, NAME-1, ... are drawn as a group",
+    ] = ()
+    y: Annotated[
+        tuple[str, ...],
+        "what to draw, of what was logged at any step: gold is eval_gold too; empty: up to eight "
+        "that change, those that matter most first",
+    ] = ()
     out: Annotated[str, "the figure"] = "runs/figures/curves.png"
+    tensorboard: Annotated[
+        bool, "write RUN/tensorboard, TensorBoard's event files of all that was logged; no figure"
+    ] = False
+
+
+# --- policies -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    name: str  # RUN[@temperature=T][@best_of=N:REWARD]
+    name: str  # RUN[@temperature=T][@best_of=N:REWARD], or a file of outputs
     run: str
-    temperature: float
-    best_of: int
-    by: str  # the reward that the best are chosen by
+    temperature: float = 1.0
+    best_of: int = 1
+    by: str = ""  # the reward that the best are chosen by
+    is_file: bool = False
 
 
 def parse_policy(text):
     """A --policies entry as a Policy."""
-    run, *options = text.split("@")
-    known = {"temperature": "1", "best_of": "1:"}
-    options = known | dict(option.partition("=")[::2] for option in options)
-    count, _, by = options["best_of"].partition(":")
+    if text.endswith((".jsonl", ".jsonl.gz")) or Path(text).is_file():
+        return Policy(text, text, is_file=True)
+    # An @ that begins no option is part of a path, and so is all of what there is.
+    run, *options = [text] if Path(text).exists() else re.split("@(?=temperature=|best_of=)", text)
+    given = dict(option.split("=", 1) for option in options)
+    count, _, by = given.get("best_of", "1:").partition(":")
     try:
-        policy = Policy(text, run, float(options["temperature"]), int(count), by)
+        policy = Policy(text, run, float(given.get("temperature", 1)), int(count), by)
         good = 0 <= policy.temperature < math.inf and policy.best_of >= 1
-        if good and len(options) == len(known) and bool(by) == ("@best_of=" in text):
+        if good and bool(by) == ("best_of" in given):
             return policy
     except ValueError:
         pass
-    refuse(f"--policies {text}: expected RUN, RUN@temperature=T or RUN@best_of=N:REWARD")
+    refuse(
+        f"--policies {text}: expected RUN, RUN@temperature=T or RUN@best_of=N:REWARD; or FILE.jsonl"
+    )
 
 
 def check(cfg, policies):
@@ -313,26 +351,135 @@ def check(cfg, policies):
         refuse("--policies: expected one or more, all different")
     if any(policy.by and policy.temperature == 0 for policy in policies):
         refuse("--policies: the best of several needs a temperature above 0")
-    if cfg.best_of_n and (policies[0].by or policies[0].temperature == 0):
+    if cfg.best_of_n and (policies[0].by or policies[0].is_file or not policies[0].temperature):
         refuse("--best_of_n: expected a first policy that samples, one response at a time")
     if cfg.gold and not cfg.gold.endswith(".py"):
         refuse(f"--gold {cfg.gold}: not a Python file")
     if not (cfg.gold or cfg.judges or cfg.comparisons):
         refuse("expected a judge: --gold, --judges or --comparisons")
+    if not cfg.prompts and not any(policy.is_file for policy in policies):
+        refuse("--prompts: expected a file; only files of outputs bring prompts of their own")
+
+
+def read_lines(path, by):
+    """Yields (where, line) of a file whose lines have a prompt."""
+    for where, line in read_jsonl(path, {"prompt": True}):
+        for name, kind in {"unsafe": bool, "task": str, by: str}.items():
+            if name in line:
+                check_field(where, line, name, kind)
+        yield where, line
+
+
+def read_outputs(path, by):
+    """A file of outputs -> {prompt: (its first line's other fields, the responses of all its
+    lines)}, and the policy that all of its lines name, or the path."""
+    found, writers = {}, set()
+    for where, line in read_lines(path, by):
+        if "responses" not in line:
+            check_field(where, line, "response", str)
+            line["responses"] = [line["response"]]
+        responses, writer = read_responses(where, line, 1), line.get("policy")
+        writers.add(writer if isinstance(writer, str) else path)
+        others = ("response", "responses", "scores", "policy")
+        fields = {name: value for name, value in line.items() if name not in others}
+        found.setdefault(line["prompt"], (fields, []))[1].extend(responses)
+    return found, writers.pop() if len(writers) == 1 else path
+
+
+def choose_prompts(cfg, outputs, say):
+    """The lines of the prompts to respond to: those that all files of outputs respond to."""
+    if cfg.prompts:
+        lines = [line for _, line in read_lines(cfg.prompts, cfg.by)]
+    else:
+        lines = [fields for fields, _ in next(iter(outputs.values())).values()]
+    wanted = len(lines)
+    for path, found in outputs.items():
+        kept = [line for line in lines if line["prompt"] in found]
+        if not kept:
+            refuse(
+                f"{path}: responds to none of {len(lines)} prompts, the first of which is "
+                f"{lines[0]['prompt'][:60]!r}; --prompts '' takes those that all files have"
+            )
+        lines = kept
+    if len(lines) < wanted:
+        say(f"{len(lines)} of {wanted} prompts: to the others some file of outputs has no response")
+    return lines[: cfg.num_prompts or None]
+
+
+def tokenizer_of(judges):
+    """The first reward model's; None where there is none, and texts are read as they are."""
+    try:
+        return next((load_tokenizer(name) for name in judges if not name.endswith(".py")), None)
+    except (OSError, ValueError) as error:
+        refuse(error)
+
+
+def encoded(lines, tokenizer, most, say):
+    """[(line, the prompt's last `most` token ids)], and how many prompts lost their start."""
+    if most < 1:
+        refuse("--max_new_tokens: leaves a prompt no room in the model's positions")
+    if tokenizer is None:
+        return [(line, []) for line in lines], 0
+    whole = [encode(tokenizer, line["prompt"], None, sys.maxsize)[0] for line in lines]
+    cut = sum(len(ids) > most for ids in whole)
+    if cut:
+        say(f"{len(lines)} prompts, {cut} of which lose their start")
+    return [(line, ids[-most:]) for line, ids in zip(lines, whole, strict=True)], cut
+
+
+def samples_of_file(path, found, prompts, tokenizer, room, say):
+    """Samples, as `sample_policy` has them, of a file of outputs: of each prompt as many as of the
+    prompt that has the fewest. Reward models have `room` for prompt and response."""
+    count, samples, cut = min(len(found[line["prompt"]][1]) for line, _ in prompts), [], 0
+    for line, prompt in prompts:
+        samples.append([])
+        for text in found[line["prompt"]][1][:count]:
+            sample = {"prompt_ids": [], "ids": text.split(), "text": text, "ended": True}
+            if tokenizer:
+                ids = encode(tokenizer, "", text, room, True)[1]
+                kept = prompt[-(room - len(ids)) :]
+                sample |= {"prompt_ids": kept, "ids": ids, "ended": ids[-1] == tokenizer.eot_token}
+                cut += len(kept) < len(prompt) or not sample["ended"]
+            samples[-1].append(sample)
+    left = sum(len(found[line["prompt"]][1]) for line, _ in prompts) - count * len(prompts)
+    if left or cut:
+        say(
+            f"{path}: {count} responses to each prompt, {left} more are left out; {cut} are, or "
+            f"their prompt is, too long to be read whole"
+        )
+    return samples
 
 
 # --- samples --------------------------------------------------------------------------------------
 
 
-def sample_policy(model, tokenizer, prompts, temperature, count, seed, run):
+def sample_policy(model, tokenizer, prompts, temperature, count, seed, run, path):
     """`count` responses to each prompt (line, ids): lists (prompts) of lists of {"prompt_ids",
-    "ids", "text", "ended"}.
+    "ids", "text", "ended"}. Their ids are kept in `path` once all are there; where they are, an
+    evaluation that was stopped has drawn them.
 
     A chunk of prompts draws from a generator of its own, so that any number of ranks samples the
     same; `seed` differs between policies.
     """
-    cfg, eos = run.cfg, tokenizer.eot_token
-    size = max((4 * cfg.micro_batch_size or 256) // count, 1)
+    if path.exists():
+        drawn = [line["ids"] for _, line in read_jsonl(path, {})]
+    else:
+        drawn = draw_responses(model, tokenizer, prompts, temperature, count, seed, run)
+        if run.rank == 0:
+            write_jsonl(path, [{"ids": some} for some in drawn])
+    samples = []
+    for (_, prompt), some in zip(prompts, drawn, strict=True):
+        samples.append([])
+        for ids in some:
+            ended = ids[-1] == tokenizer.eot_token
+            text = text_of(tokenizer, ids[:-1] if ended else ids)
+            samples[-1].append({"prompt_ids": prompt, "ids": ids, "text": text, "ended": ended})
+    return samples
+
+
+def draw_responses(model, tokenizer, prompts, temperature, count, seed, run):
+    """Token ids of `count` responses to each prompt, from all ranks."""
+    size = max((4 * run.cfg.micro_batch_size or 256) // count, 1)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]))
     chunks, found = [order[i : i + size] for i in range(0, len(order), size)], []
     for begin in range(0, len(chunks), run.world):
@@ -345,21 +492,18 @@ def sample_policy(model, tokenizer, prompts, temperature, count, seed, run):
         tokens, mask = generate(
             model,
             [prompts[i][1] for i in chunks[number]],
-            cfg.max_new_tokens,
+            run.cfg.max_new_tokens,
             num_samples=count,
             temperature=temperature,
-            eos=eos,
+            eos=tokenizer.eot_token,
             generator=generator,
         )
         for n, (row, inside) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
-            new = row[inside].tolist()
-            ended = new[-1] == eos
-            text = text_of(tokenizer, new[:-1] if ended else new)
-            found.append([chunks[number][n // count], new, text, ended])
-    samples = [[] for _ in prompts]
-    for i, new, text, ended in run.gather(found):
-        samples[i].append({"prompt_ids": prompts[i][1], "ids": new, "text": text, "ended": ended})
-    return samples
+            found.append([chunks[number][n // count], row[inside].tolist()])
+    drawn = [[] for _ in prompts]
+    for i, ids in run.gather(found):
+        drawn[i].append(ids)
+    return drawn
 
 
 def grid_of(samples, number):
@@ -409,17 +553,22 @@ def divergences(policy, reference, samples, temperature, run):
 
 
 class Judge:
-    """Scores responses: a Python file, which reads texts, and may `explain` and `compare` them; or
-    a reward model, which reads the tokens of a response and the EOS that ended it."""
+    """Judges responses: a Python file, which reads texts, and may `score`, `explain` or `compare`
+    them; or a reward model, which reads the tokens of a response and the EOS that ended it."""
 
     def __init__(self, name, tokenizer, run):
-        self.run, self.reward = run, Reward(name, tokenizer, run)
-        self.file = None if self.reward.model else self.reward.file
+        self.name, self.run, self.file, self.model = name, run, None, None
         self.known = {}  # the head's output for (prompt ids, response ids)
+        if name.endswith(".py"):
+            self.file = load_python(name, needs=("score", "compare"))
+        else:
+            self.reward = Reward(name, tokenizer, run)
+            self.model = self.reward.model
+        self.scores = self.model is not None or hasattr(self.file, "score")
+        self.compares = hasattr(self.file, "compare")
 
     def __call__(self, lines, samples):
-        """Scores (prompts, K). To a reward model what did not end has no score of its own, NaN: see
-        `fill_missing`."""
+        """Scores (prompts, K), all of them finite."""
         if self.file:
             return np.array(self.ask(partial(self.tell, "score"), lines, samples))
         rows = [(tuple(s["prompt_ids"]), tuple(s["ids"])) for some in samples for s in some]
@@ -427,11 +576,10 @@ class Judge:
         new = [row for row in dict.fromkeys(rows) if row not in self.known]
         if new:
             size = 4 * self.run.cfg.micro_batch_size or 256  # no gradients are kept: more fit
-            raw = score_rows(self.reward.model, new, size, self.run)
+            raw = score_rows(self.model, new, size, self.run, name=self.name)
             self.known.update(zip(new, raw, strict=True))
         raw = torch.tensor([self.known[row] for row in rows], dtype=torch.float64)
-        scores = normalised(raw, self.reward.statistics).numpy().reshape(len(samples), -1)
-        return np.where(grid_of(samples, lambda s: s["ended"]) > 0, scores, np.nan)
+        return normalised(raw, self.reward.statistics).numpy().reshape(len(samples), -1)
 
     def explain(self, lines, samples):
         """{part: (prompts, K)} of what the file's `explain` says, NaN where it doesn't."""
@@ -482,24 +630,32 @@ class Judge:
 
 
 def load_judges(cfg, policies, tokenizer, run):
-    """-> {name: Judge}, gold being one of them; and those by which the best are chosen."""
+    """-> {name: Judge}, gold being one of them; and those by which the best are chosen, which must
+    score."""
     judges = {"gold": Judge(cfg.gold, tokenizer, run)} if cfg.gold else {}
     judges |= {name: Judge(name, tokenizer, run) for name in cfg.judges}
     names = {policy.by for policy in policies if policy.by}
     names |= {cfg.proxy} if cfg.best_of_n else set()
-    return judges, {name: judges.get(name) or Judge(name, tokenizer, run) for name in sorted(names)}
+    proxies = {n: judges.get(n) or Judge(n, tokenizer, run) for n in sorted(names)}
+    for name, judge in proxies.items():
+        if not judge.scores:
+            refuse(f"{name}: score: no such function; the best of several is chosen by scores")
+    return judges, proxies
 
 
-def fill_missing(grids):
-    """What did not end gets the smaller of -1 and the lowest score of what did, as in ppo.py, over
-    all of `grids`, so that the same response scores the same whoever wrote it."""
-    least = min([-1.0, *(float(score) for grid in grids for score in grid[~np.isnan(grid)])])
-    return [np.where(np.isnan(grid), least, grid) for grid in grids]
+def floored(judge, grids, samples):
+    """Scores; to a reward model, which has learnt from whole responses alone, what did not end has
+    the smaller of -1 and the lowest score of all grids: going on for ever can't pay, as in ppo.py,
+    and the same response scores the same, whoever wrote it. A Python file reads the text itself."""
+    if judge.file:
+        return grids
+    least = min([-1.0, *(float(grid.min()) for grid in grids)])
+    ended = [grid_of(some, lambda s: s["ended"]) > 0 for some in samples]
+    return [np.where(e, grid, least) for grid, e in zip(grids, ended, strict=True)]
 
 
 def choose_best(samples, scores, best_of):
     """The best of each `best_of` samples in turn, by score, the first among equals."""
-    (scores,) = fill_missing([scores])
     best = scores.reshape(len(samples), -1, best_of).argmax(2)  # (prompts, groups)
     return [
         [some[group * best_of + k] for group, k in enumerate(row)]
@@ -507,16 +663,17 @@ def choose_best(samples, scores, best_of):
     ]
 
 
-def read_labelled(path, names):
+def read_labelled(path, names, called=None):
     """{(a, b): {prompt: [share of a]}} from preferences whose `policy`, parallel to the responses,
-    names who wrote them. Both orders, and several judgements, of a prompt are one vote."""
-    found = {}
+    names who wrote them, perhaps as `called` has it: {name: that of the policy}. Both orders, and
+    several judgements, of a prompt are one vote."""
+    found, called = {}, called or {}
     for where, record, responses, pairs in read_preferences(path) if path else ():
         wrote = record.get("policy")
         if not isinstance(wrote, list) or [type(x) for x in wrote] != [str] * len(responses):
             refuse(f"{where}: policy: expected a list of {len(responses)}, who wrote what")
         for i, j, _, label in pairs:
-            a, b = wrote[i], wrote[j]
+            a, b = (called.get(name, name) for name in (wrote[i], wrote[j]))
             if a != b and a in names and b in names:
                 for pair, share in (((a, b), label), ((b, a), 1 - label)):
                     found.setdefault(pair, {}).setdefault(record["prompt"], []).append(share)
@@ -541,54 +698,49 @@ def tasks_of(lines, by):
     return tasks
 
 
-def describe(samples, parts, tasks, cfg):
-    """What a policy's samples are like, whoever judges them: lengths, endings, variety, KL; means
-    by task of all `parts` {name: (prompts, K)}, NaN not counted."""
-    texts = [[sample["text"] for sample in some] for some in samples]
-    every = [text for some in texts for text in some]
-    found = {
-        "samples": len(every),
-        "tokens": interval(grid_of(samples, lambda s: len(s["ids"])).mean(1), cfg),
-        "words": float(np.mean([len(text.split()) for text in every])),
-        "eos": float(grid_of(samples, lambda s: s["ended"]).mean()),
-        "empty": float(np.mean([not text.strip() for text in every])),
-        "distinct_1": distinct(every, 1),
-        "distinct_2": distinct(every, 2),
-        "entropy_2": gram_entropy(every, 2),
-    }
-    if len(every) > len(samples):
-        # Over one prompt's samples: does the policy say one thing, whatever it is asked?
-        found["distinct_2_a_prompt"] = float(np.mean([distinct(some, 2) for some in texts]))
-        found["entropy_2_a_prompt"] = float(np.mean([gram_entropy(some, 2) for some in texts]))
-        found["different_a_prompt"] = float(np.mean([len(set(some)) / len(some) for some in texts]))
-    for name in ("kl", "entropy"):  # of who chooses none is known
-        found[name] = interval(parts[name].mean(1), cfg) if name in parts else None
-    found |= {"kl_is_bound": False, "parts": {}}
-    for task, numbers in tasks.items():
-        said = {name: x[numbers][~np.isnan(x[numbers])] for name, x in parts.items()}
-        found["parts"][task] = {name: float(x.mean()) for name, x in said.items() if len(x)}
-    return found
+def parts_of(samples, tokenizer, ended):
+    """What responses are like, whoever judges: {part: (prompts, K), or (prompts, 1) where it is of
+    all that is said to a prompt}. `ended`: whether it is known which of them did."""
+    parts = {"words": grid_of(samples, lambda s: len(s["text"].split()))}
+    parts |= {"tokens": grid_of(samples, lambda s: len(s["ids"]))} if tokenizer else {}
+    parts |= {"eos": grid_of(samples, lambda s: s["ended"])} if ended else {}
+    parts["empty"] = grid_of(samples, lambda s: not s["text"].strip())
+    if len(samples[0]) > 1:  # does the policy say one thing, whatever it is asked?
+        texts = [[sample["text"] for sample in some] for some in samples]
+        parts["distinct_2_a_prompt"] = np.array([[distinct(some, 2)] for some in texts])
+        parts["entropy_2_a_prompt"] = np.array([[gram_entropy(some, 2)] for some in texts])
+        parts["different_a_prompt"] = np.array([[len(set(some)) / len(some)] for some in texts])
+    return parts
+
+
+def describe(samples, parts, cfg):
+    """Means of what is known of a policy's responses, KL with its interval (None: not known); and
+    the variety of all their texts taken together."""
+    every = [sample["text"] for some in samples for sample in some]
+    found = {"samples": len(every), "eos": None, "tokens": None, "kl": None, "entropy": None}
+    found |= {part: float(x.mean()) for part, x in parts.items()}
+    for part in {"tokens", "kl", "entropy"} & parts.keys():
+        found[part] = interval(parts[part].mean(1), cfg)
+    found |= {"distinct_1": distinct(every, 1), "distinct_2": distinct(every, 2)}
+    return found | {"entropy_2": gram_entropy(every, 2), "kl_is_bound": False}
 
 
 def head_to_head(cfg, judges, lines, samples, scores):
     """Win rates of each against each by every judge, and by the controls, length and a coin; the
     same at equal length; differences of scores, paired by prompt; ratings.
 
-    scores {judge: {policy: (prompts, K)}}; judges who compare two responses are asked to.
+    scores {judge who has them: {policy: (prompts, K)}}; judges who compare two are asked to.
     """
     lengths = {n: grid_of(some, lambda s: len(s["ids"])) for n, some in samples.items()}
-    names = list(samples)
-    sections = "win_rate", "length_controlled", "difference"
-    report = {section: {} for section in (*sections, "order_decides", "elo")}
-    coin = np.random.default_rng(cfg.seed)
+    names, coin = list(samples), np.random.default_rng(cfg.seed)
     coins = {name: coin.random(grid.shape) for name, grid in lengths.items()}
-    for by, grids in (scores | {LONGER: lengths, COIN: coins}).items():
-        wins = np.zeros((len(lines), len(names), len(names)))
-        compares = by in scores and hasattr(judges[by].file, "compare")
-        for section in sections if by in scores else sections[:1]:
-            report[section][by] = {name: {} for name in names}
+    sections = "win_rate", "length_controlled", "difference", "order_decides", "elo"
+    report, known = {name: {} for name in sections}, scores | {LONGER: lengths, COIN: coins}
+    for by in (*judges, LONGER, COIN):
+        grids, wins = known.get(by), np.zeros((len(lines), len(names), len(names)))
+        rates, even, gaps = ({name: {} for name in names} for _ in range(3))
         for (i, a), (j, b) in itertools.combinations(enumerate(names), 2):
-            if compares:
+            if by in judges and judges[by].compares:
                 shares, flips = judges[by].compare(lines, samples[a], samples[b])
                 report["order_decides"][f"{by}: {a}, {b}"] = flips
                 pairs = shares, lengths[a][:, 0], lengths[b][:, 0]
@@ -596,14 +748,19 @@ def head_to_head(cfg, judges, lines, samples, scores):
                 shares = win_shares(grids[a], grids[b])
                 pairs = every_pair(grids[a], grids[b], lengths[a], lengths[b])
             wins[:, i, j], wins[:, j, i] = shares, 1 - shares
-            both_ways(report["win_rate"][by], a, b, interval(shares, cfg))
-            if by in scores:
+            both_ways(rates, a, b, interval(shares, cfg))
+            if by in judges:
                 how = {"replicates": min(cfg.bootstrap, 200), "seed": cfg.seed}
-                rate = length_controlled_win_rate(*pairs, **how)
-                both_ways(report["length_controlled"][by], a, b, rate)
+                both_ways(even, a, b, length_controlled_win_rate(*pairs, **how))
+            if by in scores:
                 gap = interval(grids[a].mean(1) - grids[b].mean(1), cfg)
-                both_ways(report["difference"][by], a, b, gap, total=0.0)
-        if len(names) > 1 and by in scores:
+                both_ways(gaps, a, b, gap, total=0.0)
+        report["win_rate"][by] = rates
+        if by in scores:
+            report["difference"][by] = gaps
+        if by in judges:
+            report["length_controlled"][by] = even
+        if by in judges and len(names) > 1:
             ratings = ratings_of(wins, replicates=cfg.bootstrap, seed=cfg.seed)
             report["elo"][by] = dict(zip(names, ratings, strict=True))
     return report
@@ -618,14 +775,17 @@ def both_ways(table, a, b, value, total=1.0):
 def by_task(grids, tasks, name, first, cfg):
     """{what: {task: {policy: {name: its mean, "over_first": what it has over the first policy's,
     paired by prompt}}}} of grids {what: {policy: (prompts, K)}}: a win rate can hide a task that
-    got worse. Of the policies that have a number for every response to the task's prompts."""
+    got worse. Of the prompts that have a number (none: NaN) for every response."""
     report = {what: {task: {} for task in tasks} for what in grids}
     for what, task in itertools.product(grids, tasks):
         means = {policy: grid[tasks[task]].mean(1) for policy, grid in grids[what].items()}
-        means = {policy: values for policy, values in means.items() if not np.isnan(values).any()}
         for policy, values in means.items():
-            over = interval(values - means[first], cfg) if first in means else None
-            report[what][task][policy] = {name: interval(values, cfg), "over_first": over}
+            gaps = values - means.get(first, np.nan)
+            known = {name: values, "over_first": gaps}
+            known = {key: x[~np.isnan(x)] for key, x in known.items()}
+            if len(known[name]):
+                found = {key: interval(x, cfg) if len(x) else None for key, x in known.items()}
+                report[what][task][policy] = found
     return report
 
 
@@ -647,12 +807,28 @@ def training_seconds(policy):
     """What training took, by the run's report.json; with the reward model's, for a best-of-n."""
     try:
         runs = [read_json(Path(run) / "report.json") for run in (policy.run, policy.by) if run]
-        return float(sum(report["seconds"] for report in runs))
+        return float(sum(report["seconds"] for report in runs)) or None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
 # --- the report -----------------------------------------------------------------------------------
+
+# What the summary's columns mean, by how their heads begin.
+MEANINGS = {
+    "score by": "mean score by that judge; a reward model's are in standard deviations of what it "
+    "was normalised on, and what did not end has the lowest of all, -1 at most",
+    "over": "the difference of scores to the first policy's, paired by prompt",
+    "KL, nats": "KL to the reference, nats a response: how far training has gone from it",
+    "KL at most": "log n - (n - 1)/n, which the KL of the best of n does not exceed",
+    "tokens": "mean length of a response, with the EOS that ends it",
+    "words": "mean length of a response",
+    "EOS": "share of responses that ended within --max_new_tokens",
+    "distinct 2": "different pairs of neighbouring words, as a share of all pairs",
+    "training, s": "seconds that training took, a best-of-n's with its reward model's",
+    "by": "share of pairs, a response of each policy, in which this one's is better; a tie is half",
+    "Elo by": "ratings from all win rates by that judge: 400 points more win 10 times as often",
+}
 
 
 def texts_of(column):
@@ -667,77 +843,95 @@ def texts_of(column):
     return texts
 
 
-def cells_of(corner, names, columns):
-    """Rows of cells, the first the heads, of columns {head: numbers}; without those that are
-    empty."""
-    cells = {head: texts_of(column) for head, column in columns.items()}
-    cells = {corner: names} | {head: column for head, column in cells.items() if any(column)}
-    return [list(cells), *zip(*cells.values(), strict=True)]
+def table(title, corner, rows):
+    """Lines of Markdown: a table {row: {head: number}}, without columns that are empty."""
+    heads = dict.fromkeys(head for row in rows.values() for head in row)
+    columns = {head: texts_of([row.get(head) for row in rows.values()]) for head in heads}
+    columns = {head: column for head, column in columns.items() if any(column)}
+    cells = [[corner, *columns], *zip(map(str, rows), *columns.values(), strict=True)]
+    return ["", f"## {title}", "", *markdown(cells)] if columns else []
 
 
-def main_tables(report, judges, show):
-    """{title: rows}: what each policy is worth by these judges, and over the first; what it wins
-    against the first by all judges, and Elo; scores by task."""
-    names, every = list(report["policies"]), list(report["policies"].values())
-    first, worth = names[0], {}
-    for by in judges:
-        worth[f"score by {by}"] = [found["scores"][by] for found in every]
-        gaps = report["difference"][by]
-        worth[f"over {first}'s, by {by}"] = [gaps[name].get(first) for name in names]
-    for head, bound in (("KL, nats", False), ("KL at most", True)):
-        worth[head] = [f["kl"] if f["kl_is_bound"] == bound else None for f in every]
-    worth["tokens"] = [found["tokens"][0] for found in every]
-    for head, name in (("EOS", "eos"), ("distinct 2", "distinct_2")):
-        worth[head] = [found[name] for found in every]
-    for part in show:
-        worth[part] = [found["parts"].get("all", {}).get(part) for found in every]
-    worth["training, s"] = [found["training_seconds"] for found in every]
-    won = {}
-    for by, rates in report["win_rate"].items():
-        won[f"by {by}"] = [rates.get(name, {}).get(first) for name in names]
-    for by, ratings in report["elo"].items():
-        won[f"Elo by {by}"] = [ratings[name] for name in names]
-    tables = {"Scores, and what they cost in KL": worth, f"Wins against {first}": won}
+def markdown(cells):
+    """A table of which each column is as wide as what is in it."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rows = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in cells]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], "|" + "---|" * len(widths), *lines[1:]]
+
+
+def summary(report, judges, show):
+    """Tables: what each policy is worth by these judges, and over the first; what it wins against
+    the first by all judges, and Elo; what controls would say; scores by task."""
+    first, worth, won = next(iter(report["policies"])), {}, {}
+    rates = {by: x for by, x in report["win_rate"].items() if by not in (LONGER, COIN)}
+    for name, found in report["policies"].items():
+        worth[name] = row = {}
+        for by in judges:
+            row[f"score by {by}"] = found["scores"][by]
+            row[f"over {first}'s, by {by}"] = report["difference"][by][name].get(first)
+        row |= {"KL, nats": None, "KL at most": None}
+        row["KL at most" if found["kl_is_bound"] else "KL, nats"] = found["kl"]
+        if found["tokens"]:
+            row["tokens"] = found["tokens"][0]
+        else:  # without a model there are none
+            row["words"] = found["words"]
+        row |= {"EOS": found["eos"], "distinct 2": found["distinct_2"]}
+        for part in show:
+            known = report["parts_by_task"].get(part, {}).get("all", {})
+            row[part] = known[name]["mean"][0] if name in known else None
+        row["training, s"] = found["training_seconds"]
+        won[name] = {f"by {by}": found.get(name, {}).get(first) for by, found in rates.items()}
+        won[name] |= {f"Elo by {by}": ratings[name] for by, ratings in report["elo"].items()}
+    controls = {
+        f"by {by}": {name: found.get(first) for name, found in report["win_rate"][by].items()}
+        for by in (LONGER, COIN)
+    }
+    cost = ", and what they cost in KL" if report["reference"] else ""
+    text = table(f"Scores{cost}", "policy", worth) + table(f"Wins against {first}", "policy", won)
+    text += table(f"Controls: wins against {first} if this decided", "", controls)
     for by in judges:
         tasks = report["by_task"][by]
-        if len(tasks) > 1:
-            columns = {t: [x[name]["score"] for name in names] for t, x in tasks.items()}
-            for task, found in tasks.items():
-                columns[f"{task}: over {first}'s"] = [found[x]["over_first"] for x in names]
-            tables[f"Scores by task, by {by}"] = columns
-    return {title: cells_of("policy", names, columns) for title, columns in tables.items()}
+        rows = {name: {t: x[name]["score"] for t, x in tasks.items()} for name in won}
+        for name, row in rows.items():
+            row |= {f"{t}: over {first}'s": x[name]["over_first"] for t, x in tasks.items()}
+        text += table(f"Scores by task, by {by}", "policy", rows) if len(tasks) > 1 else []
+    return text
 
 
-def more_tables(report, proxy):
-    """{title: rows}: what the printed tables leave out."""
-    names, every, tables = list(report["policies"]), list(report["policies"].values()), {}
-    for by in report["win_rate"]:
+def other_tables(report, proxy):
+    """What the summary leaves out."""
+    text, policies = [], report["policies"]
+    for by in [by for by in report["win_rate"] if by not in (LONGER, COIN)]:
         for section, more in (("win_rate", ""), ("length_controlled", ", at equal length")):
             rates = report[section].get(by, {})
-            columns = {b: [rates.get(a, {}).get(b) for a in names] for b in names}
-            tables[f"Win rates by {by}{more}"] = cells_of("row against column", names, columns)
-    parts = report["parts_by_task"]
-    for task in parts["eos"]:
-        known = {part.replace("_", " "): x[task] for part, x in parts.items() if x[task]}
-        columns = {a: [found.get(a, {}).get("mean") for found in known.values()] for a in names}
-        tables[f"What responses are like: {task}"] = cells_of("", list(known), columns)
-    keys = ["entropy", "distinct_1", "distinct_2", "distinct_2_a_prompt", "different_a_prompt"]
-    keys += ["entropy_2", "entropy_2_a_prompt", "words", "empty"]
-    columns = {key.replace("_", " "): [found.get(key) for found in every] for key in keys}
-    tables["Variety"] = cells_of("policy", names, columns)
+            rows = {a: {b: rates.get(a, {}).get(b) for b in policies} for a in policies}
+            text += table(f"Win rates by {by}{more}", "row against column", rows)
+    for task in report["parts_by_task"]["words"]:
+        rows = {
+            part.replace("_", " "): {name: x["mean"] for name, x in found[task].items()}
+            for part, found in report["parts_by_task"].items()
+            if found[task]
+        }
+        text += table(f"What responses are like: {task}", "", rows)
+    keys = "samples distinct_1 distinct_2 entropy_2".split()
+    rows = {a: {key.replace("_", " "): x[key] for key in keys} for a, x in policies.items()}
+    text += table("Variety of all responses together", "policy", rows)
     curve = report.get("best_of_n", [])
-    curve = [row for row in curve if row["n"] & (row["n"] - 1) == 0 or row["n"] == len(curve)]
-    columns = {"KL at most, nats": [row["kl"] for row in curve]}
-    for key in ("proxy", "gold", "gold_gain"):
-        columns[key.replace("_", " ")] = [row.get(key) for row in curve]
-    rows = cells_of("n", [str(row["n"]) for row in curve], columns)
-    return tables | {f"Best of n: {names[0]} by {proxy}": rows}
+    keys = {"kl": "KL at most, nats", "proxy": "proxy", "gold": "gold", "gold_gain": "gold gain"}
+    rows = {
+        row["n"]: {head: row.get(key) for key, head in keys.items()}
+        for row in curve
+        if row["n"] & (row["n"] - 1) == 0 or row["n"] == len(curve)
+    }
+    return text + table(f"Best of n: {next(iter(policies))} by {proxy}", "n", rows)
 
 
 def side_by_side(count, lines, samples, scores):
     """Markdown of all policies' responses to `count` prompts, the tasks in turn."""
     turns = itertools.chain.from_iterable(itertools.zip_longest(*tasks_of(lines, "task").values()))
-    text = ["", "## Side by side", ""]
+    text = []
     for i in [i for i in turns if i is not None][:count]:
         text += [f"**{lines[i].get('task', 'prompt')}**: {quoted(lines[i]['prompt'][-600:])}", ""]
         rows = [["policy", "response", *scores]]
@@ -755,41 +949,36 @@ def quoted(text):
     return f"`{text}`" if text.strip() else "(empty)"
 
 
-def markdown(rows):
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
-
-
-def print_tables(report, judges, show):
+def print_summary(report, judges, show):
     print("means with 95% intervals by the bootstrap over prompts, differences paired by prompt")
-    for title, rows in main_tables(report, judges[:1], show).items():
-        if len(rows[0]) > 1:
-            print(f"\n{title}")
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            for row in rows:
-                cells = (cell.ljust(w) for cell, w in zip(row, widths, strict=True))
-                print("  ".join(cells).rstrip(), flush=True)
+    print("\n".join(summary(report, judges[:1], show)), flush=True)
 
 
 def write_report(cfg, report, figures, texts):
-    """The Markdown report: all tables, figures, and `texts`, the responses side by side."""
+    """The Markdown report: `texts`, the responses side by side; a figure; the summary, and what its
+    columns mean; all other tables and figures."""
     path = Path(cfg.report or Path(cfg.out_dir) / "report.md")
-    names = list(report["policies"])
+    names, reference = list(report["policies"]), report["reference"]
+    pictures = [f"![{p.stem}]({os.path.relpath(p, path.parent)})" for p in figures]
+    tables = summary(report, list(report["difference"]), cfg.show)
     title = names[0] if len(names) == 1 else f"{len(names)} policies"
-    text = [f"# {title} on {report['prompts']} prompts", ""]
-    text += ["Means with 95% intervals, by the bootstrap over prompts; differences are paired by"]
-    text += [f"prompt. KL, nats a sequence, is to {report['reference']}.", ""]
-    text += [f"`{shlex.join(['python', *sys.argv])}`"]
-    tables = main_tables(report, list(report["difference"]), cfg.show)
-    for title, rows in (tables | more_tables(report, cfg.proxy)).items():
-        text += ["", f"## {title}", "", *markdown(rows)] if len(rows[0]) > 1 else []
+    text = [f"# {title} on {report['prompts']} prompts", "", *texts, *pictures[:1], ""]
+    text += ["Means with 95% intervals, by the bootstrap over prompts; differences are paired."]
+    text += [f"KL is to {reference}."] if reference else []
+    text += [f"{report['cut_prompts']} prompts lost their start."] if report["cut_prompts"] else []
+    text += [*tables, ""]
+    parts = dict.fromkeys(cfg.show, "mean of this part of gold's `explain`, where it has it")
+    for head, meaning in (MEANINGS | parts).items():
+        if any(f"| {head} " in line for line in tables):
+            text += [f"- {head}: {meaning}."]
+    text += other_tables(report, cfg.proxy)
     for pair, share in report["order_decides"].items():
         text += ["", f"The order of the two decided in {share:.1%} of comparisons ({pair})."]
-    for figure in figures:
-        text += ["", f"![{figure.stem}]({os.path.relpath(figure, path.parent)})"]
+    text += [line for picture in pictures[1:] for line in ("", picture)]
+    text += ["", f"`{shlex.join(['python', *sys.argv])}`"]
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
-        temporary.write_text("\n".join([*text, *texts]) + "\n", "utf-8")
+        temporary.write_text("\n".join(text) + "\n", "utf-8")
     print(path)
 
 
@@ -802,26 +991,7 @@ def write_samples(path, lines, samples, name):
 
 # --- figures --------------------------------------------------------------------------------------
 
-
-def matplotlib_pyplot():
-    """matplotlib.pyplot, drawing to files alone; None, and a line that says so, without it."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: matplotlib is not installed")
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save_figure(figure, path, bottom=0.0):
-    """Writes a figure, leaving that share of it free at its foot."""
-    figure.tight_layout(rect=(0, bottom, 1, 1))
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    print(path)
+MARKERS = "osD^vP*X<>"  # told apart in greyscale too
 
 
 def figures_of(folder, report, proxy):
@@ -832,35 +1002,65 @@ def figures_of(folder, report, proxy):
         for name, found in report["policies"].items():
             if found["kl"] is not None:
                 label = f"{name} (KL at most)" if found["kl_is_bound"] else name
-                curves[label] = [(math.sqrt(max(found["kl"][0], 0.0)), found["scores"][by])]
+                curves[label] = [[(math.sqrt(max(found["kl"][0], 0.0)), found["scores"][by])]]
         x_label = "square root of KL to the reference (nats a sequence)"
-        figures[folder / "score_by_kl.png"] = curves, x_label, f"score by {by}"
+        if len(curves) > 1:
+            figures[folder / "score_by_kl.png"] = x_label, {f"score by {by}": curves}
     if rows := report.get("best_of_n"):
-        names = [name for name in ("proxy", "gold") if name in rows[0]]
-        curves = {name: [(row["n"], row[name]) for row in rows] for name in names}
-        labels = "n (KL is at most log n - (n - 1)/n)", "score of the best of n"
-        title = f"{first}, best of n by {proxy}"
-        figures[folder / "best_of_n.png"] = curves, *labels, title, 2
+        label, panels = f"{first}, the best of n by {proxy}", {}
+        for name, by in (("proxy", proxy), ("gold", "gold")):
+            if name in rows[0]:
+                panels[f"score by {by}"] = {label: [[(row["n"], row[name]) for row in rows]]}
+        figures[folder / "best_of_n.png"] = "n (KL is at most log n - (n - 1)/n)", panels, 2
     return figures
 
 
-def draw(plt, path, curves, x_label, y_label, title="", base=None):
-    """A figure of curves {label: [(x, [mean, low, high])]}; `base`: of a logarithmic axis."""
-    figure, panel = plt.subplots(figsize=(6, 4))
-    for label, points in curves.items():
-        x, values = zip(*points, strict=True)
-        middle, low, high = np.array(values, dtype=np.float64).T  # without an interval NaN
-        bars = np.nan_to_num([middle - low, high - middle]).clip(min=0)
-        panel.errorbar(x, middle, yerr=bars, marker="o", markersize=4, capsize=3, label=label)
-    if base:
-        panel.set_xscale("log", base=base)
-        panel.xaxis.set_major_formatter("{x:g}")
-    panel.set_xlabel(x_label)
-    panel.set_ylabel(y_label)
-    panel.set_title(title, fontsize=9)
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
-    save_figure(figure, path)
+def draw(path, x_label, panels, base=None):
+    """A figure of panels {what: {label: [[(x, number or [mean, low, high])], a run]}}, two beside
+    each other, with one legend below all. Of several runs under one label, the thick line is their
+    mean. `base`: of a logarithmic x axis. -> whether matplotlib is there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no figure: matplotlib is not installed")
+        return False
+    across, legend = min(len(panels), 2), {}
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    width, rows = 8.4 if across == 2 else 6.2, math.ceil(len(panels) / 2)
+    columns = max(1, int(13 * width / (max(map(len, labels)) + 6)))  # of the legend
+    height = (2.3 if across == 2 else 3.4) * rows + 0.2 * math.ceil(len(labels) / columns) + 0.3
+    figure = Figure((width, height), layout="constrained")
+    grid = figure.subplots(rows, across, squeeze=False).flat
+    for (what, curves), panel in zip(panels.items(), grid, strict=False):
+        for label, runs in curves.items():
+            n = labels.index(label)
+            look = {"color": f"C{n % 10}", "marker": MARKERS[(n + n // 10) % 10], "markersize": 4}
+            if len(runs) > 1:
+                for points in runs:
+                    panel.plot(*zip(*points, strict=True), color=look["color"], linewidth=0.6)
+                known = [dict(points) for points in runs]
+                shared = sorted(set.intersection(*map(set, known))) or [math.nan]
+                runs = [[(x, np.mean([y.get(x, math.nan) for y in known])) for x in shared]]
+            x, values = zip(*runs[0], strict=True)
+            middle, *limits = np.array(values, dtype=np.float64).reshape(len(x), -1).T
+            bars = [abs(np.nan_to_num(limit - middle)) for limit in limits] or None
+            legend[label] = panel.errorbar(x, middle, yerr=bars, capsize=3, linewidth=1, **look)
+        if base:
+            panel.set_xscale("log", base=base)
+            panel.xaxis.set_major_formatter("{x:g}")
+        panel.set_xlabel(x_label, fontsize=8)
+        panel.set_ylabel(what, fontsize=9)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.3)
+    for panel in grid:  # those that are left over
+        panel.axis("off")
+    where = {"loc": "outside lower center", "ncols": columns, "fontsize": 8}
+    figure.legend(legend.values(), legend, **where)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    print(path)
+    return True
 
 
 # --- sub-commands ---------------------------------------------------------------------------------
@@ -879,7 +1079,7 @@ def read_report(path):
 def show_table(cfg):
     """evaluate.py table: prints the tables of a finished evaluation again."""
     report = read_report(cfg.report)
-    print_tables(report, list(report["difference"]), cfg.show)
+    print_summary(report, list(report["difference"]), cfg.show)
 
 
 def check_claims(cfg):
@@ -910,37 +1110,71 @@ def read_curves(runs):
     return curves
 
 
+# What one looks at first, whatever the script.
+FIRST = "gold win_rate score proxy kl loss accuracy margin eos tokens entropy nll".split()
+
+
+def choose_metrics(curves, asked):
+    """Names of metrics to draw: those asked for; else up to eight that change in some run."""
+
+    def logged(name, among):  # under this name or as a held-out number, whichever more runs have
+        known = [metric for metric in (name, f"eval_{name}") if metric in among]
+        return max(known, key=lambda metric: len(curves[metric]), default=None)
+
+    for name in asked:
+        if logged(name, curves) is None:
+            refuse(f"--y {name}: in no run; there are {', '.join(sorted(curves))}")
+    if asked:
+        return list(dict.fromkeys(logged(name, curves) for name in asked))
+    changing = [
+        metric
+        for metric, runs in curves.items()
+        if any(len({value for _, value in points}) > 1 for points in runs.values())
+    ]
+    first = [logged(name, changing) for name in FIRST]
+    return list(dict.fromkeys([*filter(None, first), *changing]))[:8]
+
+
 def plot(cfg):
-    """evaluate.py plot: learning curves from metrics.jsonl, a panel a metric, a line a run."""
+    """evaluate.py plot: learning curves from metrics.jsonl, a panel a metric, a colour a run or a
+    group of runs."""
     if not cfg.runs:
         refuse("expected run directories: evaluate.py plot RUN...")
-    curves = read_curves(cfg.runs)
-    wanted = cfg.metrics or sorted(curves)
-    for metric in wanted:
-        if metric not in curves:
-            refuse(f"--metrics {metric}: in no run; there are {', '.join(sorted(curves))}")
+    if cfg.tensorboard:
+        return copy_to_tensorboard(cfg.runs)
+    curves, groups = read_curves(cfg.runs), {}
+    wanted = choose_metrics(curves, cfg.y)
     if not wanted or not cfg.out.endswith(".png"):
-        refuse("expected runs that have logged a metric, and --out FILE.png")
-    plt = matplotlib_pyplot()
-    if plt is None:
-        return
-    columns = min(len(wanted), 3)
-    rows = math.ceil(len(wanted) / columns)
-    size = 4.5 * columns, 3 * rows + 0.5
-    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for panel, metric in itertools.zip_longest(panels.flat, wanted):
-        if metric is None:
-            panel.axis("off")
-            continue
-        for i, name in enumerate(cfg.runs):  # a colour a run, in all panels
-            points = zip(*curves[metric].get(name, [(math.nan, math.nan)]), strict=True)
-            panel.plot(*points, marker=".", markersize=3, color=f"C{i}")
-        panel.set_title(metric, fontsize=9)
-        panel.set_xlabel("step", fontsize=8)
-        panel.grid(alpha=0.3)
-    figure.legend(panels[0, 0].lines, cfg.runs, loc="lower center", ncols=4, fontsize=8)
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, cfg.out, bottom=0.5 / size[1])
+        refuse("expected runs that have logged a metric that changes, and --out FILE.png")
+    for name in cfg.runs:
+        groups.setdefault(re.sub(r"-\d+/?$", "-*", name), []).append(name)
+    panels = {metric: {} for metric in wanted}
+    for label, names in groups.items():
+        label = names[0] if len(names) == 1 else f"{label} (mean of {len(names)})"
+        for metric, panel in panels.items():
+            if found := [curves[metric][name] for name in names if name in curves[metric]]:
+                panel[label] = found
+    if draw(cfg.out, "step", panels) and len(wanted) < len(curves):
+        print(f"{len(wanted)} of {len(curves)} metrics; --y NAME,NAME draws others")
+
+
+def copy_to_tensorboard(runs):
+    """Each run's metrics.jsonl as TensorBoard's event files, in RUN/tensorboard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        refuse("--tensorboard: tensorboard is not installed here (pip install tensorboard)")
+    for name, curves in {name: read_curves([name]) for name in runs}.items():
+        folder, temporary = Path(name, "tensorboard"), Path(name, ".tensorboard.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        writer = SummaryWriter(str(temporary))
+        for metric, found in curves.items():
+            for step, value in found[name]:
+                writer.add_scalar(metric, value, step)
+        writer.close()
+        shutil.rmtree(folder, ignore_errors=True)  # twice the same would show everything twice
+        os.replace(temporary, folder)
+        print(folder)
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -957,63 +1191,71 @@ def main():
     check(cfg, policies)
     run = Run(cfg)  # device, precision, ranks
 
+    # The prompts, and what files say to them.
+    files = {p.name: read_outputs(p.name, cfg.by) for p in policies if p.is_file}
+    lines = choose_prompts(cfg, {path: texts for path, (texts, _) in files.items()}, run.say)
+    called = {writer: path for path, (_, writer) in files.items()}
+    labelled = read_labelled(cfg.comparisons, cfg.policies, called)
+
     # The models. All read and write the same tokens, and see the same prompts: what would not fit
     # into the least of them is cut for all.
-    base = cfg.reference or policies[0].run
-    reference, tokenizer = load_policy(base, run)
+    runs = list(dict.fromkeys(policy.run for policy in policies if not policy.is_file))
+    base = cfg.reference or next(iter(runs), "")
+    reference, tokenizer = load_policy(base, run) if base else (None, tokenizer_of(cfg.judges))
     judges, proxies = load_judges(cfg, policies, tokenizer, run)
-    rewards = [judge.reward.model for judge in (judges | proxies).values()]
-    positions = [model.config.n_positions for model in (reference, *filter(None, rewards))]
-    for name in dict.fromkeys(policy.run for policy in policies):
+    models = [judge.model for judge in (judges | proxies).values() if judge.model]
+    room = min([model.config.n_positions for model in models], default=sys.maxsize)
+    positions = [room, *([reference.config.n_positions] if base else [])]
+    for name in runs:
         model, theirs = load_policy(name, run)
         positions.append(model.config.n_positions)
         vocabularies = {model.config.vocab_size, reference.config.vocab_size}
         if tokenizer_hash(theirs) != tokenizer_hash(tokenizer) or len(vocabularies) > 1:
             refuse(f"{name}: another tokenizer or vocabulary than {base}'s")
         del model  # here and below before the next is loaded: all may not fit
-    for where, line in read_jsonl(cfg.prompts, {"prompt": True}):
-        if cfg.by in line:
-            check_field(where, line, cfg.by, str)
-    prompts = read_prompts(cfg.prompts, tokenizer, min(positions) - cfg.max_new_tokens, run.say)
-    prompts = prompts[: cfg.num_prompts or None]
-    lines = [line for line, _ in prompts]
-    labelled = read_labelled(cfg.comparisons, cfg.policies)
-    inputs = [cfg.prompts, cfg.comparisons, cfg.gold, *cfg.judges, *proxies, base]
-    run.open([*inputs, *(policy.run for policy in policies)])
+    longest = min(positions) - (cfg.max_new_tokens if runs else 1)
+    prompts, cut = encoded(lines, tokenizer, longest, run.say)
+    inputs = [cfg.prompts, cfg.comparisons, cfg.gold, *cfg.judges, *proxies, base, *runs, *files]
+    run.open(inputs)
 
     # Each policy responds, and is judged. `scores` and `parts`, which is all else that is known of
     # a response, are {judge, or part: {policy: (prompts, K)}}.
-    report = {"prompts": len(prompts), "reference": base, "policies": {}}
-    samples, scores, parts = {}, {by: {} for by in judges}, {}
-    tasks = tasks_of(lines, cfg.by)
-    everything = tasks | {"all": range(len(lines))}
+    report = {"prompts": len(prompts), "cut_prompts": cut, "reference": base, "policies": {}}
+    samples, scores, parts = {}, {by: {} for by, judge in judges.items() if judge.scores}, {}
     for number, policy in enumerate(policies):
         begun, name, temperature = time.time(), policy.name, policy.temperature
-        model, _ = load_policy(policy.run, run)
-        how, seed = (run.sampler(model), tokenizer, prompts, temperature), cfg.seed * 1009 + number
-        count = policy.best_of * cfg.best_of_samples if policy.by else cfg.num_samples
-        count = 1 if temperature == 0 else count  # it always says the same
-        some = sample_policy(*how, count, seed, run)
+        if policy.is_file:
+            some = samples_of_file(name, files[name][0], prompts, tokenizer, room, run.say)
+        else:
+            model, seed = load_policy(policy.run, run)[0], cfg.seed * 1009 + number
+            how = run.sampler(model), tokenizer, prompts, temperature
+            count = policy.best_of * cfg.best_of_samples if policy.by else cfg.num_samples
+            count = 1 if temperature == 0 else count  # it always says the same
+            some = sample_policy(*how, count, seed, run, run.out_dir / f"tokens-{number}.jsonl")
         if policy.by:
-            some = choose_best(some, proxies[policy.by](lines, some), policy.best_of)
+            proxy = proxies[policy.by]
+            (values,) = floored(proxy, [proxy(lines, some)], [some])
+            some = choose_best(some, values, policy.best_of)
         samples[name] = some
-        for by, judge in judges.items():
-            scores[by][name] = judge(lines, some)
-        known = {"words": grid_of(some, lambda s: len(s["text"].split()))}
-        known |= {"eos": grid_of(some, lambda s: s["ended"])}
-        known |= judges["gold"].explain(lines, some) if cfg.gold else {}
-        if policy.best_of == 1:
+        for by, grids in scores.items():
+            grids[name] = judges[by](lines, some)
+        known = parts_of(some, tokenizer, not policy.is_file)
+        if policy.best_of == 1 and not policy.is_file:
             known |= divergences(model, reference, some, temperature, run)
-        for part, grid in known.items():
+            if not np.isfinite(known["kl"]).all():
+                refuse(f"{name}: its KL to {base} is not a finite number")
+        found = describe(some, known, cfg)
+        explained = judges["gold"].explain(lines, some) if cfg.gold else {}
+        for part, grid in (explained | known).items():
             parts.setdefault(part, {})[name] = grid
-        found = describe(some, known, everything, cfg)
         of_base = Path(policy.run).resolve() == Path(base).resolve() and temperature == 1
         if policy.best_of > 1 and of_base:
             found |= {"kl": [best_of_n_kl(policy.best_of), None, None], "kl_is_bound": True}
         if cfg.best_of_n and number == 0:
-            many = sample_policy(*how, cfg.best_of_n, seed + 500, run)
-            (values,) = fill_missing([proxies[cfg.proxy](lines, many)])
-            golds = judges["gold"](lines, many) if cfg.gold else None
+            path, proxy = run.out_dir / "tokens-best_of_n.jsonl", proxies[cfg.proxy]
+            many = sample_policy(*how, cfg.best_of_n, seed + 500, run, path)
+            (values,) = floored(proxy, [proxy(lines, many)], [many])
+            golds = judges["gold"](lines, many) if "gold" in scores else None
             report["best_of_n"] = best_of_n_report(values, golds, cfg)
         found["training_seconds"] = training_seconds(policy)
         found["seconds"] = round(time.time() - begun, 1)
@@ -1021,31 +1263,29 @@ def main():
         if run.rank == 0:
             write_samples(run.out_dir / f"samples-{number}.jsonl", lines, some, name)
         run.say(f"{name}: {found['samples']} responses in {found['seconds']:.0f} s")
-        del model, how
+        model = how = None
 
     # Each against each, on every rank alike.
     for by, grids in scores.items():
-        scores[by] = dict(zip(grids, fill_missing(grids.values()), strict=True))
+        final = floored(judges[by], grids.values(), samples.values())
+        scores[by] = dict(zip(grids, final, strict=True))
     for name, found in report["policies"].items():
         found["scores"] = {by: interval(grids[name].mean(1), cfg) for by, grids in scores.items()}
     report |= head_to_head(cfg, judges, lines, samples, scores)
-    report["by_task"] = by_task(scores, tasks, "score", policies[0].name, cfg)
-    report["parts_by_task"] = by_task(parts, everything, "mean", policies[0].name, cfg)
+    tasks, first = tasks_of(lines, cfg.by), policies[0].name
+    report["by_task"] = by_task(scores, tasks, "score", first, cfg)
+    everything = tasks | {"all": range(len(lines))}
+    report["parts_by_task"] = by_task(parts, everything, "mean", first, cfg)
     for (a, b), votes in labelled.items():
         rate = interval([float(np.mean(shares)) for shares in votes.values()], cfg)
         report["win_rate"].setdefault(cfg.comparisons, {}).setdefault(a, {})[b] = rate
 
-    # The tables; the numbers; then the figures, which may fail, and lose nothing.
-    figures = {}
     if run.rank == 0:
-        print_tables(report, list(scores), cfg.show)
-        plt = matplotlib_pyplot()
-        figures = figures_of(run.out_dir, report, cfg.proxy) if plt else {}
-        texts = side_by_side(cfg.num_shown, lines, samples, scores)
-        write_report(cfg, report, figures, texts)
+        print_summary(report, list(scores), cfg.show)
+        figures = figures_of(run.out_dir, report, cfg.proxy)
+        drawn = [path for path, what in figures.items() if draw(path, *what)]
+        write_report(cfg, report, drawn, side_by_side(cfg.num_shown, lines, samples, scores))
     run.finish(report)
-    for path, what in figures.items():
-        draw(plt, path, *what)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ on response tokens, EOS included.
 
 import dataclasses
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -30,8 +31,8 @@ import torch
 import torch.nn.functional as F
 
 from model import (
-    GPT, check_tokenizer, encode, generate, last_tokens, load_config, load_model, load_tokenizer,
-    pad, predicts, text_of, token_logprobs, tokenizer_files, tokenizer_hash,
+    END_OF_TEXT, GPT, check_tokenizer, encode, generate, last_tokens, load_config, load_model,
+    load_tokenizer, pad, predicts, text_of, token_logprobs, tokenizer_files, tokenizer_hash,
 )  # fmt: skip
 from run import TrainingFlags, read_jsonl, refuse
 
@@ -64,6 +65,22 @@ def read_prompts(path, tokenizer, room, say=print, **kinds):
     return prompts
 
 
+def bare(text):
+    """A response without an <|endoftext|> that is spelled out at its end, as in data sets of code
+    that appends none: EOS is appended here, and the letters would be learnt."""
+    while text.endswith(END_OF_TEXT):
+        text = text.removesuffix(END_OF_TEXT)
+    return text
+
+
+def count_spelled(counts, written, texts):
+    """Counts those that `bare` has made shorter, if any."""
+    for before, text in zip(written, texts, strict=True):
+        if text != before:
+            name = f"without the {END_OF_TEXT} that they spell out"
+            counts[name] = counts.get(name, 0) + 1
+
+
 def check_field(where, line, name, kind):
     if not isinstance(line.get(name), kind):
         found = json.dumps(line[name])[:40] if name in line else "none"
@@ -75,9 +92,12 @@ def read_demonstrations(path, tokenizer, max_length, overlong="cut", say=print):
     """[(prompt ids, response ids)] of a demonstrations file, [] where path is empty. What is too
     long loses its prompt's start; a response that still is, its end (`cut`), or its line is dropped
     (`drop`)."""
-    examples, cut, dropped = [], 0, 0
-    for _, record in read_jsonl(path, {"prompt": True, "response": False}) if path else ():
-        texts = record["prompt"], record["response"]
+    examples, cut, dropped, spelled = [], 0, 0, {}
+    for where, record in read_jsonl(path, {"prompt": True, "response": False}) if path else ():
+        texts = record["prompt"], bare(record["response"])
+        if not texts[1].strip():
+            refuse(f"{where}: response: is empty but for {END_OF_TEXT}")
+        count_spelled(spelled, [record["response"]], texts[1:])
         long = sum(map(len, encode(tokenizer, *texts, sys.maxsize))) > max_length
         try:
             examples.append(encode(tokenizer, *texts, max_length, overlong == "cut"))
@@ -90,22 +110,25 @@ def read_demonstrations(path, tokenizer, max_length, overlong="cut", say=print):
         )
     if path:
         tokens = sum(map(len, itertools.chain(*examples)))
-        say(f"{path}: {len(examples)} lines, {tokens} tokens; {cut} cut, {dropped} dropped")
+        say(
+            f"{path}: {len(examples)} lines, {tokens} tokens; {cut} cut, {dropped} dropped"
+            + "".join(f"; {n} {how}" for how, n in spelled.items())
+        )
     return examples
 
 
 def read_responses(where, record, least=2):
-    """The line's `responses`, once they and what is parallel to them have been checked."""
+    """The line's `responses`, bare, once they and what is parallel to them have been checked."""
     responses = record.get("responses")
     if not isinstance(responses, list) or len(responses) < least:
         refuse(f"{where}: responses: expected a list of {least} or more")
     for i, response in enumerate(responses):
-        if not isinstance(response, str) or not response.strip():
+        if not isinstance(response, str) or not bare(response).strip():
             refuse(f"{where}: responses: number {i + 1} is not a string with text in it")
     for name in ("scores", "policy"):
         if isinstance(record.get(name), list) and len(record[name]) != len(responses):
             refuse(f"{where}: {name}: expected {len(responses)} values, one a response")
-    return responses
+    return [bare(response) for response in responses]
 
 
 def read_preferences(path):
@@ -132,14 +155,14 @@ def read_preferences(path):
             yield where, record, responses, pairs
             continue
         for name in ("chosen", "rejected"):
-            if not isinstance(record.get(name), str) or not record[name].strip():
+            if not isinstance(record.get(name), str) or not bare(record[name]).strip():
                 refuse(f"{where}: {name}: expected a string with text in it")
         margin, label = record.get("margin", 0.0), record.get("label", 1.0)
         if not is_number(margin) or margin < 0:
             refuse(f"{where}: margin: expected a number of at least 0, got {str(margin)[:40]}")
         if not is_number(label) or not 0.5 <= label <= 1:
             refuse(f"{where}: label: expected a probability from 0.5 to 1, got {str(label)[:40]}")
-        responses = [record["chosen"], record["rejected"]]
+        responses = [bare(record["chosen"]), bare(record["rejected"])]
         yield where, record, responses, [(0, 1, float(margin), float(label))]
 
 
@@ -166,6 +189,8 @@ def read_examples(path, tokenizer, max_length, overlong="cut", say=print):
     counts = {"cut": 0, "too long": 0, "equal": 0, "lines without a pair": 0}
     for _, record, texts, pairs in read_preferences(path) if path else ():
         lines += 1
+        written = record.get("responses") or [record["chosen"], record["rejected"]]
+        count_spelled(counts, written, texts)
         prompt, kept = encode(tokenizer, record["prompt"], None, sys.maxsize)[0], {}
         limit = max_length - 1
         for k, text in enumerate(texts):
@@ -345,10 +370,10 @@ def collate(examples, n_embd):
     return *pad_beside(*zip(*groups, strict=True)), torch.tensor(rows), keep, margin, label
 
 
-def score_rows(model, rows, size, run, at=last_tokens, of=None):
+def score_rows(model, rows, size, run, at=last_tokens, of=None, name="the model"):
     """A scalar head's outputs, a list of numbers, for rows of (prompt ids, response ids), from all
     ranks; `size` responses a forward. Of a language model: what of(logits at `at(mask)`, tokens,
-    mask, segments) makes of them, (N,), one a response."""
+    mask, segments) makes of them, (N,) or (N, numbers), one a response."""
     model.eval()
     scores, groups = [], group_by_prompt(rows, model.config.n_embd)
     batches = batches_of_groups(groups, size)
@@ -365,7 +390,9 @@ def score_rows(model, rows, size, run, at=last_tokens, of=None):
             output = of(output, tokens, mask, segments) if of else output
             found = output.split([len(responses) for _, responses in some])
             scores += [(i, row.tolist()) for i, row in zip(indices, found, strict=True)]
-    return [score for _, row in sorted(run.gather(scores)) for score in row]
+    scores = [score for _, row in sorted(run.gather(scores)) for score in row]
+    check_scores(scores, name)
+    return scores
 
 
 # --- models and rewards ---------------------------------------------------------------------------
@@ -446,6 +473,13 @@ def score_statistics(raw, transform="identity"):
     return dict(zip(RAW, (scores.mean().item(), std, transform), strict=True))
 
 
+def check_scores(scores, name):
+    """Refuses scores that are not finite: they would lose, or tie, against everything, unseen."""
+    for score in np.ravel(scores):
+        if not math.isfinite(score):
+            refuse(f"{name}: a response's score is {score}: not finite")
+
+
 class Reward:
     """Scores responses: a Python file's score(prompt, response, **fields), or a reward model."""
 
@@ -476,11 +510,14 @@ class Reward:
         for tokens, mask in rollout.parts(size):
             with torch.no_grad(), self.run.autocast:
                 raw.append(self.model(tokens, last_tokens(mask)).double())
-        return normalised(torch.cat(raw), self.statistics)
+        raw = torch.cat(raw)
+        check_scores(raw.tolist(), self.name)
+        return normalised(raw, self.statistics)
 
 
-def load_python(path):
-    """A user's Python file as a module: score(prompt, response, **fields), perhaps explain(...)."""
+def load_python(path, needs=("score",)):
+    """A user's Python file as a module with one of the functions of `needs` at least: SIGNATURES
+    has all that it may have."""
     spec = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
     if not Path(path).is_file() or spec is None:
         refuse(f"{path}: not a Python file")
@@ -490,9 +527,29 @@ def load_python(path):
         spec.loader.exec_module(module)
     except Exception as error:
         refuse(f"{path}: can't be run: {type(error).__name__}: {error}")
-    if not callable(getattr(module, "score", None)):
-        refuse(f"{path}: score: no such function; expected score(prompt, response, **fields)")
+    known = {name: getattr(module, name) for name in SIGNATURES if hasattr(module, name)}
+    if not known.keys() & set(needs):
+        expected = " or ".join(SIGNATURES[name] for name in needs)
+        refuse(f"{path}: {' or '.join(needs)}: no such function; expected {expected}")
+    for name, function in known.items():
+        if not callable(function) or not takes_fields(function):
+            refuse(f"{path}: {name}: expected {SIGNATURES[name]}: lines have fields of all kinds")
     return module
+
+
+SIGNATURES = {
+    "score": "score(prompt, response, **fields)",
+    "explain": "explain(prompt, response, **fields)",
+    "compare": "compare(prompt, a, b, **fields)",
+}
+
+
+def takes_fields(function):
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # compiled code does not tell
+        return True
+    return any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def told(module, function, line, response):
@@ -609,6 +666,11 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
     k1 = log p - log q, p the policy: unbiased, signed. k2 = k1^2 / 2: biased, never below 0.
     k3 = q/p - 1 - log(q/p): unbiased, never below 0. Schulman 2020, "Approximating KL divergence".
+
+    A good value is not a good gradient. On the policy's own tokens a step along grad k2 descends
+    KL(p, q), along grad k3 KL(q, p), given what came before; grad k1 is 0 on average. Paid as a
+    reward, a cost k moves the policy along E[k grad log p]: for k1 that is the gradient of the
+    KL(p, q) of whole responses; for k2 and k3 it is next to nothing while p is near q.
     """
     log_ratio = ref_logprobs - logprobs
     if kind == "k1":
@@ -616,16 +678,17 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     if kind == "k2":
         return log_ratio**2 / 2
     if kind == "k3":
-        return log_ratio.exp() - 1 - log_ratio
+        return log_ratio.expm1() - log_ratio
     raise ValueError(f"kl estimator {kind}: expected k1, k2 or k3")
 
 
-def token_rewards(scores, logprobs, ref_logprobs, mask, beta, kind="k1"):
-    """r_t = -beta KL_t, and the score at each row's last response token, (B, T); 0 elsewhere.
+def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
+    """r_t = -beta (log pi_t - log pi_ref_t), and the score at each row's last response token, (B,
+    T); 0 elsewhere.
 
     scores (B,); logprobs, ref_logprobs, mask (B, T). arXiv:1909.08593 eq. 2.
     """
-    rewards = -beta * kl_estimate(logprobs, ref_logprobs, kind) * mask
+    rewards = -beta * kl_estimate(logprobs, ref_logprobs) * mask
     columns = torch.arange(mask.shape[1], device=mask.device)
     last = (mask.bool() * columns).argmax(1, keepdim=True)  # (B, 1)
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
@@ -718,7 +781,8 @@ class RewardFlags(PolicyFlags):
     shaping: Annotated[
         Literal["none", "clip", "whiten", "par"],
         "of scores, to learn from: none; clip (to --score_clip); whiten (mean 0, std 1 over a "
-        "batch; Llama 2); par (sigmoid of the score less that of the prompt's `reference`)",
+        "batch; Llama 2); par (sigmoid of the reward model's raw score less that of the prompt's "
+        "`reference`)",
     ] = "none"
     score_clip: Annotated[float, "largest score, either way", "(0, inf)", "shaping=clip"] = 1.0
     num_samples: Annotated[int, "responses to each prompt of an iteration", "[1, inf)"] = 1
@@ -768,7 +832,8 @@ def helpful_or_safe(helpful, safe, unsafe, threshold=0.15):
 def par_scores(scores, reference_scores):
     """mean_m sigmoid(score - reference score_m), (B,): preference as reward, arXiv:2502.18770.
 
-    scores (B,); reference_scores (M, B).
+    scores (B,), reference_scores (M, B): the reward model's raw outputs, whose differences are
+    log-odds.
     """
     return (scores - reference_scores).sigmoid().mean(0)
 
@@ -777,8 +842,10 @@ def combine_scores(scores, weights, combine):
     """Several rewards' scores (rewards, B) -> (B,): their weighted mean, or the least of them."""
     if combine == "min":
         return scores.min(0).values
-    weights = torch.tensor(weights, dtype=scores.dtype, device=scores.device)
-    return (weights[:, None] * scores).sum(0) / weights.sum()
+    if combine == "mean":
+        weights = torch.tensor(weights, dtype=scores.dtype, device=scores.device)
+        return (weights[:, None] * scores).sum(0) / weights.sum()
+    raise ValueError(f"combine {combine}: expected mean or min")
 
 
 class Rewards:
@@ -787,9 +854,12 @@ class Rewards:
 
     def __init__(self, cfg, tokenizer, run):
         self.cfg, self.tokenizer, self.run = cfg, tokenizer, run
-        self.raw = cfg.combine == "llama2"
-        self.all = [Reward(name, tokenizer, run, self.raw) for name in cfg.reward]
+        raw = cfg.combine == "llama2" or cfg.shaping == "par"  # they read scores as log-odds
+        self.all = [Reward(name, tokenizer, run, raw) for name in cfg.reward]
         self.models = [reward.model for reward in self.all if reward.model]
+        # A reward model's raw scores over its normalised ones: equal betas are no equal prices of a
+        # nat of KL where it differs. Of several rewards: 1.
+        self.std = self.all[0].statistics["reward_std"] if len(self.all) == 1 else 1.0
 
     def __call__(self, rollout, size):
         """Scores combined, (B,) float64; `size` rows a forward (0: all)."""
@@ -810,6 +880,8 @@ class Rewards:
             scores = whiten(scores, counted, all_reduce=self.run.sum_tensor)
         elif self.cfg.shaping == "par":
             scores = par_scores(scores, self(self.references(rollout), size)[None])
+        elif self.cfg.shaping != "none":
+            raise ValueError(f"shaping {self.cfg.shaping}: expected none, clip, whiten or par")
         return scores
 
     def references(self, rollout):
@@ -855,11 +927,15 @@ def check_ratio(ratio, run):
         )
 
 
-def totals_of(rollout, scores, gaps, real):
-    """Sums over this rank's `real` first episodes; gaps (B, T): log-ratios to the reference."""
+def totals_of(rollout, scores, gaps, real, num_samples=1):
+    """Sums over this rank's `real` first episodes, num_samples to a prompt; gaps (B, T): log-ratios
+    to the reference."""
+    means = scores[:real].view(-1, num_samples).mean(1)  # a prompt's
     return {
         "episodes": real,
         "score": scores[:real].sum().item(),
+        "score_square": (scores[:real] ** 2).sum().item(),
+        "prompt_square": num_samples * (means**2).sum().item(),
         "kl": gaps[:real].sum().item(),
         "eos": rollout.ended[:real].sum().item(),
         "empty": sum(not text.strip() for text in rollout.texts[:real]),
@@ -869,9 +945,15 @@ def totals_of(rollout, scores, gaps, real):
 
 def record_of(totals, per_token, beta, times):
     """Sums over all ranks -> what is logged of an iteration: means an episode, `kl` in nats; means
-    a trained token of what is in `per_token`; shares of the time between `times`."""
+    a trained token of what is in `per_token`; the scores' standard deviation, that of prompts'
+    means, and that around them; shares of the time between `times`."""
     trained, episodes = totals.pop("trained"), totals.pop("episodes")
     record = {name: x / (trained if name in per_token else episodes) for name, x in totals.items()}
+    all_of_it, between = (
+        record.pop(name) - record["score"] ** 2 for name in ("score_square", "prompt_square")
+    )
+    variances = {"": all_of_it, "_between": between, "_within": all_of_it - between}
+    record |= {f"score_std{name}": max(x, 0.0) ** 0.5 for name, x in variances.items()}
     record |= {"objective": record["score"] - beta * record["kl"], "beta": beta}
     for n, name in enumerate(("rollout_share", "scoring_share", "update_share")):
         record[name] = (times[n + 1] - times[n]) / (times[-1] - times[0])
@@ -1006,12 +1088,19 @@ def distinct(texts, n):
 
 def numbers(samples, base=None, missing_eos_score=None):
     """{name: mean} of samples' parts, TASK_name for each task; distinct_2; and win_rate by gold,
-    else by proxy, against `base`, samples to the same prompts (ties half). In wins by proxy, what
-    did not end has the smaller of missing_eos_score and the lowest of all, as in training; None:
-    its own. evaluate.py has intervals."""
-    found, groups = {}, {"": samples}
+    else by proxy, against `base`, samples to the same prompts (ties half). The proxy of what did
+    not end is the smaller of missing_eos_score and the lowest of all, as in training; None: its
+    own. evaluate.py has intervals."""
     if not samples:
-        return found
+        return {}
+    if missing_eos_score is not None and "proxy" in samples[0]["parts"]:
+        proxies = (sample["parts"]["proxy"] for sample in (*samples, *(base or ())))
+        least = {"proxy": min([missing_eos_score, *proxies])}
+        samples, base = (
+            [s if s["parts"]["eos"] else s | {"parts": s["parts"] | least} for s in some or ()]
+            for some in (samples, base)
+        )
+    found, groups = {}, {"": samples}
     for sample in samples:
         if sample.get("task", "all") != "all":
             groups.setdefault(f"{sample['task']}_", []).append(sample)
@@ -1022,12 +1111,6 @@ def numbers(samples, base=None, missing_eos_score=None):
     by = "gold" if "gold" in found else "proxy"
     if base and by in found:
         ours, theirs = (np.array([s["parts"][by] for s in some]) for some in (samples, base))
-        if by == "proxy" and missing_eos_score is not None:  # one floor, so that it decides nothing
-            least = min(missing_eos_score, ours.min(), theirs.min())
-            ours, theirs = (
-                np.where([s["parts"]["eos"] for s in some], values, least)
-                for some, values in ((samples, ours), (base, theirs))
-            )
         found["win_rate"] = float(np.mean(0.5 + 0.5 * np.sign(ours - theirs)))
     return found
 

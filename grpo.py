@@ -14,7 +14,8 @@ expected: R(y) - b. The baseline b is, by --advantage,
 
 All tokens of a response have the same advantage, so that R needs no value of what is half said. The
 update is clipped as PPO's is, as several are made on one rollout. R is the score less beta times
-the KL's log-ratios; with --kl_in_loss the KL stands in the loss, as GRPO has it (by k3).
+the KL's log-ratios; with --kl_in_loss the KL stands in the loss, as GRPO has it (by k3, which
+descends KL(reference, policy)).
 
 Simplified against the papers: every ratio is a token's (RLOO's is a response's), and the loss is
 the mean over all tokens of a minibatch (GRPO's is over a response's first).
@@ -39,9 +40,8 @@ import torch
 from feedback import (
     RewardFlags, Rewards, add_ptx_gradient, brief, check_ratio, check_rewards, check_start,
     held_out_nll, kl_estimate, load_policy, load_python, logprobs_of, numbers, punish_missing_eos,
-    read_demonstrations,
-    read_prompts, record_of, respond, sample_step, show, token_rewards, totals_of, warnings_of,
-    whiten,
+    read_demonstrations, read_prompts, record_of, respond, sample_step, show, token_rewards,
+    totals_of, warnings_of, whiten,
 )  # fmt: skip
 from model import entropy, predicts, token_logprobs
 from run import Run, adam, flags, guarded, refuse, schedule
@@ -82,6 +82,15 @@ def clipped_loss(new_logprobs, logprobs, advantages, clip):
     return -torch.minimum(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip))
 
 
+# --advantage: what makes A (B,) of returns R (B,), reinforce's baseline, and the settings. A
+# prompt's responses, of which there are cfg.num_samples, are adjacent.
+ADVANTAGES = {
+    "grpo": lambda R, baseline, cfg: grpo_advantages(R, cfg.num_samples, cfg.group_std),
+    "rloo": lambda R, baseline, cfg: rloo_advantages(R, cfg.num_samples),
+    "reinforce": lambda R, baseline, cfg: reinforce_advantages(R, baseline),
+}
+
+
 # --- settings -------------------------------------------------------------------------------------
 
 
@@ -89,7 +98,7 @@ def clipped_loss(new_logprobs, logprobs, advantages, clip):
 class Config(RewardFlags):
     out_dir: Annotated[str, "run directory"] = "runs/grpo"
     advantage: Annotated[
-        Literal["grpo", "rloo", "reinforce"], "what a response is compared with, see above"
+        Literal[tuple(ADVANTAGES)], "what a response is compared with, see above"
     ] = "grpo"
     num_samples: Annotated[
         int, "responses to each prompt of an iteration (RLOO: 2 to 4; GRPO: 64)", "[1, inf)"
@@ -101,10 +110,14 @@ class Config(RewardFlags):
         float, "of the moving mean return, an iteration", "[0, 1)", "advantage=reinforce"
     ] = 0.9
     beta: Annotated[float, "KL coefficient (GRPO: 0.04; RLOO: 0.03 to 0.1)"] = 0.2
+    kl_in_loss: Annotated[
+        bool, "beta's KL stands in the loss, by --kl_estimator, and not in the returns"
+    ] = False
     kl_estimator: Annotated[
-        Literal["k1", "k2", "k3"], "of the penalty; k1 is the log-ratio (GRPO: k3, in the loss)"
-    ] = "k1"
-    kl_in_loss: Annotated[bool, "beta's KL stands in the loss, by k2 or k3, not in returns"] = False
+        Literal["k2", "k3"],
+        "k2 descends KL(policy, reference), which the objective has; k3 (GRPO) its reverse",
+        "kl_in_loss",
+    ] = "k2"
     whiten_rewards: Annotated[
         bool, "rewards of std 1 over a batch's tokens, their mean kept (Ziegler et al.)"
     ] = False
@@ -125,17 +138,8 @@ def check(cfg):
     check_rewards(cfg)
     if cfg.advantage != "reinforce" and cfg.num_samples < 2:
         refuse(f"--advantage {cfg.advantage}: compares a prompt's responses: --num_samples 4")
-    if cfg.kl_in_loss and cfg.kl_estimator == "k1":
-        refuse("--kl_in_loss: the gradient of k1 is 0 on average: --kl_estimator k2 or k3")
-
-
-def advantages_of(returns, baseline, cfg):
-    """A of whole responses, (B,), by --advantage."""
-    if cfg.advantage == "reinforce":
-        return reinforce_advantages(returns, baseline)
-    if cfg.advantage == "rloo":
-        return rloo_advantages(returns, cfg.num_samples)
-    return grpo_advantages(returns, cfg.num_samples, cfg.group_std)
+    if cfg.advantage == "reinforce" and cfg.whiten_advantages:
+        refuse("--whiten_advantages: subtracts a mean, so that reinforce's baseline does nothing")
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -211,11 +215,12 @@ def main():
 
         # 3. Returns of whole responses, and what they are worth beside others: of each token alike.
         paid = 0.0 if cfg.kl_in_loss else cfg.beta
-        rewards = token_rewards(scores, logprobs, ref_logprobs, mask, paid, cfg.kl_estimator)
+        rewards = token_rewards(scores, logprobs, ref_logprobs, mask, paid)
         if cfg.whiten_rewards:  # over the response tokens of all ranks, as below
             rewards = whiten(rewards, counted, shift_mean=False, all_reduce=run.sum_tensor)
         returns = rewards.sum(1)  # (B,)
-        advantages = advantages_of(returns, now.baseline or 0.0, cfg)[:, None] * mask
+        advantages = ADVANTAGES[cfg.advantage](returns, now.baseline or 0.0, cfg)
+        advantages = advantages[:, None] * mask  # (B, T)
         if cfg.whiten_advantages:
             advantages = whiten(advantages, counted, all_reduce=run.sum_tensor)
 
@@ -272,7 +277,7 @@ def main():
         run.step += 1
 
         # 5. What happened, in numbers over all ranks.
-        totals = totals_of(rollout, scores, logprobs - ref_logprobs, real)
+        totals = totals_of(rollout, scores, logprobs - ref_logprobs, real, cfg.num_samples)
         totals |= {"return": (rewards * counted).sum().item()}
         totals |= dict(zip(SUMMED, sums.tolist(), strict=True))
         times = begun, sampled, scored, time.time()
@@ -296,7 +301,8 @@ def main():
     some = held_out[: cfg.num_prompts]
     base = respond(run, reference, some, seed=seed, **how)
     found = numbers(respond(run, policy, some, seed=seed + 1, **how), base, cfg.missing_eos_score)
-    run.finish({"episodes": run.step * cfg.batch_size} | found)
+    report = {"price_of_kl": cfg.beta * reward.std, "episodes": run.step * cfg.batch_size}
+    run.finish(report | found)
 
 
 if __name__ == "__main__":

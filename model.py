@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager
@@ -336,7 +337,8 @@ def last_tokens(mask):
 
 
 def load_tokenizer(name):
-    """A `tiktoken.Encoding` with GPT-2's split pattern and <|endoftext|> as its only special token.
+    """A `tiktoken.Encoding` with GPT-2's split pattern and <|endoftext|> as its only special token;
+    what asks for more is refused.
 
     Args:
         name: "gpt2"; a FILE.tiktoken (one "base64 rank" a line); or a directory with a Hugging Face
@@ -347,7 +349,10 @@ def load_tokenizer(name):
     """
     path = Path(name)
     if path.is_dir():
-        return directory_tokenizer(path)
+        try:
+            return directory_tokenizer(path)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"{path}: its tokenizer's files are damaged: {error}") from None
     if path.suffix == ".tiktoken":
         return tiktoken_file(path)
     if str(name) != "gpt2":
@@ -375,10 +380,15 @@ def byte_alphabet():
     return alphabet | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def make_encoding(ranks, where):
-    """The Encoding of mergeable `ranks` {bytes: rank}; <|endoftext|> takes the next number."""
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{where}: its {len(ranks)} ranks are not 0 to {len(ranks) - 1}")
+def make_encoding(ranks, where, eos=None):
+    """The Encoding of mergeable `ranks` {bytes: rank}; <|endoftext|> has the number `eos`, or takes
+    the next one."""
+    eos = len(ranks) if eos is None else eos
+    if sorted([*ranks.values(), eos]) != list(range(len(ranks) + 1)):
+        raise ValueError(
+            f"{where}: its {len(ranks)} tokens and {END_OF_TEXT} ({eos}) are not numbered 0 to "
+            f"{len(ranks)}"
+        )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(f"{where}: no token for byte {missing[0]}, so not every text has tokens")
@@ -386,7 +396,7 @@ def make_encoding(ranks, where):
         name=str(where),
         pat_str=SPLIT_PATTERN,
         mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: len(ranks)},
+        special_tokens={END_OF_TEXT: eos},
     )
 
 
@@ -409,21 +419,65 @@ def directory_tokenizer(directory):
         if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
             raise ValueError(f"{tokenizer_json}: model: expected a byte-level BPE, as GPT-2's")
         vocab, path = model.get("vocab"), tokenizer_json
+        added = {one.get("content"): one.get("id") for one in contents.get("added_tokens") or ()}
+        check_like_gpt2(path, contents)
     elif vocab_json.exists():
-        vocab, path = read_json(vocab_json), vocab_json
+        vocab, path, added = read_json(vocab_json), vocab_json, {}
     else:
         raise ValueError(f"{directory}: no tokenizer here (tokenizer.json or vocab.json)")
     if not isinstance(vocab, dict) or not all(type(rank) is int for rank in vocab.values()):
         raise ValueError(f"{path}: vocab: expected an object of token: number")
+    for name in ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).exists():
+            beside = read_json(directory / name)
+            added |= beside if name == "added_tokens.json" else {}
+            check_like_gpt2(directory / name, beside)
+    for token in added:
+        if token != END_OF_TEXT:
+            raise ValueError(f"{path}: the added token {token!r} is not known here")
     to_byte = {character: byte for byte, character in byte_alphabet().items()}
-    ranks = {}
+    ranks, eos = {}, added.get(END_OF_TEXT, vocab.get(END_OF_TEXT))
     for token, rank in vocab.items():
         if token == END_OF_TEXT:
             continue
         if not all(character in to_byte for character in token):
             raise ValueError(f"{path}: {token!r} is not a token of a byte-level BPE, as GPT-2's")
         ranks[bytes(to_byte[character] for character in token)] = rank
-    return make_encoding(ranks, path)
+    tokenizer, config = make_encoding(ranks, path, eos), {}
+    if (directory / "config.json").exists():
+        config = read_json(directory / "config.json")
+    if config.get("eos_token_id") not in (None, tokenizer.eot_token, [tokenizer.eot_token]):
+        raise ValueError(
+            f"{directory / 'config.json'}: eos_token_id: {config['eos_token_id']} is not "
+            f"{END_OF_TEXT}, which ends a response here, and is number {tokenizer.eot_token}"
+        )
+    return tokenizer
+
+
+def check_like_gpt2(path, fields):
+    """ValueError where a tokenizer's file asks for what is not GPT-2's, and would be ignored."""
+    words, model = fields.get("pre_tokenizer"), fields.get("model")
+    words, model = (x if isinstance(x, dict) else {} for x in (words, model))
+    eos = fields.get("eos_token") or END_OF_TEXT
+    others = {
+        "normalizer": fields.get("normalizer"),
+        "pre_tokenizer": "pre_tokenizer" in fields and words.get("type") != "ByteLevel",
+        "pre_tokenizer's use_regex false": words.get("use_regex") is False,
+        "add_prefix_space": words.get("add_prefix_space") or fields.get("add_prefix_space"),
+        "post_processor": (fields.get("post_processor") or {}).get("type", "ByteLevel")
+        != "ByteLevel",
+        "add_bos_token": fields.get("add_bos_token"),
+        "eos_token": (eos.get("content") if isinstance(eos, dict) else eos) != END_OF_TEXT,
+        "added_tokens_decoder": any(
+            one.get("content") != END_OF_TEXT
+            for one in (fields.get("added_tokens_decoder") or {}).values()
+        ),
+    }
+    names = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    others |= {f"model.{name}": model.get(name) for name in names}
+    for name, found in others.items():
+        if found:
+            raise ValueError(f"{path}: {name}: not GPT-2's, whose tokenizer alone is known here")
 
 
 def bytes_of(tokenizer, token):
@@ -513,6 +567,16 @@ def tokenizer_files(tokenizer):
     return {"tokenizer.json": tokenizer_json, "tokenizer_config.json": tokenizer_config}
 
 
+def token_ids(tokenizer, text):
+    """The token ids of a text. A run of a million spaces would overflow tiktoken's stack: such runs
+    are taken in pieces."""
+    most, cuts = 100_000, []
+    for run in re.finditer(r"\s+", text) if len(text) > most else ():
+        cuts += range(run.start() + most, run.end(), most)
+    pieces = (text[begin:end] for begin, end in pairwise([0, *cuts, len(text)]))
+    return [token for piece in pieces for token in tokenizer.encode_ordinary(piece)]
+
+
 def encode(tokenizer, prompt, response, max_length, cut_response=False):
     """Token ids of a prompt and of its response with EOS, two lists, at most max_length together.
 
@@ -525,10 +589,10 @@ def encode(tokenizer, prompt, response, max_length, cut_response=False):
     Raises:
         ValueError: the response alone is too long, and `cut_response` is False.
     """
-    prompt_ids = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
+    prompt_ids = token_ids(tokenizer, prompt) or [tokenizer.eot_token]
     response_ids = []
     if response is not None:
-        response_ids = [*tokenizer.encode_ordinary(response), tokenizer.eot_token]
+        response_ids = [*token_ids(tokenizer, response), tokenizer.eot_token]
     if len(response_ids) > max_length - 1:
         if not cut_response:
             raise ValueError(
@@ -739,7 +803,10 @@ def whole_file(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask says; safetensors' files are their owner's
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -761,9 +828,19 @@ def check_space(path, tensors):
         )
 
 
+def finite(contents):
+    """JSON values with null for what is no finite number: JSON has no NaN."""
+    if isinstance(contents, dict):
+        return {name: finite(x) for name, x in contents.items()}
+    if isinstance(contents, list | tuple):
+        return [finite(x) for x in contents]
+    return None if isinstance(contents, float) and not math.isfinite(contents) else contents
+
+
 def write_json(path, contents):
+    text = json.dumps(finite(contents), indent=2, ensure_ascii=False)
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_text(text + "\n", "utf-8")
 
 
 def read_json(path):
@@ -899,6 +976,9 @@ def load_model(directory, device="cpu"):
     # Copies: safetensors maps the file, all of which would stay while one weight is a view of it.
     as_float32 = {"dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
     weights = {name: tensor.to(**as_float32) for name, tensor in tensors.items()}
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{directory}: weight {name} holds numbers that are not finite")
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_().to(device).eval()
 
@@ -949,7 +1029,10 @@ def stream(model, tokenizer, prompt, args, generator):
             f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in the model's "
             f"{model.config.n_positions} positions"
         )
-    prompt_ids = encode(tokenizer, prompt, None, room)[0]
+    prompt_ids = encode(tokenizer, prompt, None, sys.maxsize)[0]
+    if len(prompt_ids) > room:
+        print(f"the prompt loses its first {len(prompt_ids) - room} tokens", file=sys.stderr)
+        prompt_ids = prompt_ids[-room:]
     for k in range(args.num_samples):
         if args.num_samples > 1:
             print(f"[{k + 1}]", end="", flush=True)
@@ -988,6 +1071,7 @@ def main():
         parser.error("expected --temperature >= 0, --top_k >= 0 and --top_p in (0, 1]")
     if args.num_samples < 1 or args.max_new_tokens < 1:
         parser.error("expected --num_samples and --max_new_tokens of at least 1")
+    sys.stdout.reconfigure(errors="backslashreplace")  # of what the terminal can't show
     try:
         model = load_model(args.run, args.device)
         if model.score is not None:

@@ -109,10 +109,14 @@ class Config(RewardFlags):
     ] = ""
     out_dir: Annotated[str, "run directory"] = "runs/ppo"
     beta: Annotated[float, "KL coefficient (Stiennon et al.: 0.05; InstructGPT: 0.02)"] = 0.2
+    kl_in_loss: Annotated[
+        bool, "beta's KL stands in the loss, by --kl_estimator, and not in the rewards"
+    ] = False
     kl_estimator: Annotated[
-        Literal["k1", "k2", "k3"], "of the penalty; k1 is the log-ratio (all sources)"
-    ] = "k1"
-    kl_in_loss: Annotated[bool, "beta's KL stands in the loss, by k2 or k3, not in rewards"] = False
+        Literal["k2", "k3"],
+        "k2 descends KL(policy, reference), which the objective has; k3 (GRPO) its reverse",
+        "kl_in_loss",
+    ] = "k2"
     kl_target: Annotated[float, "nats a sequence that beta is steered to; 0: beta is fixed"] = 0.0
     kl_horizon: Annotated[
         int, "episodes in which beta can change by a fifth (Ziegler et al.)", "[1, inf)"
@@ -161,10 +165,6 @@ def check(cfg):
             cfg.advantage != "gae",
             f"--advantage {cfg.advantage}: ppo.py has gae; reinforce, rloo and grpo are in grpo.py",
         ),
-        (
-            cfg.kl_in_loss and cfg.kl_estimator == "k1",
-            "--kl_in_loss: k1's gradient is 0 on average",
-        ),
         (cfg.kl_target and not cfg.beta, "--kl_target: beta is steered by factors, 0 stays 0"),
         (
             cfg.kl_target and cfg.kl_horizon < cfg.batch_size,
@@ -197,7 +197,7 @@ def value_network(cfg, policy, reward, tokenizer, run):
     if start not in ("policy", "random"):
         # It starts knowing what a finished response scores (Stiennon et al. 2020); a model of its
         # own, as it will learn.
-        start = Reward(start, tokenizer, run, raw=reward.raw)
+        start = Reward(start, tokenizer, run, raw=cfg.combine == "llama2")
         return start.model.requires_grad_(True), start.statistics
     torch.manual_seed(cfg.seed)
     model = add_scalar_head(policy) if start == "policy" else GPT(policy.config, scalar_head=True)
@@ -214,10 +214,11 @@ def values_of(tokens, mask, model, statistics):
 
 def policy_losses(new_logprobs, old, now, cfg):
     """The policy's loss of each token, (B, T), by --surrogate; with the KL where --kl_in_loss."""
-    if cfg.surrogate == "clip":
-        losses = policy_loss(new_logprobs, old.logprobs, old.advantages, cfg.clip)
-    else:
-        losses = kl_penalty_loss(new_logprobs, old.logprobs, old.advantages, now.step_coef)
+    surrogate, size = {
+        "clip": (policy_loss, cfg.clip),
+        "kl": (kl_penalty_loss, now.step_coef),
+    }[cfg.surrogate]
+    losses = surrogate(new_logprobs, old.logprobs, old.advantages, size)
     if cfg.kl_in_loss:
         losses = losses + now.beta * kl_estimate(new_logprobs, old.ref_logprobs, cfg.kl_estimator)
     return losses
@@ -305,7 +306,7 @@ def main():
 
         # 3. Rewards, advantages and returns.
         paid = 0.0 if cfg.kl_in_loss else now.beta
-        rewards = token_rewards(scores, logprobs, ref_logprobs, mask, paid, cfg.kl_estimator)
+        rewards = token_rewards(scores, logprobs, ref_logprobs, mask, paid)
         if cfg.whiten_rewards:  # over the response tokens of all ranks, as below
             rewards = whiten(rewards, counted, shift_mean=False, all_reduce=run.sum_tensor)
         advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
@@ -369,7 +370,7 @@ def main():
         run.step += 1
 
         # 5. What happened, in numbers over all ranks; the next iteration's coefficients.
-        totals = totals_of(rollout, scores, logprobs - ref_logprobs, real)
+        totals = totals_of(rollout, scores, logprobs - ref_logprobs, real, cfg.num_samples)
         totals |= dict(zip(SUMMED, sums.tolist(), strict=True))
         record = record_of(run.sum(totals), SUMMED, now.beta, times)
         record |= {f"{name}_norm": norm for name, norm in norms.items()}
@@ -397,7 +398,8 @@ def main():
     some = held_out[: cfg.num_prompts]
     samples = respond(run, policy, some, seed=seed + 1, **how)
     base = respond(run, reference, some, seed=seed, **how)
-    report = {"beta": now.beta, "episodes": run.step * cfg.batch_size}
+    report = {"beta": now.beta, "price_of_kl": now.beta * reward.std}
+    report |= {"episodes": run.step * cfg.batch_size}
     run.finish(report | numbers(samples, base, cfg.missing_eos_score))
 
 

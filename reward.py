@@ -47,16 +47,17 @@ from run import (
 
 
 def pairwise_loss(chosen_scores, rejected_scores, margin=0.0, label=1.0, utility=F.logsigmoid):
-    """-[p U(d) + (1 - p) U(-d)], d = chosen - rejected - margin, of each pair, (B,), nats.
+    """-[p U(d - m) + (1 - p) U(-d - m)], d = chosen - rejected, of each pair, (B,), nats.
 
-    Bradley-Terry with U = log sigmoid. margin: a number or (B,), Llama 2's m(r), arXiv:2307.09288
-    eq. 2. label: p = P(chosen is better), a number or (B,): 1 is a hard label; AI feedback gives
-    soft ones, and its least loss is then the entropy of p, not 0. utility: any increasing function.
+    Bradley-Terry with U = log sigmoid. margin: m, a number or (B,), by which the better one must
+    lead, whichever it is: Llama 2's m(r), arXiv:2307.09288 eq. 2. label: p = P(chosen is better), a
+    number or (B,): 1 is a hard label; AI feedback gives soft ones, and the least loss is then,
+    without a margin, the entropy of p, not 0. utility: any increasing function.
     """
-    difference = chosen_scores - rejected_scores - margin
+    difference = chosen_scores - rejected_scores
     if not torch.is_tensor(label) and label == 1:  # U need not be defined below 0
-        return -utility(difference)
-    return -(label * utility(difference) + (1 - label) * utility(-difference))
+        return -utility(difference - margin)
+    return -(label * utility(difference - margin) + (1 - label) * utility(-difference - margin))
 
 
 def ranking_loss(scores, utility=F.logsigmoid, margin=0.0, label=1.0, keep=None):

@@ -39,12 +39,12 @@ import re
 import signal
 import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
+from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
 import numpy as np
 import torch
@@ -56,11 +56,12 @@ from feedback import (
     sample_step, show, told, totals_of, warnings_of,
 )  # fmt: skip
 from model import (
-    at_least_float32, entropy, generate, pad, predicts, text_of, token_logprobs, weight_files,
+    at_least_float32, byte_alphabet, entropy, generate, pad, predicts, text_of, token_ids,
+    token_logprobs, weight_files,
 )  # fmt: skip
 from run import (
-    Run, RunFlags, adam, flags, guarded, read_jsonl, refuse, schedule, sha256, stop_signals,
-    write_jsonl,
+    Run, RunFlags, adam, append_line, flags, guarded, read_jsonl, refuse, schedule, sha256,
+    stop_signals, write_jsonl,
 )  # fmt: skip
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ class LabelConfig(PreferenceFlags):
         "probabilities no nearer to 0 and 1, low,high (CAI with rationales: 0.4,0.6)",
         "[0, 1]",
     ] = ()
-    hard: Annotated[bool, "labels of 1 for the likelier, in the place of probabilities"] = False
+    hard: Annotated[bool, "labels of 1 for the likelier; none where both are as likely"] = False
     pairs: Annotated[int, "pairs a prompt, drawn at random; 0: all"] = 1
     num_prompts: Annotated[int, "how many prompts, from the file's start; 0: all"] = 0
 
@@ -263,8 +264,8 @@ def read_template(path):
         except (ValueError, RecursionError) as error:
             refuse(f"{path}:0: {name}: not JSON: {error}")
         good = isinstance(sections[name], list)
-        if not good or not all(isinstance(answer, str) and answer for answer in sections[name]):
-            refuse(f"{path}:0: {name}: expected a list of strings")
+        if not good or not all(isinstance(x, str) and x.strip() for x in sections[name]):
+            refuse(f"{path}:0: {name}: expected a list of strings with text in them")
     exemplars = []
     for line in filter(None, sections.get("exemplars", "").splitlines()):
         try:
@@ -387,8 +388,6 @@ def read_constitution(path):
 # --- judges ---------------------------------------------------------------------------------------
 
 BLOCK = 64  # requests that a judge in this process answers at once
-# What comes of JSON that is none, or none of the form that was expected.
-UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class JudgeError(Exception):
@@ -401,48 +400,44 @@ class Judge:
     nothing twice.
 
     A request is {"prompt", "answers"}, answered by the answers' log-probabilities as next tokens,
-    or {"prompt", "max_tokens", "temperature", "seed"}, answered by a text. `ask` yields lists of
-    (index, answer) of requests as they come.
+    [] where a server offers none of them; or {"prompt", "max_tokens", "temperature", "seed"},
+    answered by a text. `ask` gets {key: request} and yields {key: answer} as they come. `identity`
+    is what answers depend on beside the request.
     """
 
-    def __init__(self, name):
-        self.name, self.asked, self.absent = name, 0, 0
+    def __init__(self, name, identity):
+        self.name, self.identity = name, identity
+        self.asked, self.absent = 0, 0  # requests answered anew; answers that were not offered
 
     def remember(self, run, memory):
         """Opens the file of answers, before anything is asked."""
         self.run, self.memory, self.known = run, Path(memory), {}
-        lines = self.memory.read_bytes() if self.memory.exists() else b""
-        self.torn = bool(lines) and not lines.endswith(b"\n")  # the last one, by a kill
-        for line in lines.splitlines():
-            try:
-                record = json.loads(line)
-                self.known[record["key"]] = record["answer"]
-            except UNREADABLE:
-                continue  # torn: asked again
+        data = self.memory.read_bytes() if self.memory.exists() else b""
+        whole = data.rfind(b"\n") + 1
+        for line in data[:whole].splitlines():
+            with suppress(ValueError, TypeError):  # damaged: asked again
+                self.known |= json.loads(line)
+        if whole < len(data):  # a kill tore the last line: asked again
+            os.truncate(self.memory, whole)
         return self
 
     def answers(self, requests):
         """The answers of requests, in order. JudgeError where one can't be had, or told to stop."""
         keys = [
-            hashlib.sha256(json.dumps([self.name, request]).encode()).hexdigest()
+            hashlib.sha256(json.dumps([self.identity, request]).encode()).hexdigest()
             for request in requests
         ]
-        wanted = dict(zip(keys, requests, strict=True))
-        missing = [key for key in wanted if key not in self.known]
-        missing, done = self.completed(missing, wanted), 0
-        with open(self.memory, "a", encoding="utf-8") as file:
-            if self.torn:
-                file.write("\n")
-                self.torn = False
-            for found in self.ask([wanted[key] for key in missing]):
-                self.known |= {missing[index]: answer for index, answer in found}
-                # In one piece: what is left to ask after a kill is then whole blocks, too.
-                records = [{"key": missing[index], "answer": answer} for index, answer in found]
-                file.write("".join(json.dumps(record) + "\n" for record in records))
-                file.flush()
-                done += len(found)
-                self.asked += len(found)
-                self.run.progress(f"answers of {self.name.split()[0]}", done, len(missing))
+        pairs = zip(keys, requests, strict=True)
+        wanted, done = {key: request for key, request in pairs if key not in self.known}, 0
+        for found in self.ask(wanted):
+            self.known |= found
+            # A line has all of them: texts by one generator are kept, or lost and asked again,
+            # together, and come out the same. An answer that was not offered may be later.
+            kept = {key: answer for key, answer in found.items() if answer != []}
+            append_line(self.memory, kept)
+            done += len(found)
+            self.asked += len(found)
+            self.run.progress(f"answers of {self.name}", done, len(wanted))
         if stop_signals:
             raise JudgeError("stopped by SIGTERM")
         return [self.known[key] for key in keys]
@@ -457,10 +452,6 @@ class Judge:
             [{"prompt": x} | how | {"seed": seed + n} for n, x in enumerate(prompts)]
         )
 
-    def completed(self, missing, wanted):
-        """The keys of what has to be asked for the missing ones' sake, of {key: request}."""
-        return missing
-
 
 class LocalJudge(Judge):
     """A GPT run directory in this process."""
@@ -469,48 +460,46 @@ class LocalJudge(Judge):
         self.model, self.tokenizer = load_policy(directory, run)
         self.model.to(dtype).requires_grad_(False)
         self.device = run.device
-        digests = [sha256(path) for path in weight_files(Path(directory))]
-        super().__init__(f"{directory} {' '.join(digests)} {dtype}")
+        files = [*weight_files(Path(directory)), Path(directory, "config.json")]
+        super().__init__(directory, f"{' '.join(map(sha256, files))} {dtype}")
+        first = torch.tensor([[self.tokenizer.eot_token]], device=run.device)
+        with torch.no_grad():
+            self.check_finite(self.model(first))  # sampling would go on with what are no numbers
 
-    def completed(self, missing, wanted):
-        """Sampled texts come in blocks, each by one generator: a block is asked again as a whole,
-        and so comes out as it would have."""
+    def ask(self, wanted):
+        keys = list(wanted)
         if not any(request.get("temperature") for request in wanted.values()):
-            return missing
-        keys, lacking = list(wanted), set(missing)
-        blocks = [keys[i : i + BLOCK] for i in range(0, len(keys), BLOCK)]
-        return [key for block in blocks if not lacking.isdisjoint(block) for key in block]
-
-    def ask(self, requests):
-        order = list(range(len(requests)))
-        if not (requests and requests[0].get("temperature")):  # what is too long is refused first
-            order.sort(key=lambda i: -len(requests[i]["prompt"]))
-        for begin in range(0, len(order), BLOCK):
+            keys.sort(key=lambda key: -len(wanted[key]["prompt"]))  # too long is refused at once
+        for begin in range(0, len(keys), BLOCK):
             if stop_signals:
                 return
-            some = order[begin : begin + BLOCK]
-            reply = self.next_tokens if "answers" in requests[some[0]] else self.complete
-            yield list(zip(some, reply([requests[i] for i in some]), strict=True))
+            some = keys[begin : begin + BLOCK]
+            requests = [wanted[key] for key in some]
+            reply = self.next_tokens if "answers" in requests[0] else self.complete
+            yield dict(zip(some, reply(requests), strict=True))
+
+    def check_finite(self, found):
+        if not found.isfinite().all():
+            refuse(f"{self.name}: log-probabilities that are not finite; try --dtype")
 
     def encoded(self, request, room):
-        ids = self.tokenizer.encode_ordinary(request["prompt"]) or [self.tokenizer.eot_token]
+        ids = token_ids(self.tokenizer, request["prompt"]) or [self.tokenizer.eot_token]
         if len(ids) > room and not request.get("cut"):
-            refuse(f"{self.name.split()[0]}: a question of {len(ids)} tokens; room is for {room}")
+            refuse(f"{self.name}: a question of {len(ids)} tokens; room is for {room}")
         return ids[-room:]
 
     def next_tokens(self, requests):
-        answers = [self.tokenizer.encode_ordinary(text) for text in requests[0]["answers"]]
+        answers = [token_ids(self.tokenizer, text) for text in requests[0]["answers"]]
         for ids, text in zip(answers, requests[0]["answers"], strict=True):
             if len(ids) != 1:
-                refuse(f"{self.name.split()[0]}: the answer {text!r} is {len(ids)} tokens, not one")
+                refuse(f"{self.name}: the answer {text!r} is {len(ids)} tokens, not one")
         rows = [self.encoded(request, self.model.config.n_positions) for request in requests]
         tokens, last = pad([row[:-1] for row in rows], [row[-1:] for row in rows])  # (B, T)
         with torch.no_grad():
             logits = self.model(tokens.to(self.device), at=last.to(self.device))  # (B, V)
         logprobs = at_least_float32(logits).log_softmax(-1)
         found = logprobs[:, [ids[0] for ids in answers]]
-        if not found.isfinite().all():
-            refuse(f"{self.name.split()[0]}: log-probabilities that are not finite; try --dtype")
+        self.check_finite(found)
         return found.tolist()
 
     def complete(self, requests):
@@ -528,49 +517,73 @@ class LocalJudge(Judge):
         return [text_of(self.tokenizer, r[:-1] if r[-1] == eos else r) for r in rows]
 
 
+MARKS = " \n\t\rĠĊĉč▁"  # spaces and line breaks, as texts and vocabularies write them
+
+
+def spellings(answer):
+    """How a server may write an answer's token, MARKS around it aside: as text, in the letters that
+    stand for bytes in byte-level BPE, as SentencePiece's bytes."""
+    letters, data = byte_alphabet(), answer.strip().encode()
+    as_bytes = "".join(f"<0x{byte:02X}>" for byte in data)
+    return {answer.strip(), "".join(letters[byte] for byte in data), as_bytes}
+
+
+def complaint(data):
+    """What a server says in the place of an answer: the message in its JSON, or how its text (of a
+    web page, say) begins."""
+    text = data[:10_000].decode("utf-8", "replace")
+    message = re.search(r'"(?:message|error|detail|msg)"\s*:\s*"((?:\\.|[^"\\])+)"', text)
+    if message:
+        return message[1].replace('\\"', '"')
+    return re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", text).strip() or "nothing"
+
+
 class ServerJudge(Judge):
     """A server of the completions API that vLLM, llama.cpp, Ollama and others speak, at a URL that
     the user names. Its key is read from the environment: PLAINRLHF_API_KEY."""
 
     def __init__(self, url, cfg):
         try:
-            parts = urllib.parse.urlsplit(url)
-            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.port != 0 and parts.hostname
+            good = good and parts.hostname.encode("idna") and re.fullmatch("[!-~]+", url)
         except ValueError:
             good = False
         if not good:
             refuse(f"--judge {url}: expected a run directory, http://... or https://...")
         self.url, self.cfg = url.rstrip("/") + "/completions", cfg
-        self.headers, key = {}, os.environ.get("PLAINRLHF_API_KEY", "").strip()
+        self.opener = OpenerDirector()  # without handlers of errors, and of ways to other servers
+        for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
+            self.opener.add_handler(handler)
+        self.headers = {"Content-Type": "application/json"}
+        key = os.environ.get("PLAINRLHF_API_KEY", "").strip()
         if key:
-            if not re.fullmatch(r"[!-~]+", key):
+            if not re.fullmatch("[!-~]+", key):
                 refuse("PLAINRLHF_API_KEY: expected one word of ASCII characters")
             self.headers["Authorization"] = f"Bearer {key}"
-        super().__init__(f"{url} {cfg.judge_model}")
+        self.in_vain, self.offered = 0, ""  # unanswered questions in a row; likely tokens of one
+        super().__init__(url, f"{self.url} {cfg.judge_model}")
 
-    def ask(self, requests):
-        """When told to stop, or when an answer can't be had, waits for those in flight: they are
-        paid for."""
-        failed, pool = None, ThreadPoolExecutor(self.cfg.in_flight)
-        pending = {pool.submit(self.one, request): i for i, request in enumerate(requests)}
+    def ask(self, wanted):
+        """When told to stop, or when an answer can't be had, asks nothing more, but waits for what
+        is in flight: it is paid for."""
+        failed, pool = [], ThreadPoolExecutor(self.cfg.in_flight)
+
+        def answer(request):
+            try:
+                return None if failed or stop_signals else self.one(request)
+            except JudgeError as error:
+                failed.append(error)
+
+        keys = {pool.submit(answer, request): key for key, request in wanted.items()}
         try:
-            while pending:
-                done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                found = []
-                for future in done:
-                    index = pending.pop(future)
-                    try:
-                        found.append((index, future.result()))
-                    except JudgeError as error:
-                        failed = error
-                if found:
-                    yield found
-                if failed or stop_signals:
-                    pending = {f: i for f, i in pending.items() if not f.cancel()}
-        finally:  # what was answered can't be written, say: nothing more is asked
+            for future in as_completed(keys):
+                if future.result() is not None:
+                    yield {keys[future]: future.result()}
+        finally:  # an answer can't be written, say: what waits is not asked
             pool.shutdown(cancel_futures=True)
         if failed and not stop_signals:
-            raise failed
+            raise failed[0]
 
     def one(self, request):
         body = {"model": self.cfg.judge_model, "prompt": request["prompt"]}
@@ -581,66 +594,67 @@ class ServerJudge(Judge):
         return self.post(body, self.of_text)
 
     def of_text(self, reply):
-        text = reply["choices"][0]["text"]
-        if not isinstance(text, str):
-            raise TypeError("text is no string")
-        return text
+        """A reply's text; half a character, which no file of text can hold, is left out."""
+        return reply["choices"][0]["text"].encode("utf-8", "ignore").decode()
 
     def of_answers(self, reply, answers):
-        """Log-probabilities of the answers, from a reply's most likely tokens. Where the token is
-        not among them, one that differs by the spaces around it; where none is, the least of those
-        that are, which the answer's own can't exceed."""
-        found = reply["choices"][0]["logprobs"]
-        if "top_logprobs" in found:  # {token: log-probability} of each position
-            top = list(found["top_logprobs"][0].items())
-        else:  # llama.cpp's newer form
-            top = [(x["token"], x["logprob"]) for x in found["content"][0]["top_logprobs"]]
-        if not top or not all(-1e9 < logprob < 1e-3 for _, logprob in top):
-            raise ValueError("no log-probabilities")
-        floor, result = min(logprob for _, logprob in top), []
-        for answer in answers:
-            same = [logprob for token, logprob in top if token == answer]
-            same += [logprob for token, logprob in top if token.strip() == answer.strip()]
-            self.absent += not same
-            result.append(same[0] if same else floor)
-        return result
+        """Log-probabilities of the answers, from a reply's most likely tokens: all that spell an
+        answer add up. One that is not among them gets the least of them, which its own can't
+        exceed; where none is: []."""
+        given = reply["choices"][0]["logprobs"]
+        top = given.get("top_logprobs") and given["top_logprobs"][0]  # {token: log-probability}
+        if not top:  # llama.cpp's newer form, and that of chats
+            top = {x["token"]: x["logprob"] for x in given["content"][0]["top_logprobs"]}
+        if not top or not all(-1e9 < x < 1e-3 for x in top.values()):
+            raise ValueError("no logarithms of probabilities")
+        spelt = [spellings(answer) for answer in answers]
+        found = [[x for token, x in top.items() if token.strip(MARKS) in some] for some in spelt]
+        self.absent += found.count([])
+        self.in_vain = 0 if any(found) else self.in_vain + 1
+        if not any(found):
+            self.offered = ", ".join(map(repr, top))[:200]
+            if self.in_vain >= 16:
+                raise self.unanswered("16 questions in a row")
+            return []
+        least = min(top.values())
+        return [min(float(np.logaddexp.reduce(some)), 0.0) if some else least for some in found]
+
+    def unanswered(self, what):
+        return JudgeError(
+            f"{self.url}: {what} unanswered: no answer of --template is among the likely tokens, "
+            f"{self.offered}; try another template, or more --top_logprobs"
+        )
 
     def post(self, body, read):
-        """Sends, and reads the reply; again after what may pass: 429, 5xx, a cut connection, no
-        reply in time, a reply that is not as it should be."""
-        data, why = json.dumps(body).encode(), ""
+        """Sends, and reads the reply; again after what may pass: 408, 429, 5xx, a cut connection,
+        no reply in time, a reply without what was asked for."""
+        data = json.dumps(body).encode()
         for attempt in range(self.cfg.retries + 1):
-            pause = self.cfg.backoff_s * 2**attempt
+            pause, passing = self.cfg.backoff_s * 2**attempt, True
             try:
-                headers = {"Content-Type": "application/json"}
-                request = urllib.request.Request(self.url, data, headers)
-                for name, value in self.headers.items():  # not for where a redirection leads
-                    request.add_unredirected_header(name, value)
-                with urllib.request.urlopen(request, timeout=self.cfg.reply_s) as reply:
-                    return read(json.loads(reply.read(10**7)))
-            except urllib.error.HTTPError as error:
-                why = f"{error.code} {error.reason}"
-                if error.code != 429 and error.code < 500:
-                    raise JudgeError(f"{self.url}: {why}{self.said(error)}") from None
-                after = error.headers.get("Retry-After", "")
+                request = Request(self.url, data, self.headers)
+                with self.opener.open(request, timeout=self.cfg.reply_s) as reply:
+                    said = reply.read(10**7)
+                if reply.status < 300:
+                    return read(json.loads(said))
+                where, after = (reply.headers.get(x, "") for x in ("Location", "Retry-After"))
+                why = f"{reply.status} {reply.reason}: "
+                why += f"leads to {where}" if where else complaint(said)
+                passing = reply.status in (408, 429) or reply.status >= 500
                 pause = max(pause, float(after)) if after.isdecimal() else pause
             except (OSError, http.client.HTTPException) as error:
-                why = f"{type(error).__name__}: {error}"
-            except UNREADABLE as error:
-                why = f"a reply of another form ({type(error).__name__}: {error})"
-            until = time.time() + min(pause, 60.0) * (attempt < self.cfg.retries)
+                why = f"no whole reply ({getattr(error, 'reason', error)})"
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                wanted = "log-probabilities" if "logprobs" in body else "text"
+                why = f"gives no {wanted}: {complaint(said)}"
+            until = time.time() + min(pause, 60.0) * (attempt < self.cfg.retries and passing)
             while time.time() < until and not stop_signals:
                 time.sleep(0.2)
-            if stop_signals:
+            if stop_signals or not passing:
                 break
-        raise JudgeError(f"{self.url}: {why}, {attempt + 1} times")
-
-    def said(self, error):
-        """The beginning of what a server says of its error."""
-        try:
-            return f": {error.read(300)!r}"
-        except (OSError, http.client.HTTPException):
-            return ""
+        why = "".join(letter if letter.isprintable() else " " for letter in why)
+        why = " ".join(why.split())[:400] + f", {attempt + 1} times" * (attempt > 0)
+        raise JudgeError(f"{self.url}: {why}")
 
 
 def open_judge(name, run, dtype):
@@ -658,7 +672,8 @@ def begin(cfg):
 
 
 def judge_pairs(judge, template, variant, pairs, max_tokens, seed):
-    """[(p, (share, share))] of pairs: {"prompt", "first", "second"}, perhaps "principle".
+    """[[p, [share, share]]] of pairs: {"prompt", "first", "second"}, perhaps "principle"; None of a
+    pair without an answer in both orders. JudgeError where those are most.
 
     Every pair is asked in both orders; with rationales, of each order `variant.samples` are
     sampled, and the answers after them averaged.
@@ -681,12 +696,14 @@ def judge_pairs(judge, template, variant, pairs, max_tokens, seed):
     questions = [
         question(template, variant, one, reason) for one, reason in zip(asked, reasons, strict=True)
     ]
-    answers, found = iter(judge.logprobs(questions, template["answers"])), []
-    for _ in pairs:
-        first, second = (list(itertools.islice(answers, K)) for _ in range(2))
-        both = [preference(a, b) for a, b in zip(first, second, strict=True)]
-        p = float(np.mean([p for p, _ in both]))
-        found.append((p, tuple(np.mean([shares for _, shares in both], axis=0).tolist())))
+    answers, found = judge.logprobs(questions, template["answers"]), []
+    for n in range(0, len(answers), 2 * K):
+        first, second = answers[n : n + K], answers[n + K : n + 2 * K]
+        both = [preference(a, b) for a, b in zip(first, second, strict=True) if a and b]
+        means = [np.mean(x, axis=0).tolist() for x in zip(*both, strict=True)]  # none of nothing
+        found.append(means or None)
+    if 2 * found.count(None) > len(pairs):
+        raise judge.unanswered(f"{found.count(None)} of {len(pairs)} pairs")
     return found
 
 
@@ -774,9 +791,14 @@ def label(cfg):
     pairs = [pair for _, pair in drawn]
     run.say(f"{len(pairs)} pairs of {len(lines)} prompts, asked in both orders: {variant}")
     found = judge_pairs(judge, template, variant, pairs, cfg.max_rationale_tokens, cfg.seed)
-    labelled = []
-    for (number, pair), (p, _) in zip(drawn, found, strict=True):
-        p = min(max(p, bounds[0]), bounds[1])
+    labelled, undecided = [], 0
+    for (number, pair), answer in zip(drawn, found, strict=True):
+        if answer is None:
+            continue
+        p = min(max(answer[0], bounds[0]), bounds[1])
+        if cfg.hard and abs(p - 0.5) < 1e-6:  # which is better would be a matter of chance
+            undecided += 1
+            continue
         better, worse = ("first", "second") if p >= 0.5 else ("second", "first")
         record = lines[number][0] | {"chosen": pair[better], "rejected": pair[worse]}
         record |= {"label": 1.0 if cfg.hard else max(p, 1 - p), "annotator": cfg.judge}
@@ -785,18 +807,26 @@ def label(cfg):
         if None not in pair["writers"]:
             record["policy"] = pair["writers"][:: 1 if better == "first" else -1]
         labelled.append(record)
+    without = f"without a label: {found.count(None)} pairs unanswered, {undecided} undecided"
+    if not labelled:
+        sys.exit(f"{cfg.judge}: all {len(pairs)} are {without}")
     write_jsonl(run.out_dir / "comparisons.jsonl", mixed + labelled)
 
     mean_label = float(np.mean([record["label"] for record in labelled]))
     report = {"pairs": len(pairs), "mixed": len(mixed), "mean_label": mean_label}
-    report["position_bias"] = position_bias([shares for _, shares in found])
+    report |= {"unanswered": found.count(None), "undecided": undecided}
+    report["position_bias"] = position_bias([answer[1] for answer in found if answer])
     say_bias(run, report["position_bias"])
     run.say(
         f"{run.out_dir / 'comparisons.jsonl'}: {len(mixed + labelled)} comparisons, {len(mixed)} "
         f"of them mixed in; mean label {mean_label:.3f}; {judge.asked} answers"
     )
+    if len(labelled) < len(pairs):
+        run.say(without)
     if judge.absent:
-        run.say(f"{judge.absent} answers not among the likely tokens got the least of these")
+        run.say(
+            f"{judge.absent} answers not among the likely tokens: beside one, the least of these"
+        )
     run.finish(report | {"asked": judge.asked, "absent_answers": judge.absent})
 
 
@@ -858,18 +888,21 @@ def agree(cfg):
         judge.remember(run, run.out_dir / "answers.jsonl")
         for variant in variants:
             found = judge_pairs(judge, template, variant, pairs, cfg.max_rationale_tokens, cfg.seed)
-            cell = table[name][str(variant)] = agreement(pairs, found, cfg.seed)
-            chosen[f"{name} {variant}"] = [p > 0.5 for p, _ in found]
+            kept = [n for n, answer in enumerate(found) if answer]
+            some = [pairs[n] for n in kept], [found[n] for n in kept]
+            cell = table[name][str(variant)] = agreement(*some, cfg.seed)
+            chosen[f"{name} {variant}"] = {n: found[n][0] > 0.5 for n in kept}
             _, low, high = cell["all"]["rate"]
             interval = "" if low is None else f"; all in [{low:.3f}, {high:.3f}]"
             rates = [f"{what} {x['rate'][0]:.3f}" for what, x in cell.items() if "rate" in x]
             run.say(f"{name}  {variant}: {', '.join(rates)}{interval}")
             say_bias(run, cell["position_bias"])
+            cell["unanswered"] = len(pairs) - len(kept)
         if judge.absent:
             run.say(f"{judge.absent} answers of {name} were not among its likely tokens")
     between = {}
     for a, b in itertools.combinations(chosen, 2):
-        same = [float(x == y) for x, y in zip(chosen[a], chosen[b], strict=True)]
+        same = [float(x == chosen[b][n]) for n, x in chosen[a].items() if n in chosen[b]]
         between[f"{a} / {b}"] = grouped_rate(list(enumerate(same)))["rate"]
     run.finish({"pairs": len(pairs), "judges": table, "between": between})
 
@@ -969,13 +1002,14 @@ def state_values(model, tokens, mask):
 
 
 def ratings(judge, template, lines, texts):
-    """A judge's scores of responses: the ratings that it expects, on [-1, 1]."""
+    """A judge's scores of responses: the ratings that it expects, on [-1, 1]; 0 where it offers
+    none."""
     questions = [
         filled(template["rate"], {"prompt": line["prompt"], "response": text})
         for line, text in zip(lines, texts, strict=True)
     ]
     found = judge.logprobs(questions, template["ratings"])
-    return [expected_rating(logprobs)[1] for logprobs in found]
+    return [expected_rating(logprobs)[1] if logprobs else 0.0 for logprobs in found]
 
 
 class Rater:
@@ -1010,14 +1044,9 @@ def check_room(judge, template, prompts, max_new_tokens):
     """Ends the script where a prompt's question may be too long for a judge in this process: now,
     not when that prompt is drawn."""
     if isinstance(judge, LocalJudge):
-        fields = [{"prompt": line["prompt"], "response": ""} for line, _ in prompts]
-        questions = [filled(template["rate"], one) for one in fields]
-        longest = max(map(len, judge.tokenizer.encode_ordinary_batch(questions))) + max_new_tokens
-        if longest > judge.model.config.n_positions:
-            refuse(
-                f"--judge: has room for {judge.model.config.n_positions} tokens; the question of "
-                f"the longest prompt may take {longest}"
-            )
+        for line, _ in prompts:
+            asked = filled(template["rate"], {"prompt": line["prompt"], "response": ""})
+            judge.encoded({"prompt": asked}, judge.model.config.n_positions - max_new_tokens)
 
 
 def direct(cfg):

@@ -19,7 +19,9 @@ optimiser; what a loop's arithmetic rests on are its `micro_batches`, `parallel`
 """
 
 import argparse
+import contextlib
 import copy
+import ctypes
 import dataclasses
 import datetime
 import gc
@@ -29,6 +31,7 @@ import inspect
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -37,7 +40,6 @@ import time
 import typing
 import zlib
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -50,7 +52,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from model import check_space, read_json, save_model, weight_files, whole_file, write_json
+from model import (
+    check_space, finite, read_json, save_model, weight_files, whole_file, write_json,
+)  # fmt: skip
 
 # --- flags ----------------------------------------------------------------------------------------
 
@@ -100,14 +104,33 @@ class TrainingFlags(RunFlags):
 
 
 # What may be another when a run goes on.
-FREE = ("resume", "overwrite", "timeout_s", "checkpoint_activations")
+FREE = ("out_dir", "resume", "overwrite", "timeout_s", "checkpoint_activations")
+# Of this process: torchrun's store; the SIGTERMs that came; the folder that it made for its run.
+stores, stop_signals, made = [], [], []
 
 
 def refuse(message):
-    """Ends the script for bad input: one line, exit status 2."""
-    # What is quoted in it may be of any length, and of many lines.
-    print(" ".join(f"{message}".splitlines())[:2000], file=sys.stderr, flush=True)
+    """Ends the script for bad input: one line, from one rank, and exit status 2. A run that has not
+    begun leaves no folder."""
+    if says_it():
+        # What is quoted in it may be of any length, and of many lines.
+        print(" ".join(f"{message}".splitlines())[:2000], file=sys.stderr, flush=True)
+    for folder in filter(Path.exists, made):
+        files = list(folder.iterdir())
+        if all(path.name in ("args.json", *sources()) for path in files):
+            for path in files:
+                path.unlink()
+            folder.rmdir()
     sys.exit(2)
+
+
+def says_it():
+    """Whether this rank is the first that refuses; before the ranks have met all refuse alike."""
+    try:
+        first = stores[0].add("refused", 1) == 1 if stores else None
+    except RuntimeError:  # rank 0 keeps the store, and is gone
+        first = True
+    return os.environ.get("LOCAL_RANK", "0") == "0" if first is None else first
 
 
 class Parser(argparse.ArgumentParser):
@@ -226,8 +249,6 @@ def within(x, bounds):
 
 # --- a run ----------------------------------------------------------------------------------------
 
-stop_signals, stores = [], []  # the SIGTERMs that came to this rank; torchrun's store
-
 
 class Run:
     """One run of a script: its processes and precision, its directory, its checkpoints, its log.
@@ -252,7 +273,7 @@ class Run:
         # Of weights; a forward of theirs runs in `autocast`.
         self.precision = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.autocast = (
-            torch.autocast(self.device.type, self.dtype) if self.mixed else nullcontext()
+            torch.autocast(self.device.type, self.dtype) if self.mixed else contextlib.nullcontext()
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.modules, self.optimizers, self.state = {}, {}, SimpleNamespace()
@@ -326,13 +347,13 @@ class Run:
         return [record for text in texts for record in json.loads(text)]
 
     def say(self, *text):
+        self.spoken = time.time()
         if self.rank == 0:
             print(*text, flush=True)
 
     def progress(self, what, done, total):
-        """Says how far something long has come, every 30 seconds."""
+        """Says how far something long has come, when nothing was said for 30 seconds."""
         if time.time() - self.spoken > 30:
-            self.spoken = time.time()
             self.say(f"  {what}: {done} of {total}")
 
     # The directory.
@@ -340,15 +361,18 @@ class Run:
     def open(self, inputs, total=None, free=()):
         """Makes out_dir, or finds there the run to go on with: -> whether it did.
 
-        inputs: files, and run directories, which stand for their weights and config.json; "" is
-        none. A run goes on only with the flags (but FREE and `free`), the inputs and the number of
-        ranks that it began with: another order of the data would train on some examples twice and
-        on others never. It goes on from its last checkpoint; without a `total` number of steps, by
-        what the script finds in the directory.
+        inputs: flags' values that are files, or run directories, which stand for their weights and
+        config.json; "" is none. A run goes on only with the flags (but FREE and `free`), the
+        inputs' contents and the number of ranks that it began with: another order of the data would
+        train on some examples twice and on others never. It goes on from its last checkpoint;
+        without a `total` number of steps, by what the script finds in the directory.
         """
-        inputs, self.total, self.checkpoint = files_of(inputs), total, None
-        settings = self.settings(inputs, (*FREE, *free))
-        resumes = self.may_resume(settings)
+        made.clear()
+        self.total, self.checkpoint = total, None
+        settings = {name: x for name, x in vars(self.cfg).items() if name not in (*FREE, *free)}
+        settings = json.loads(json.dumps(settings | {"world": self.world}))  # lists for tuples
+        sums = {name: {path: sha256(path) for path in files_of([name])} for name in inputs}
+        resumes = self.may_resume(settings, sums)
         if resumes and total is not None:
             steps = [path.name[11:] for path in self.out_dir.glob("checkpoint-*")]
             steps = [int(step) for step in steps if step.isdigit()]
@@ -356,53 +380,62 @@ class Run:
             self.checkpoint = self.out_dir / f"checkpoint-{max(steps)}" if steps else None
         self.wait()  # every rank has looked; only now may rank 0 change what is there
         if self.rank == 0 and not resumes:
-            self.make_directory(settings)
+            self.make_directory({"settings": settings, "inputs": sums})
         self.wait()
         return resumes
 
-    def settings(self, inputs, free):
-        """{what must be the same when a run goes on: its value}."""
-        for path in inputs if self.cfg.overwrite else ():
-            if self.out_dir.resolve() in Path(path).resolve().parents:
-                refuse(f"{path}: is in --out_dir, which --overwrite would delete")
-        found = {name: value for name, value in vars(self.cfg).items() if name not in free}
-        found |= {"world": self.world} | {f"sha256 of {path}": sha256(path) for path in inputs}
-        return json.loads(json.dumps(found))  # as it will be read: lists for tuples
+    def held(self):
+        """What is in out_dir; a mounted disk has a lost+found of its own."""
+        files = self.out_dir.iterdir() if self.out_dir.exists() else ()
+        return [path for path in files if path.name != "lost+found"]
 
-    def may_resume(self, settings):
-        """Whether out_dir holds a run to go on with, all of whose settings are these."""
+    def may_resume(self, settings, sums):
+        """Whether out_dir holds a run to go on with, of these settings and inputs."""
         out_dir, args = self.out_dir, self.out_dir / "args.json"
         # What a run that was killed in its first moments left is not in use.
-        in_use = out_dir.exists() and any(path.suffix != ".tmp" for path in out_dir.iterdir())
+        in_use = any(path.suffix != ".tmp" for path in self.held())
         if in_use and not (args.is_file() and (self.cfg.resume or self.cfg.overwrite)):
             refuse(f"{out_dir}: in use; --resume goes on with its run, --overwrite deletes it")
+        for path in (path for found in sums.values() for path in found):
+            if self.cfg.overwrite and out_dir.resolve() in Path(path).resolve().parents:
+                refuse(f"{path}: is in --out_dir, which --overwrite would delete")
         if not (args.is_file() and self.cfg.resume):
             return False
         try:
-            old = dict(read_json(args).get("settings", {}))
-        except (ValueError, TypeError, OSError) as error:
-            refuse(f"{args}: says no settings, so nothing can be resumed: {error}")
-        changed = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))
-        if changed:
-            changes = [f"{name}: {old.get(name)!r} -> {settings.get(name)!r}" for name in changed]
+            old, known = (dict(read_json(args)[name]) for name in ("settings", "inputs"))
+            before, after = contents_of(old, known), contents_of(settings, sums)
+        except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+            refuse(f"{args}: says no settings, so nothing can be resumed: {error!r}")
+        changes = []
+        for name in sorted(old.keys() | settings.keys()):
+            if before.get(name) != after.get(name):
+                was, is_now = old.get(name), settings.get(name)
+                what = f"{was!r} -> {is_now!r}" if was != is_now else f"{was!r} has other contents"
+                changes.append(f"{name}: {what}")
+        if not changes and before != after:
+            changes = ["inputs: others, or with other contents"]
+        if changes:
             refuse(f"{out_dir}: can't resume with other settings: {'; '.join(changes)}")
         if (out_dir / "report.json").exists():
             self.say(f"{out_dir}: this run is finished")
             sys.exit(0)
         return True
 
-    def make_directory(self, settings):
-        """out_dir anew, with args.json and the sources that run."""
+    def make_directory(self, record):
+        """out_dir, emptied where it is (it may be a link, or a disk), with args.json and the
+        sources that run. args.json goes last: what is left without it would look like somebody's
+        folder."""
         out_dir = self.out_dir
-        if out_dir.exists():  # renamed first: deleted half, it would look like somebody's folder
-            old = out_dir.with_name(f".{out_dir.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(out_dir, old)
-            shutil.rmtree(old)
-        out_dir.mkdir(parents=True)
+        if not out_dir.exists():
+            out_dir.resolve().mkdir(parents=True)
+            made[:] = [out_dir.resolve()]
+        for path in sorted(self.held(), key=lambda path: path.name == "args.json"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        record = {"settings": settings, "command": sys.argv, "versions": versions}
-        write_json(out_dir / "args.json", record)
+        write_json(out_dir / "args.json", record | {"command": sys.argv, "versions": versions})
         for name, path in sources().items():
             shutil.copyfile(path, out_dir / name)
 
@@ -446,6 +479,11 @@ class Run:
             f"{self.total} steps"
             + (f"; resumed at step {self.step} from {self.checkpoint}" if self.checkpoint else "")
         )
+        if self.total and self.cfg.warmup >= self.total:
+            self.say(
+                f"warning: --warmup {self.cfg.warmup}: the learning rate rises in all of these "
+                f"steps and never reaches its peak"
+            )
         return self.state
 
     def load(self, path):
@@ -545,6 +583,7 @@ class Run:
                 shutil.rmtree(path)
 
     def save_or_stop(self):
+        self.progress("steps", self.step, self.total)
         if self.due(self.cfg.save_every):
             self.save()
         self.stop_if_told()
@@ -585,6 +624,7 @@ class Run:
         averaged over the ranks in the last one alone."""
         begins = range(0, most, size or most)
         for begin in begins:
+            self.progress("rows of an update", begin, most)
             for model in self.wrapped:
                 model.require_backward_grad_sync = begin == begins[-1]  # as no_sync() does
             rows = mine[begin : begin + (size or most)]
@@ -635,8 +675,9 @@ class Run:
     def left(self):
         if self.step == self.first:
             return ""
-        left = (time.time() - self.started) / (self.step - self.first) * (self.total - self.step)
-        return f"{left // 60:.0f}:{left % 60:02.0f} left"
+        a_step = (time.time() - self.started) / (self.step - self.first)
+        minutes, seconds = divmod(round(a_step * (self.total - self.step)), 60)
+        return f"{minutes}:{seconds:02} left"
 
     def save_model(self, model, tokenizer, **extra):
         if self.rank == 0:
@@ -679,6 +720,22 @@ def files_of(names):
     return found
 
 
+def contents_of(settings, sums):
+    """Settings with what each input holds in the place of its name, which may be spelled otherwise,
+    or have moved; the name may be part of a value, as in runs/sft@temperature=0."""
+    held = {name: ",".join(files.values()) for name, files in sums.items() if files}
+
+    def contents(value):
+        if isinstance(value, list):
+            return [contents(x) for x in value]
+        if not isinstance(value, str) or value in held:
+            return held.get(value, value) if isinstance(value, str) else value
+        return "".join(held.get(part, part) for part in re.split(r"(@(?=\w+=)|:)", value))
+
+    found = {name: contents(value) for name, value in settings.items()}
+    return found | {"": sorted(held.values())}
+
+
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -713,6 +770,10 @@ def schedule(step, total, cfg, peak=1.0):
 def guarded(main):
     """Runs a script's main(). A disk, an interrupt or another rank that ends it leaves one line and
     a status other than 0; what was saved stays."""
+    keep_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may lack a character, which ends no run
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         # What is left to the interpreter's end would now and then abort the process there, by
@@ -737,6 +798,15 @@ def guarded(main):
             f"rank {os.environ['RANK']}: {why if silent else 'ranks can not reach each other'} "
             f"({said if len(said) < 400 else said[:200] + ' ... ' + said[-200:]})"
         )
+
+
+def keep_memory():
+    """Tells glibc, where there is one, to keep what is freed: given back to the system, each large
+    tensor's pages would be asked for, and filled with zeros, anew."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the largest that it takes
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def silent_ranks():
@@ -768,7 +838,8 @@ def read_jsonl(path, texts):
                 if not line.strip():
                     continue
                 seen += 1
-                record = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # with a mark, or not
+                record = json.loads(text, parse_constant=refuse_constant)
                 if not isinstance(record, dict):
                     refuse(f"{where}: line: expected an object, got {type(record).__name__}")
                 for name, may_be_empty in texts.items():
@@ -799,17 +870,12 @@ def refuse_constant(name):
 
 def write_jsonl(path, records):
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.writelines(json.dumps(finite(record)) + "\n" for record in records)
 
 
 def append_line(path, record):
-    """What is no number (a skipped step's norm) becomes null: JSON has no NaN."""
-    record = {
-        name: None if isinstance(x, float) and not math.isfinite(x) else x
-        for name, x in record.items()
-    }
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(finite(record)) + "\n")
     except OSError as error:
         raise OSError(f"{path}: could not be written: {error}") from error

@@ -7,22 +7,32 @@
     python data/convert.py chat        prefs.jsonl    comparisons.jsonl    # lists of chat messages
     python data/convert.py best        rankings.jsonl demonstrations.jsonl # the best of each
     python data/convert.py pairs       rankings.jsonl comparisons.jsonl    # a pair of each, drawn
-    python data/convert.py check       FILE                              # what it is, if it is good
+    python data/convert.py hh          train.jsonl.gz mine --split 0.05    # all files for `make`
+    python data/convert.py ours        lines.jsonl    mine --split 0.05    # and of our own formats
+    python data/convert.py check       FILE...                             # what is it? is it good?
 
 Input is JSON Lines or one JSON array, output JSON Lines; either may be plain or .gz. Lines that
 hold nothing to learn from are dropped, counted and said why. What is not JSON at all ends the
 conversion with exit status 2, and then nothing is written.
+
+With --split the output is a folder with all that `make DATA=folder` wants: demonstrations (the best
+response, where there are several), rankings (or comparisons) and prompts, each for training, for
+validation and for the test. A prompt is on one side alone, by its hash: in all files, of all sets.
 """
 
 import argparse
 import collections
+import contextlib
 import gzip
+import hashlib
 import itertools
 import json
 import math
 import os
 import random
+import re
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -54,7 +64,7 @@ def stream_objects(path, arrays=True):
             for number, line in enumerate(file, 1):
                 if not buffer:
                     begin = number
-                text, at = line.decode("utf-8"), 0
+                text, at = line.decode("utf-8-sig" if number == 1 else "utf-8"), 0
                 if in_array is None and text.strip():
                     in_array = text.lstrip().startswith("[") and arrays
                     text = text.lstrip()[1:] if in_array else text
@@ -101,255 +111,11 @@ def stream_objects(path, arrays=True):
         refuse(f"{path}:0: file: is empty")
 
 
-# --- the formats ----------------------------------------------------------------------------------
-# Each takes a record and returns a line of ours, or a string: why there is nothing in it to learn.
+# --- our formats ----------------------------------------------------------------------------------
 
 
 def is_text(value):
     return isinstance(value, str) and bool(value.strip())
-
-
-def compare(prompt, chosen, rejected, **fields):
-    """A comparison, or why it is none."""
-    if not is_text(prompt):
-        return "no prompt"
-    if not is_text(chosen) or not is_text(rejected):
-        return "an empty response"
-    if chosen == rejected:
-        return "the two responses are equal"
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | fields
-
-
-def convert_hh(record):
-    """{"chosen": transcript, "rejected": transcript}, alike up to the last assistant turn.
-
-    The prompt keeps the turns and ends in "Assistant:"; the response keeps its leading space, so
-    that the two, tokenised apart, are the tokens of the transcript.
-    """
-    turn = "\n\nAssistant:"
-    texts = [record.get("chosen"), record.get("rejected")]
-    if not all(isinstance(text, str) for text in texts):
-        return "no chosen and rejected transcripts"
-    if not all(turn in text for text in texts):
-        return "no assistant turn"
-    (prompt, _, chosen), (other, _, rejected) = (text.rpartition(turn) for text in texts)
-    if prompt != other:
-        return "the transcripts differ before the last assistant turn"
-    return compare(prompt + turn, chosen, rejected)
-
-
-def convert_tldr(record):
-    """OpenAI's comparisons {"info", "summaries", "choice"}, or the filtered Reddit demonstrations
-    {"subreddit", "title", "post", "summary"}; prompts as in Stiennon et al. 2020."""
-    info = record.get("info", record)
-    if not isinstance(info, dict) or not is_text(info.get("post")):
-        return "no Reddit post (a news article, perhaps)"
-    head = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\n"
-    prompt = f"{head}POST: {info['post'].strip()}\n\nTL;DR:"
-    if "summaries" in record:
-        summaries, choice = record["summaries"], record.get("choice")
-        whole = type(choice) is int and choice in (0, 1)
-        if not isinstance(summaries, list) or len(summaries) != 2 or not whole:
-            return "not two summaries and a choice"
-        if not all(isinstance(s, dict) and is_text(s.get("text")) for s in summaries):
-            return "an empty response"
-        chosen, rejected = (" " + summaries[i]["text"].strip() for i in (choice, 1 - choice))
-        policies = [str(summaries[i].get("policy")) for i in (choice, 1 - choice)]
-        fields = {"policy": policies}
-        if record.get("worker"):
-            fields["annotator"] = str(record["worker"])
-        return compare(prompt, chosen, rejected, **fields)
-    if not is_text(record.get("summary")):
-        return "no summary"
-    return {"prompt": prompt, "response": " " + record["summary"].strip()}
-
-
-def convert_alpaca(record):
-    """{"instruction", "input", "output"}; or a seed task, whose first instance is taken."""
-    instances = record.get("instances")
-    if isinstance(instances, list) and instances and isinstance(instances[0], dict):
-        record = record | {name: instances[0].get(name) for name in ("input", "output")}
-    if not is_text(record.get("instruction")):
-        return "no instruction"
-    if not is_text(record.get("output")):
-        return "an empty response"
-    prompt = f"### Instruction:\n{record['instruction'].strip()}\n\n"
-    if is_text(record.get("input")):
-        prompt += f"### Input:\n{record['input'].strip()}\n\n"
-    return {"prompt": prompt + "### Response:\n", "response": record["output"].strip()}
-
-
-def convert_ultrafeedback(record):
-    """{"instruction", "completions": [{"response", "overall_score", "model"}, ...]} -> a ranking by
-    overall_score, in HH-RLHF's transcript form."""
-    completions = record.get("completions")
-    if not is_text(record.get("instruction")) or not isinstance(completions, list):
-        return "no instruction and completions"
-    rated = []
-    for completion in completions:
-        if isinstance(completion, dict) and is_text(completion.get("response")):
-            try:
-                score = float(completion.get("overall_score"))
-            except (TypeError, ValueError, OverflowError):
-                continue
-            if math.isfinite(score):
-                text = " " + completion["response"].strip()
-                rated.append((score, text, str(completion.get("model"))))
-    if len(rated) < 2:
-        return "fewer than two rated completions"
-    scores, responses, policies = zip(*sorted(rated, key=lambda r: -r[0]), strict=True)
-    return {
-        "prompt": f"\n\nHuman: {record['instruction'].strip()}\n\nAssistant:",
-        "responses": list(responses),
-        "scores": list(scores),
-        "policy": list(policies),
-    }
-
-
-def transcript(messages):
-    """Chat messages before an answer, as HH-RLHF's transcripts write them; None if not such."""
-    names = {"system": "System", "user": "Human", "assistant": "Assistant"}
-    text = ""
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            return None
-        if message.get("role") not in names:
-            return None
-        text += f"\n\n{names[message['role']]}: {message['content'].strip()}"
-    return text + "\n\nAssistant:" if text else None
-
-
-def convert_chat(record):
-    """{"chosen": messages, "rejected": messages} with an optional "prompt" (text, or the messages
-    before them) -> a comparison; {"messages": messages} -> a demonstration. The response is the
-    last message, by the assistant."""
-    before = record.get("prompt")
-    before = before if isinstance(before, list) else []
-
-    def split(messages):
-        if not isinstance(messages, list) or not messages:
-            return None, None
-        last = messages[-1]
-        if not isinstance(last, dict) or last.get("role") != "assistant":
-            return None, None
-        if messages[: len(before)] != before:
-            messages = before + messages
-        if len(messages) == 1 and is_text(record.get("prompt")):
-            messages = [{"role": "user", "content": record["prompt"]}, *messages]
-        text = last.get("content")
-        return transcript(messages[:-1]), " " + text.strip() if is_text(text) else None
-
-    if "messages" in record:
-        prompt, response = split(record["messages"])
-        if prompt is None:
-            return "no turns that end in the assistant's"
-        return {"prompt": prompt, "response": response} if response else "an empty response"
-    (prompt, chosen), (other, rejected) = split(record.get("chosen")), split(record.get("rejected"))
-    if prompt is None or other is None:
-        return "no turns that end in the assistant's"
-    if prompt != other:
-        return "the conversations differ before the last turn"
-    return compare(prompt, chosen, rejected)
-
-
-def ranked(record):
-    """A ranking's responses, best first, or why there are none."""
-    responses = record.get("responses")
-    if not isinstance(responses, list) or len(responses) < 2 or not all(map(is_text, responses)):
-        return "no ranking of two or more responses"
-    scores = record.get("scores") or [0] * len(responses)
-    if not isinstance(scores, list) or len(scores) != len(responses):
-        return "not as many scores as responses"
-    return responses
-
-
-def with_policies(record, *indices):
-    """What a ranking's line has beside its responses, `policy` of those at `indices` alone."""
-    named = ("prompt", "responses", "response", "scores", "chosen", "rejected", "label", "margin")
-    fields = {name: value for name, value in record.items() if name not in named}
-    policy = fields.pop("policy", None)
-    if isinstance(policy, list) and len(policy) == len(record["responses"]):
-        found = [policy[i] for i in indices]
-        fields["policy"] = found if len(found) > 1 else found[0]
-    elif isinstance(policy, str):
-        fields["policy"] = policy
-    return fields
-
-
-def convert_best(record):
-    """Rankings (ours) -> the best response of each as a demonstration: SFT on what was chosen."""
-    responses = ranked(record)
-    if isinstance(responses, str):
-        return responses
-    if not isinstance(record.get("prompt"), str):
-        return "no prompt"
-    line = {"prompt": record["prompt"], "response": responses[0]}
-    return line | with_policies(record, 0)
-
-
-def convert_pairs(record, rng=None, flip=0.0):
-    """Rankings (ours) -> a comparison of two of each, drawn; with --flip the wrong way round."""
-    rng = rng or random.Random(0)
-    responses = ranked(record)
-    if isinstance(responses, str):
-        return responses
-    scores = record.get("scores") or list(range(len(responses), 0, -1))
-    pairs = itertools.combinations(range(len(responses)), 2)
-    pairs = [(i, j) for i, j in pairs if scores[i] != scores[j] and responses[i] != responses[j]]
-    if not pairs:
-        return "no two responses differ"
-    chosen, rejected = rng.choice(pairs)
-    if rng.random() < flip:
-        chosen, rejected = rejected, chosen
-    fields = with_policies(record, chosen, rejected)
-    return compare(record.get("prompt"), responses[chosen], responses[rejected], **fields)
-
-
-FORMATS = {
-    "hh": convert_hh,
-    "tldr": convert_tldr,
-    "alpaca": convert_alpaca,
-    "ultrafeedback": convert_ultrafeedback,
-    "chat": convert_chat,
-    "best": convert_best,
-    "pairs": convert_pairs,
-}
-
-
-def convert(name, source, target, **options):
-    """Converts a file and prints what was read, written, dropped and why."""
-    target = Path(target)
-    temporary = target.with_name(f".tmp.{target.name}")  # keeps the .gz at its end
-    read, written, dropped = 0, 0, collections.Counter()
-    try:
-        with open_file(temporary, "wb") as file:
-            for _, record in stream_objects(source):
-                read += 1
-                line = FORMATS[name](record, **options)
-                if isinstance(line, str):
-                    dropped[line] += 1
-                    continue
-                try:
-                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                except UnicodeEncodeError:  # valid JSON, but no text
-                    dropped["half of a surrogate pair"] += 1
-                    continue
-                written += 1
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        if not written:
-            refuse(f"{source}: none of its {read} records is of the {name} format: {dict(dropped)}")
-        os.replace(temporary, target)
-    except OSError as error:
-        refuse(f"{target}: could not be written: {error.strerror or error}")
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(f"{source}: read {read}, wrote {written} to {target}, dropped {sum(dropped.values())}")
-    for reason, count in dropped.most_common():
-        print(f"  dropped {count}: {reason}")
-
-
-# --- check ----------------------------------------------------------------------------------------
 
 
 def is_number(value):
@@ -425,16 +191,436 @@ def faults(record, kind):
         yield "policy", "expected a string, or a list of them"
 
 
+# How sets made for other libraries write the end of a response out. Here it would be learnt as
+# letters: an end-of-text token follows every response anyway.
+MARKERS = re.compile(r"(?:<\|(?:endoftext|end_of_text|eot_id|im_end)\|>\s*)+\Z")
+
+
+def without_markers(record):
+    """The record, no response of which ends in one of MARKERS."""
+
+    def stripped(text):
+        found = MARKERS.search(text) if isinstance(text, str) else None
+        return text[: found.start()].rstrip() if found else text
+
+    names = [name for name in ("response", "chosen", "rejected") if name in record]
+    changed = {name: stripped(record[name]) for name in names}
+    if isinstance(record.get("responses"), list):
+        changed["responses"] = [stripped(response) for response in record["responses"]]
+    return record | changed
+
+
+class Unusable(Exception):
+    """Why there is nothing to learn from in a record."""
+
+
+def refuse_faults(line, kind):
+    for field, reason in faults(line, kind):
+        raise Unusable(f"{field}: {reason.partition(', got')[0]}")  # one reason, whatever it got
+
+
+def ranked(record):
+    """The responses of a line of ours, best first: a ranking's, or a comparison's two."""
+    if "responses" in record:
+        refuse_faults(record, "rankings")
+        return record["responses"]
+    if "chosen" not in record:
+        raise Unusable("no ranking or comparison")
+    refuse_faults(record, "comparisons")
+    return [record["chosen"], record["rejected"]]
+
+
+def with_policies(record, responses, *indices):
+    """What a line has beside its responses, `policy` of those at `indices` alone."""
+    named = ("prompt", "responses", "response", "scores", "chosen", "rejected", "label", "margin")
+    fields = {name: value for name, value in record.items() if name not in named}
+    policy = fields.pop("policy", None)
+    if isinstance(policy, list) and len(policy) == len(responses):
+        found = [policy[i] for i in indices]
+        fields["policy"] = found if len(found) > 1 else found[0]
+    elif isinstance(policy, str):
+        fields["policy"] = policy
+    return fields
+
+
+def best_of(line):
+    """A line of ours as a demonstration, of its best response: SFT on what was chosen."""
+    if kind_of(line) == "demonstrations":
+        return line
+    responses = ranked(line)
+    found = {"prompt": line["prompt"], "response": responses[0]}
+    return found | with_policies(line, responses, 0)
+
+
+def convert_best(record):
+    """Rankings or comparisons (ours) -> the best response of each as a demonstration."""
+    yield best_of(record)
+
+
+def convert_pairs(record, rng=None, flip=0.0):
+    """Rankings (ours) -> a comparison of two of each, drawn; with --flip the wrong way round."""
+    rng = rng or random.Random(0)
+    responses = ranked(record)
+    scores = record.get("scores") or list(range(len(responses), 0, -1))
+    pairs = itertools.combinations(range(len(responses)), 2)
+    pairs = [(i, j) for i, j in pairs if scores[i] != scores[j] and responses[i] != responses[j]]
+    if not pairs:
+        raise Unusable("no two responses differ, or all have one score")
+    chosen, rejected = rng.choice(pairs)
+    if rng.random() < flip:
+        chosen, rejected = rejected, chosen
+    line = {"prompt": record["prompt"], "chosen": responses[chosen]}
+    line["rejected"] = responses[rejected]
+    yield line | with_policies(record, responses, chosen, rejected)
+
+
+def convert_ours(record):
+    """Demonstrations, comparisons, rankings or prompts (ours) -> the same: to be split."""
+    if "responses" in record:
+        ranked(record)  # no samples, in which the best is not first
+    yield record
+
+
+# --- public formats -------------------------------------------------------------------------------
+# Each takes a record and yields lines of ours, and strings: what is left out beside them, and why.
+# A whole record without use is Unusable.
+
+ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}
+ANSWER = "\n\nAssistant:"
+
+
+def text_in(record, name):
+    """The text of a field, "" where there is none."""
+    text = record.get(name)
+    if not isinstance(text, str | None):
+        raise Unusable(f"{name}: expected text")
+    return (text or "").strip()
+
+
+def turns_of(messages, name):
+    """[(role, text)] of a list of chat messages; empty system texts are none."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise Unusable(f"{name}: expected a list of messages")
+    turns = []
+    for message in messages:
+        role, text = message.get("role"), message.get("content")
+        if not isinstance(role, str) or role not in ROLES:
+            raise Unusable(f"a turn whose role is none of {', '.join(ROLES)}")
+        if not isinstance(text, str) or message.get("tool_calls"):
+            raise Unusable("a turn that is not text alone")
+        if role == "system" and turns:
+            raise Unusable("a system text after other turns")
+        if role != "system" or text.strip():
+            turns.append((role, text.strip()))
+    return turns
+
+
+def turns_before(record):
+    """[(role, text)] of what comes first by fields of its own: `system`, and `history`, a list of
+    questions with their answers."""
+    system, history = text_in(record, "system"), record.get("history") or []
+    turns = [("system", system)] if system else []
+    if not isinstance(history, list):
+        raise Unusable("history: expected pairs of texts")
+    for pair in history:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(map(is_text, pair)):
+            raise Unusable("history: expected pairs of texts")
+        turns += [("user", pair[0].strip()), ("assistant", pair[1].strip())]
+    return turns
+
+
+def transcript(turns):
+    """Turns as HH-RLHF's transcripts write them."""
+    return "".join(f"\n\n{ROLES[role]}: {text}" for role, text in turns)
+
+
+def convert_hh(record):
+    """{"chosen": transcript, "rejected": transcript}, alike up to the last assistant turn.
+
+    The prompt keeps the turns and ends in "Assistant:"; the response keeps its leading space, so
+    that the two, tokenised apart, are the tokens of the transcript.
+    """
+    texts = [record.get("chosen"), record.get("rejected")]
+    if not all(isinstance(text, str) for text in texts):
+        raise Unusable("no chosen and rejected transcripts")
+    if not all(ANSWER in text for text in texts):
+        raise Unusable("no assistant turn")
+    (prompt, _, chosen), (other, _, rejected) = (text.rpartition(ANSWER) for text in texts)
+    if any("\n\nHuman:" in response for response in (chosen, rejected)):
+        raise Unusable("a person's turn follows the last assistant turn")
+    if prompt != other:
+        raise Unusable("the transcripts differ before the last assistant turn")
+    prompt = transcript(turns_before(record)) + prompt + ANSWER
+    yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def convert_tldr(record):
+    """OpenAI's comparisons {"info", "summaries", "choice"}, or the filtered Reddit demonstrations
+    {"subreddit", "title", "post", "summary"}; prompts as in Stiennon et al. 2020."""
+    info = record.get("info", record)
+    if not isinstance(info, dict) or not is_text(info.get("post")):
+        raise Unusable("no Reddit post (a news article, perhaps)")
+    if not is_text(info.get("subreddit")) or not is_text(info.get("title")):
+        raise Unusable("a post without its subreddit or title")
+    if turns_before(record):
+        raise Unusable("a system text or a history, for which this prompt has no place")
+    head = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\n"
+    prompt = f"{head}POST: {info['post'].strip()}\n\nTL;DR:"
+    if "summaries" not in record:
+        if "summary" not in record:
+            raise Unusable("no summary")
+        yield {"prompt": prompt, "response": " " + text_in(record, "summary")}
+        return
+    summaries, choice = record["summaries"], record.get("choice")
+    if not isinstance(summaries, list) or len(summaries) != 2 or choice not in (0, 1):
+        raise Unusable("not two summaries and a choice")
+    if not all(isinstance(summary, dict) for summary in summaries):
+        raise Unusable("not two summaries and a choice")
+    chosen, rejected = summaries[int(choice)], summaries[1 - int(choice)]
+    line = {"prompt": prompt, "chosen": " " + text_in(chosen, "text")}
+    line["rejected"] = " " + text_in(rejected, "text")
+    policies = [chosen.get("policy"), rejected.get("policy")]
+    if all(map(is_text, policies)):
+        line["policy"] = policies
+    if record.get("worker"):
+        line["annotator"] = str(record["worker"])
+    yield line
+
+
+def convert_alpaca(record):
+    """{"instruction", "input", "output"}, with `system` and `history` where there are any; or a
+    seed task, of which each instance is a line."""
+    heads = {"system": "System", "user": "Instruction", "assistant": "Response"}
+    before = "".join(f"### {heads[role]}:\n{text}\n\n" for role, text in turns_before(record))
+    instruction = text_in(record, "instruction")
+    if not instruction:
+        raise Unusable("no instruction")
+    instances = record.get("instances") or [record]
+    if not isinstance(instances, list) or not all(isinstance(each, dict) for each in instances):
+        raise Unusable("instances: expected a list of objects")
+    for each in instances:
+        if "output" not in each:
+            yield "no output"
+            continue
+        prompt = f"{before}### Instruction:\n{instruction}\n\n"
+        if text_in(each, "input"):
+            prompt += f"### Input:\n{text_in(each, 'input')}\n\n"
+        yield {"prompt": prompt + "### Response:\n", "response": text_in(each, "output")}
+
+
+def convert_ultrafeedback(record):
+    """{"instruction", "completions": [{"response", "overall_score", "model"}, ...]} -> a ranking by
+    overall_score, in HH-RLHF's transcript form."""
+    completions, instruction = record.get("completions"), text_in(record, "instruction")
+    if not instruction or not isinstance(completions, list):
+        raise Unusable("no instruction and completions")
+    rated = []
+    for completion in completions:
+        try:
+            score = float(completion["overall_score"])
+        except (TypeError, ValueError, OverflowError, KeyError):
+            score = math.nan
+        if math.isfinite(score) and is_text(completion.get("response")):
+            rated.append((score, completion))
+    if len(rated) < 2:
+        raise Unusable("fewer than two completions with a text and a score")
+    for _ in range(len(completions) - len(rated)):
+        yield "a completion without a text or a score, beside others that have them"
+    rated.sort(key=lambda pair: -pair[0])
+    prompt = transcript([*turns_before(record), ("user", instruction)]) + ANSWER
+    line = {"prompt": prompt, "responses": [" " + c["response"].strip() for _, c in rated]}
+    line["scores"] = [score for score, _ in rated]
+    policies = [completion.get("model") for _, completion in rated]
+    yield line | ({"policy": policies} if all(map(is_text, policies)) else {})
+
+
+def conversation(record, name):
+    """(prompt, response) of a list of messages and what the record has before it: each turn once,
+    also where the list begins with, or has in it, what stands before it."""
+    turns, before = turns_of(record.get(name), name), turns_before(record)
+    if isinstance(record.get("prompt"), list):
+        before += turns_of(record["prompt"], "prompt")
+    elif text_in(record, "prompt"):
+        before.append(("user", text_in(record, "prompt")))
+    if not turns or turns[-1][0] != "assistant":
+        raise Unusable(f"{name}: does not end in the assistant's turn")
+    *context, (_, response) = turns
+    system = list(dict.fromkeys(turn for turn in before + context if turn[0] == "system"))
+    if len(system) > 1:
+        raise Unusable("two system texts that differ")
+    before, context = ([t for t in some if t[0] != "system"] for some in (before, context))
+    starts = range(len(context) - len(before) + 1)
+    if not any(context[i : i + len(before)] == before for i in starts):
+        following = [*context, turns[-1]]
+        if before[-1][0] == following[0][0]:
+            raise Unusable("prompt and messages don't fit together: two turns of one role meet")
+        context = before + context
+    if not system + context:
+        raise Unusable(f"{name}: nothing comes before the answer")
+    return transcript(system + context) + ANSWER, " " + response
+
+
+def convert_chat(record):
+    """{"chosen": messages, "rejected": messages} -> a comparison; {"messages": messages} -> a
+    demonstration. "prompt" (text, or messages), "system" and "history" may stand beside them. The
+    response is the last message, by the assistant."""
+    if "chosen" in record or "rejected" in record:
+        sides = [conversation(record, name) for name in ("chosen", "rejected")]
+        (prompt, chosen), (other, rejected) = sides
+        if prompt != other:
+            raise Unusable("the conversations differ before the last turn")
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    elif "messages" in record:
+        prompt, response = conversation(record, "messages")
+        yield {"prompt": prompt, "response": response}
+    else:
+        raise Unusable("no messages, nor chosen and rejected ones")
+
+
+FORMATS = {
+    "hh": convert_hh,
+    "tldr": convert_tldr,
+    "alpaca": convert_alpaca,
+    "ultrafeedback": convert_ultrafeedback,
+    "chat": convert_chat,
+    "best": convert_best,
+    "pairs": convert_pairs,
+    "ours": convert_ours,
+}
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def parts(line, split, seen):
+    """Yields (file's name, line) of all that a line becomes in a folder for `make`. seen: the
+    prompts before it."""
+    # Later turns of a conversation hold its earlier ones, so all are on the side of the first.
+    opening = re.split(r"\n\n(?:Assistant|### Response):", line["prompt"])[0]
+    place = int.from_bytes(hashlib.sha256(opening.encode()).digest()[:8]) / 2**64
+    side = "_validation" if place < split else "_test" if place < 2 * split else "_train"
+    kind = kind_of(line)
+    best = line if kind == "prompts" else best_of(line)
+    if line["prompt"] not in seen:
+        seen.add(line["prompt"])
+        prompt = {name: best[name] for name in best if name not in ("policy", "annotator")}
+        if "response" in prompt:
+            prompt["reference"] = prompt.pop("response")
+        yield f"prompts{side}.jsonl", prompt
+    side = side.removeprefix("_train")
+    if kind != "prompts":
+        yield f"demonstrations{side}.jsonl", best
+    if kind not in ("prompts", "demonstrations"):
+        yield f"rankings{side}.jsonl", line  # comparisons are rankings of two
+
+
+def fault_of(line):
+    """Why there is nothing to learn from in a line of ours; None where there is."""
+    try:
+        refuse_faults(line, kind_of(line))
+        json.dumps(line, ensure_ascii=False, allow_nan=False).encode()
+    except Unusable as error:
+        return f"{error}"
+    except ValueError:  # valid JSON, but no text, or no number
+        return "half of a surrogate pair, or a number beyond all bounds"
+    equal = "chosen" in line and line["chosen"] == line["rejected"]
+    return "the two responses are equal" if equal else None
+
+
+def lines_of(name, source, counts, dropped, **options):
+    """Yields the good lines that a file's records become. counts: what is read, written, and marked
+    (see MARKERS); dropped: what is not written, by its reason."""
+    for _, record in stream_objects(source):
+        counts["read"] += 1
+        try:
+            found = list(FORMATS[name](record, **options))
+        except Unusable as error:
+            found = [f"{error}"]
+        for made in found:
+            line = made if isinstance(made, str) else without_markers(made)
+            reason = line if isinstance(line, str) else fault_of(line)
+            if reason:
+                dropped[reason] += 1
+                continue
+            counts["marked"] += line != made
+            counts["written"] += 1
+            yield line
+
+
+def check_folder(folder, files, source):
+    """Refuses a split that leaves a file empty, and another set's file beside its own."""
+    for part, first in (("prompts", "_train"), ("demonstrations", ""), ("rankings", "")):
+        names = [f"{part}{side}.jsonl" for side in (first, "_validation", "_test")]
+        missing = [name for name in names if name not in files]
+        if 0 < len(missing) < len(names):
+            refuse(f"{source}: has too few lines for this --split: none comes to {missing[0]}")
+        for name in missing:
+            if (folder / name).exists():
+                refuse(f"{folder / name}: is another set's, and its sides may be others")
+
+
+def convert(name, source, target, split=0.0, **options):
+    """Converts a file and prints what was read, written, dropped and why. With `split`, the shares
+    of validation and of test, target is a folder."""
+    target = Path(target)
+    folder = target if split else target.parent
+    made = split and not folder.exists()
+    files, seen = {}, set()
+    lines, counts, dropped = (collections.Counter() for _ in range(3))
+    try:
+        if made:
+            folder.mkdir(parents=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp.") as scratch:
+            with contextlib.ExitStack() as stack:
+                for line in lines_of(name, source, counts, dropped, **options):
+                    for file, part in parts(line, split, seen) if split else [(target.name, line)]:
+                        if file not in files:
+                            files[file] = stack.enter_context(open_file(f"{scratch}/{file}", "wb"))
+                        files[file].write(json.dumps(part, ensure_ascii=False).encode() + b"\n")
+                        lines[file] += 1
+            if not files:
+                read, reasons = counts["read"], dict(dropped.most_common(12))
+                refuse(f"{source}: none of its {read} records is of the {name} format: {reasons}")
+            if split:
+                check_folder(folder, files, source)
+            for file in files:
+                with open(f"{scratch}/{file}", "rb") as written:
+                    os.fsync(written.fileno())
+                os.replace(f"{scratch}/{file}", folder / file)
+    except OSError as error:
+        refuse(f"{target}: could not be written: {error.strerror or error}")
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # it has files in it
+                folder.rmdir()
+    read, written = counts["read"], counts["written"]
+    print(f"{source}: read {read}, wrote {written} to {target}, dropped {sum(dropped.values())}")
+    for reason, count in dropped.most_common():
+        print(f"  dropped {count}: {reason}")
+    if counts["marked"]:
+        print(f"  {counts['marked']} lines ended in a written-out <|endoftext|>: taken off")
+    for file in sorted(files) if split else ():
+        print(f"  {folder / file}: {lines[file]} lines")
+    if split and "rankings.jsonl" not in files:
+        print("  no preferences, so no rankings.jsonl")
+
+
+# --- check ----------------------------------------------------------------------------------------
+
+
 def check(path):
     """Says what a file is, and refuses it at its first bad line."""
-    lines, kind, tasks = 0, None, collections.Counter()
+    lines, marked, kind, tasks = 0, 0, None, collections.Counter()
     for where, record in stream_objects(path, arrays=False):
         kind = kind or kind_of(record)
         for field, reason in faults(record, kind):
             refuse(f"{where}: {field}: {reason}")
         lines += 1
+        marked += without_markers(record) != record
         tasks[record.get("task", "none given")] += 1
     print(f"{path}: {kind}, {lines} lines, all good")
+    if marked:
+        print(f"  {marked} lines have a response that ends in a written-out <|endoftext|>")
     for task, count in tasks.most_common(12):
         print(f"  task {task}: {count}")
 
@@ -447,21 +633,28 @@ def main():
     for name, function in FORMATS.items():
         command = commands.add_parser(name, help=function.__doc__.split("\n")[0])
         command.add_argument("source", help="the public file, .json, .jsonl or .gz")
-        command.add_argument("target", help="our file to write, .jsonl or .jsonl.gz")
+        command.add_argument("target", help="our file to write, .jsonl or .jsonl.gz; or a folder")
+        command.add_argument(
+            "--split", type=float, default=0.0, help="share of prompts for validation, and for test"
+        )
         if name == "pairs":
             command.add_argument("--flip", type=float, default=0.0, help="share of wrong labels")
             command.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    commands.add_parser("check", help="what is this file, and is it good?").add_argument("file")
+    command = commands.add_parser("check", help="what are these files, and are they good?")
+    command.add_argument("files", nargs="+")
     args = parser.parse_args()
     if args.command == "check":
-        check(args.file)
-    elif args.command == "pairs":
+        for file in args.files:
+            check(file)
+        return
+    if not 0 <= args.split < 0.5:
+        refuse(f"--split {args.split}: expected a share, 0 to 0.5")
+    options = {}
+    if args.command == "pairs":
         if not 0 <= args.flip <= 1:
             refuse(f"--flip {args.flip}: expected a share, 0 to 1")
-        rng = random.Random(args.seed)
-        convert("pairs", args.source, args.target, rng=rng, flip=args.flip)
-    else:
-        convert(args.command, args.source, args.target)
+        options = {"rng": random.Random(args.seed), "flip": args.flip}
+    convert(args.command, args.source, args.target, args.split, **options)
 
 
 if __name__ == "__main__":

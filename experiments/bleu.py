@@ -15,7 +15,8 @@ import subprocess
 import sys
 
 from common import (
-    ALONG, GOLD, SFT, against, curves, evaluations, experiment, feedback, path_of, policies, rows,
+    ALONG, GOLD, SFT, against, curves, evaluations, experiment, feedback, gains, golds, path_of,
+    policies, rows,
 )  # fmt: skip
 
 RL = "grpo.py --advantage rloo --whiten_advantages --beta 0 --update_epochs 1 --steps 60"
@@ -46,8 +47,9 @@ def results(lab):
     labels = ["smoothed BLEU of sentences", "gold score (points)", "held-out nats a token"]
     title = "BLEU as the reward; MLE alone is where the upper two begin"
     curves(lab, "bleu", along, "step", ["proxy", "gold", "nll"], title, y_labels=labels)
-    groups = {}
+    groups, gold = {}, {}
     for number, (label, name) in enumerate(({"MLE": "sft"} | BLEUS).items()):
+        gold[label] = golds(lab, "E/bleu-*", f"E/{name}-*")
         groups[label] = policies(lab, "E/bleu-*", f"E/{name}-*")
         for seed, found in zip(lab.seeds, groups[label], strict=True):
             found["corpus_bleu"] = corpus_bleu(
@@ -55,6 +57,7 @@ def results(lab):
             )
     columns = ["corpus_bleu", "data/bleu.py", "gold", "wins", "kl", "entropy"]
     rows(lab, "bleu_rows", groups, columns, "BLEU as the reward, on test prompts")
+    gains(lab, "bleu_gains", {f"{label}, over MLE": gold[label] - gold["MLE"] for label in BLEUS})
 
 
 def corpus_bleu(path):

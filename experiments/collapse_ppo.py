@@ -4,8 +4,9 @@ Claim: a reward model whose utility depends on the kind of prompt tells policies
 2023, arXiv:2305.17608, who did not train one).
 
 What to look for: gold over SFT's of the prompts with many good answers (open) and with few
-(closed), after PPO against each of two reward models: with one utility for all, and by kind. The
-spread of a reward model's scores over SFT's samples says where it offers most, and there PPO goes.
+(closed), after PPO against each of two reward models, with one utility for all, and by kind; what
+the latter has over the former. The spread of a reward model's scores over SFT's samples says where
+it offers most, and there PPO goes; at one beta the price of a nat in raw score grows with it.
 
     python experiments/collapse_ppo.py [--quick] [--seeds 0,1,2] [--jobs N] [--out FOLDER]
 """
@@ -15,7 +16,8 @@ import statistics
 from pathlib import Path
 
 from common import (
-    GOLD, against, by_seed, experiment, feedback, path_of, policies, rows, start,
+    GOLD, against, by_seed, experiment, feedback, gains, golds, path_of, policies, prices, rows,
+    start,
 )  # fmt: skip
 
 KINDS = "open", "closed"
@@ -51,11 +53,14 @@ def results(lab):
     for label, name in MODELS.items():
         for column in columns:
             table[f"{label}: {column}"] = [found[column] for found in groups[label]]
+        table[f"{label}: price of KL"] = prices(lab, f"E/ppo-{name}-*")
         for kind in KINDS:
             files = [path_of(lab, f"E/scores-{name}-*.jsonl", seed) for seed in lab.seeds]
             table[f"{label}: std of scores, {kind}"] = [spread(file, kind) for file in files]
     by_seed(lab, "collapse_ppo_seeds", table)
     rows(lab, "collapse_ppo", groups, columns, "PPO against reward models with one utility or two")
+    one, two = (golds(lab, "E/collapse-evaluation-*", f"E/ppo-{x}-*") for x in MODELS.values())
+    gains(lab, "collapse_ppo_gains", {"by kind, over one utility": two - one}, by="kind")
 
 
 def spread(file, kind):

@@ -12,7 +12,9 @@ been run if its folder holds a report of this command, by the present code, on t
 import argparse
 import dataclasses
 import fcntl
+import functools
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -39,6 +41,10 @@ ALONG = "--eval_every 5 --ptx_validation data/toy/demonstrations_validation.json
 # What evaluate.py judges needs none. Score and KL have settled long before iteration 30.
 LATER = "--eval_every 0 --num_prompts 100"
 SHORT = f"{LATER} --steps 30"
+# The defaults of ppo.py and dpo.py, which choose.py has chosen among these.
+PPO_BETA, DPO_BETA = 0.2, 0.3
+PPO_BETAS = 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8
+DPO_BETAS = 0.0375, 0.075, 0.15, 0.3, 0.6, 1.2
 
 
 def feedback(seed):
@@ -79,13 +85,14 @@ def held(seed, lines=BEST):
 
 
 def free(seed, lines=BEST):
-    """PPO without a KL penalty."""
-    command = f"ppo.py {start(seed, f'E/reward-{lines}')} {ALONG} --beta 0 --steps 80"
+    """PPO without a KL penalty; to place its best, evaluated at every iteration."""
+    flags = f"{ALONG} --eval_every 1 --beta 0 --steps 80"  # the last --eval_every counts
+    command = f"ppo.py {start(seed, f'E/reward-{lines}')} {flags}"
     return reward_model(seed, lines) | {f"free-{lines}-{seed}": command}
 
 
 def ppo_at(seed, beta):
-    command = f"ppo.py {start(seed)} {SHORT} --beta {beta}"
+    command = f"ppo.py {start(seed)} {LATER} --beta {beta}"
     return reward_model(seed) | {f"ppo-{beta}-{seed}": command}
 
 
@@ -246,7 +253,7 @@ def state_of(folder, words):
     try:
         args = json.loads((folder / "args.json").read_text())
         kept = [word for word in args["command"] if word not in ("--resume", "--overwrite")]
-        sums = {k[10:]: v for k, v in args["settings"].items() if k.startswith("sha256 of ")}
+        sums = {file: x for found in args["inputs"].values() for file, x in found.items()}
         sums |= {words[0]: sha256(folder / "script.py")}
         sums |= {name: sha256(folder / name) for name in ("model.py", "run.py", "feedback.py")}
         if kept != words or any(sha256(ROOT / path) != known for path, known in sums.items()):
@@ -322,6 +329,12 @@ def reports(lab, name):
     return [json.loads(path.read_text("utf-8")) for path in paths]
 
 
+def prices(lab, name):
+    """For each seed a run's beta in units of its reward model's raw score; [] where it has none."""
+    found = [report.get("price_of_kl") for report in reports(lab, name)]
+    return [] if None in found else found
+
+
 def policies(lab, evaluation, name):
     """For each seed {column: number or [mean, low, high]} of a policy in an evaluation's report:
     wins against the first policy by gold, parts as PART and TASK_PART, gold of a task as TASK_gold,
@@ -360,7 +373,7 @@ def best_of_rows(lab, evaluation):
 
 def evaluations(lab, name, of="eval_"):
     """For each seed the lines {"step", column: number} of a run's evaluations, whose names begin
-    with `of`."""
+    with `of`: of the first 10 steps, every fifth, and the last, if there are more."""
     found = []
     for seed in lab.seeds:
         lines = {}
@@ -372,14 +385,62 @@ def evaluations(lab, name, of="eval_"):
                 found_at |= {k.removeprefix(of): x for k, x in numbers.items()}
         for line in lines.values():
             line["sqrt_kl"] = math.sqrt(max(line.get("kl", 0.0), 0.0))
-        found.append([lines[step] for step in sorted(lines)])
+        steps = [s for s in sorted(lines) if s <= 10 or s % 5 == 0 or s == max(lines)]
+        found.append([lines[step] for step in steps])
     return found
+
+
+PROMPTS = "data/toy/prompts_{}.jsonl"
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+
+
+@functools.cache
+def toy():
+    """data/toy.py, which knows gold, and what a prompt is about."""
+    sys.path.append(str(ROOT / "data"))
+    return importlib.import_module("toy")
+
+
+def topics_of(lines):
+    """What each prompt is about; a post is a topic of its own."""
+    return [toy().read_prompt(x["prompt"]).get("topic", x["prompt"]) for x in lines]
+
+
+def tasks_of(lines, by="task"):
+    """{task, or another field of the prompts: their numbers}."""
+    return {
+        task: [n for n, line in enumerate(lines) if line[by] == task]
+        for task in sorted({line[by] for line in lines})
+    }
+
+
+def golds(lab, evaluation, name, split="test"):
+    """Gold of a policy in an evaluation by prompt, (seeds, prompts), a mean over its responses.
+    Samples files leave out empty responses: they score 0."""
+    table = []
+    for seed, report in zip(lab.seeds, reports(lab, evaluation), strict=True):
+        policy = path_of(lab, name, seed)
+        file = f"samples-{list(report['policies']).index(policy)}.jsonl"
+        lines = read_lines(Path(path_of(lab, evaluation, seed), file))
+        said = {line["prompt"]: line["responses"] for line in lines}
+        count = report["policies"][policy]["samples"] / report["prompts"]
+        prompts = [line["prompt"] for line in read_lines(PROMPTS.format(split))]
+        totals = [
+            sum(toy().score(prompt, response) for response in said.get(prompt, ()))
+            for prompt in prompts[: report["prompts"]]
+        ]
+        table.append(np.array(totals) / count)
+    return np.array(table)
 
 
 # --- statistics -----------------------------------------------------------------------------------
 
 # Student's t, 97.5%, by degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MARGIN = 0.2  # gold points: what is surely less makes no difference here
 
 
 def number(value):
@@ -387,15 +448,84 @@ def number(value):
     return float(value[0] if isinstance(value, list) else value)
 
 
-def over_seeds(values):
-    """[mean, low, high] over seeds, 95% by Student's t; a single seed has no interval."""
+def student(freedom):
+    """Student's t; between whole degrees of freedom on a straight line, which is a little more."""
+    if freedom > len(STUDENT):
+        return 1.96 + 2.4 / freedom
+    return float(np.interp(freedom, range(1, len(STUDENT) + 1), STUDENT))
+
+
+# What a quantity of such a name is within, unless it is what one has over another.
+RATES = "wins|accuracy|agrees|harmless|helpful|refused|complied|position|distinct|different|eos"
+COUNTS = "made_up|outside|rude|filler|repeated|tokens|words|entropy|kl|nll|std|error|ece|seconds"
+BOUNDS = {RATES: (0.0, 1.0), COUNTS: (0.0, math.inf)}
+
+
+def over_seeds(values, name=""):
+    """[mean, low, high] over seeds, 95% by Student's t, as far as a quantity of that name can be;
+    a single seed has no interval."""
     values = [number(value) for value in values]
     mean, freedom = float(np.mean(values)), len(values) - 1
     if not freedom:
         return [mean, None, None]
-    t = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom
-    half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return [mean, mean - half, mean + half]
+    half = student(freedom) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    known = [x for names, x in BOUNDS.items() if re.search(names, name) and "over" not in name]
+    least, most = known[0] if known else (-math.inf, math.inf)
+    return [mean, min(mean, max(mean - half, least)), max(mean, min(mean + half, most))]
+
+
+def mean_and_error(values, topics=None):
+    """Mean of values (seeds, prompts), its standard error and degrees of freedom, seeds and prompts
+    both being drawn at random: the seeds have the same prompts, and each its own policies.
+
+    The mean square of seeds, plus that of prompts, less the residual's, which is in both; the
+    larger of the two where that is less. Freedom by Satterthwaite; 0 of a single number. topics: of
+    each prompt; prompts on one topic are one draw. A single seed: over prompts.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    mean = values.mean()
+    if topics is not None:  # (seeds, topics): each as large as its prompts make it
+        names, which = np.unique(topics, return_inverse=True)
+        shares = (which[:, None] == np.arange(len(names))) * (len(names) / len(which))
+        values = mean + (values - mean) @ shares
+    by_seed, by_prompt = values.mean(1, keepdims=True) - mean, values.mean(0) - mean
+    seeds, prompts = (max(n - 1, 1) for n in values.shape)  # their degrees of freedom
+    of_seeds = values.shape[1] * (by_seed**2).sum() / seeds  # mean squares
+    of_prompts = values.shape[0] * (by_prompt**2).sum() / prompts
+    rest = ((values - mean - by_seed - by_prompt) ** 2).sum() / (seeds * prompts)
+    total, freedom = max((of_seeds, seeds), (of_prompts, prompts))
+    both = of_seeds + of_prompts - rest
+    if both > total:
+        parts = of_seeds**2 / seeds + of_prompts**2 / prompts + rest**2 / (seeds * prompts)
+        total, freedom = both, max(both**2 / parts, min(seeds, prompts))
+    return float(mean), math.sqrt(total / values.size), freedom if values.size > 1 else 0
+
+
+def within(values, tasks):
+    """Values (seeds, prompts) whose tasks all have the mean of all: for errors of a mean over tasks
+    that have as many prompts as they have, and are not drawn."""
+    level = np.zeros(values.shape[1])
+    for of in tasks.values():
+        level[of] = values[:, of].mean()
+    return values - level + values.mean()
+
+
+def over_both(values, topics=None):
+    """[mean, low, high], 95%, over seeds and prompts, or topics: see `mean_and_error`."""
+    mean, error, freedom = mean_and_error(values, topics)
+    half = student(freedom) * error
+    return [mean, mean - half, mean + half] if freedom else [mean, None, None]
+
+
+def verdict(interval):
+    """What the interval of a difference in gold says: equivalent, where all of it is within MARGIN;
+    different, where 0 is outside; undecided."""
+    _, low, high = interval
+    if low is None:
+        return "undecided"
+    if max(-low, high) < MARGIN:
+        return "equivalent"
+    return "different" if low > 0 or high < 0 else "undecided"
 
 
 def columns_of(groups, names):
@@ -407,7 +537,7 @@ def columns_of(groups, names):
         table[label], over[label] = {}, {}
         for name in (n for n in names if all(n in found for found in seeds)):
             values = [number(found[name]) for found in seeds]
-            table[label][name] = over_seeds(values)
+            table[label][name] = over_seeds(values, name)
             if all(name in found for found in first):
                 beside = [number(found[name]) for found in first]
                 over[label][name] = over_seeds(np.subtract(values, beside))
@@ -419,7 +549,7 @@ def along(seeds, columns):
     {"step", column: number}."""
     by_step = [{line["step"]: line for line in lines} for lines in seeds]
     steps = sorted(set.intersection(*map(set, by_step)))
-    found = {c: [over_seeds([lines[s][c] for lines in by_step]) for s in steps] for c in columns}
+    found = {c: [over_seeds([lines[s][c] for lines in by_step], c) for s in steps] for c in columns}
     return found | {"steps": steps, "seeds": seeds}
 
 
@@ -480,27 +610,59 @@ def write(lab, name, result, lines):
     print("\n".join(["", *lines, f"{path}.md, {path}.json"]), flush=True)
 
 
-def by_seed(lab, name, rows, digits=2):
+OVER_SEEDS = "Brackets: 95% over the seeds, which share the data and the prompts."
+WORDS = f"equivalent: all of it within {MARGIN} points; different: 0 is outside; else undecided."
+OVER_BOTH = f"""Brackets: 95%, seeds and each task's prompts both drawn at random; the seeds share
+the data and the prompts. By topic, and in all prompts, those on one topic are one draw. {WORDS}"""
+
+
+def gains(lab, name, pairs, by="task", split="test"):
+    """A table of differences in gold {label: (seeds, prompts)}, paired by prompt and seed, over all
+    prompts and by a field of theirs, with the word of each."""
+    cells, result = [["gold"]], {}
+    for label, values in pairs.items():
+        lines = read_lines(PROMPTS.format(split))[: values.shape[1]]
+        topics, tasks = topics_of(lines), tasks_of(lines, by)
+        found = {f"all {len(lines)} prompts": over_both(within(values, tasks), topics)}
+        for task, of in tasks.items():
+            count = len({topics[n] for n in of})
+            found[f"{task}: {len(of)} prompts"] = over_both(values[:, of])
+            if count < len(of):
+                some = over_both(values[:, of], [topics[n] for n in of])
+                found[f"{task}: {count} topics"] = some
+        texts = [f"{interval_text(x)} {verdict(x)}" for x in found.values()]
+        cells[0], result[label] = ["gold", *found], found
+        cells.append([label, *texts])
+    write(lab, name, result, [*markdown(cells), "", OVER_BOTH])
+
+
+def by_seed(lab, name, rows, digits=2, differences=()):
     """A table of quantities {label: [number or [mean, low, high], a seed]}, and their means over
-    the seeds."""
+    the seeds, with a word where they are differences in gold."""
     cells = [["", *(f"seed {seed}" for seed in lab.seeds), "over seeds"]]
     for label, values in rows.items():
-        cells.append([label, *(interval_text(x, digits) for x in [*values, over_seeds(values)])])
-    write(lab, name, {"seeds": lab.seeds, "rows": rows}, markdown(cells))
+        every = [*values, over_seeds(values, label)]
+        cells.append([label, *(interval_text(x, digits) for x in every)])
+        if label in differences:
+            cells[-1][-1] += f" {verdict(over_seeds(values))}"
+    notes = ["Of a seed they are over prompts.", *([WORDS] if differences else [])]
+    result = {"seeds": lab.seeds, "rows": rows}
+    write(lab, name, result, [*markdown(cells), "", OVER_SEEDS, *notes])
 
 
 def rows(lab, name, groups, columns, title, differences=True):
-    """A table of groups {label: [{column: number}, a seed]}, with what each has over the first; and
-    its figure, a panel a column."""
+    """A table of groups {label: [{column: number}, a seed]}, with what each has over the first, but
+    for gold, of which prompts tell more: `gains`; and its figure, a panel a column."""
     table, over = columns_of(groups, columns)
+    others = [column for column in columns if differences and not column.endswith(IN_POINTS)]
     heads, first = [title_of(column) for column in columns], next(iter(groups))
-    cells = [["", *heads, *(f"{head}, over {first}" for head in heads if differences)]]
+    cells = [["", *heads, *(f"{title_of(column)}, over {first}" for column in others)]]
     for label in groups:
-        found = [t[label].get(column) for t in (table, over) for column in columns]
-        found = found if differences else found[: len(columns)]
+        found = [table[label].get(column) for column in columns]
+        found += [over[label].get(column) for column in others]
         cells.append([label, *(interval_text(value, 3) for value in found)])
     result = {"columns": table, "over_first": over, "seeds": groups}
-    write(lab, name, result, markdown(cells))
+    write(lab, name, result, [*markdown(cells), "", OVER_SEEDS])
     draw_rows(lab, name, groups, columns, title)
 
 
@@ -515,15 +677,16 @@ def points(lab, name, groups, x, y, title, x_label=""):
     cells = [["", *map(title_of, columns)]]
     for label, found in table.items():
         cells.append([label, *(interval_text(found[column], 3) for column in columns)])
-    write(lab, name, {"columns": table, "seeds": groups}, markdown(cells))
+    result = {"columns": table, "seeds": groups}
+    write(lab, name, result, [*markdown(cells), "", OVER_SEEDS])
     draw_points(lab, name, table, x, y, title, x_label)
 
 
-def curves(lab, name, groups, x, y, title, fit="", y_labels=()):
+def curves(lab, name, groups, x, y, title, fit="", y_labels=(), over=""):
     """A table of groups {label: [[{"step", column: number}, an evaluation], a seed]}, and a figure:
     a line a group, a panel for each of y, against x. `fit`: that of y to which Gao's laws are
-    fitted."""
-    result, cells, laws = {}, [[""]], []
+    fitted; `over`: the group whose last gold the others' is compared with."""
+    result, cells, notes = {}, [[""]], [OVER_SEEDS]
     for column in y:
         extreme = "lowest" if column in LESS_IS_BETTER else "highest"
         cells[0] += [f"{column} at first", f"{extreme} mean {column}, at {x}", f"{column} at last"]
@@ -539,9 +702,24 @@ def curves(lab, name, groups, x, y, title, fit="", y_labels=()):
             cells[-1] += [ends[0], where, ends[1]]
         cells[-1] += [interval_text(found[x][-1])] if x != "step" else []
         if fit:
-            laws.append(f"{label}: {fit_law(found, seeds, fit)}")
-    write(lab, name, result, [*markdown(cells), "", *laws] if fit else markdown(cells))
+            notes += ["", f"{label}: {fit_law(found, seeds, fit)}"]
+    for label in [label for label in groups if over and label != over]:
+        gap = over_seeds(np.subtract(*(last_gold(result[x]) for x in (label, over))))
+        text = f"{label}, gold at last over {over}: {interval_text(gap)} {verdict(gap)}"
+        notes += ["", text]
+    notes += ["", WORDS] if over else []
+    write(lab, name, result, [*markdown(cells), "", *notes])
     draw_curves(lab, name, result, x, y, title, fit, y_labels)
+
+
+def last_gold(found):
+    """Gold of each seed at the last step that all have."""
+    return [
+        number(line["gold"])
+        for lines in found["seeds"]
+        for line in lines
+        if line["step"] == found["steps"][-1]
+    ]
 
 
 def fit_law(found, seeds, column):
@@ -561,6 +739,7 @@ def fit_law(found, seeds, column):
 
 MARKERS, DASHES = "osD^vP*X<>", ("-", "--", "-.", ":")  # told apart in greyscale too
 LESS_IS_BETTER = ("nll", "kl")
+IN_POINTS = ("gold", "_over")
 TITLES = {
     "step": "iteration",
     "kl": "KL to SFT (nats a sequence)",
@@ -596,6 +775,12 @@ def title_of(column):
 def half_of(value):
     """Half the width of an interval, 0 where there is none."""
     return 0.0 if value[2] is None else value[2] - value[0]
+
+
+def sides_of(values):
+    """How far intervals [mean, low, high] reach down, and up, (2, N); 0 where there are none."""
+    middle, *limits = np.array(values, dtype=np.float64).T  # None becomes NaN
+    return np.nan_to_num([middle - limits[0], limits[1] - middle])
 
 
 def pyplot():
@@ -645,7 +830,7 @@ def draw_rows(lab, name, groups, columns, title):
         known = [label for label in groups if column in table[label]]
         for label in known:
             value, y = table[label][column], heights[label]
-            panel.errorbar(value[0], y, xerr=half_of(value), fmt="ko", capsize=3, markersize=4)
+            panel.errorbar(value[0], y, xerr=sides_of([value]), fmt="ko", capsize=3, markersize=4)
             seeds = [number(found[column]) for found in groups[label]]
             panel.plot(seeds, [y] * len(seeds), "|", color="C0", markersize=9)
         if known and known[0] == next(iter(groups)):
@@ -673,7 +858,7 @@ def draw_points(lab, name, table, x, y, title, x_label):
             labels = [label for label in table if label.partition(":")[0] == method]
             labels.sort(key=lambda label: table[label][x][0])  # the order of their line
             middle = [[table[label][c][0] for label in labels] for c in (x, column)]
-            bars = [[half_of(table[label][c]) for label in labels] for c in (x, column)]
+            bars = [sides_of([table[label][c] for label in labels]) for c in (x, column)]
             look = {"color": f"C{n}", "linestyle": DASHES[n % 4], "marker": MARKERS[n % 10]}
             panel.errorbar(*middle, bars[1], bars[0], capsize=3, label=method, **look)
             place = {"xytext": (4, 5 - 14 * (n % 2)), "textcoords": "offset points"}
@@ -719,7 +904,7 @@ def draw_seeds(panel, found, middle, x, column, colour):
         panel.plot(*zip(*pairs, strict=True), color=colour, linewidth=0.7, alpha=0.4)
     low, high = ([value[side] for value in found[column]] for side in (1, 2))
     if x == "sqrt_kl":  # which may fall again: a band would fold over itself
-        last = half_of(found[column][-1])
+        last = sides_of(found[column][-1:])
         panel.errorbar(middle[0][-1:], middle[1][-1:], last, color=colour, capsize=3)
     else:
         panel.fill_between(middle[0], low, high, color=colour, alpha=0.12)

@@ -10,9 +10,10 @@ second figure is that of a response by the policy's own probabilities.
     python experiments/diversity.py [--quick] [--seeds 0,1,2] [--jobs N] [--out FOLDER]
 """
 
-from common import against, chosen, dpo_at, experiment, held, policies, rows
+from common import BEST, DPO_BETA, against, chosen, dpo_at, experiment, held, policies, rows
 
-METHODS = {"SFT": "sft", "SFT on chosen": "chosen", "PPO": "held-12000", "DPO": "dpo-0.3"}
+METHODS = {"SFT": "sft", "SFT on chosen": "chosen", "PPO": f"held-{BEST}"}
+METHODS |= {"DPO": f"dpo-{DPO_BETA}"}
 BEST_OF = "E/sft-*@best_of=4:E/reward-12000-*"
 
 
@@ -20,7 +21,7 @@ def runs(seed):
     names = [f"E/{name}-{seed}" for name in list(METHODS.values())[1:]]
     names.append(BEST_OF.replace("*", str(seed)))
     flags = "--num_prompts 500 --num_samples 4 --best_of_samples 4 --bootstrap 200"
-    found = chosen(seed) | held(seed) | dpo_at(seed, 0.3)
+    found = chosen(seed) | held(seed) | dpo_at(seed, DPO_BETA)
     return found | {f"diversity-{seed}": against(seed, names, flags)}
 
 

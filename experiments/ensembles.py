@@ -38,7 +38,8 @@ def results(lab):
     names = {"one reward model": "single", "mean of four": "mean", "least of four": "min"}
     groups = {label: evaluations(lab, f"E/{name}-*") for label, name in names.items()}
     title = "No KL penalty, a quarter of the labels turned round"
-    curves(lab, "ensembles", groups, "sqrt_kl", ["proxy", "gold"], title)
+    how = {"y": ["proxy", "gold"], "over": "one reward model"}
+    curves(lab, "ensembles", groups, "sqrt_kl", title=title, **how)
     curves(lab, "ensembles_steps", groups, "step", ["proxy", "gold", "kl"], title)
 
 

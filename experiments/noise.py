@@ -4,12 +4,13 @@ Claim: with a share of labels turned round, robust DPO keeps more of the reward 
 conservative DPO (Chowdhury et al. 2024, arXiv:2403.00409).
 
 What to look for: gold with a quarter of the labels turned round, under the three losses, and beside
-it the same with labels as they are. KL says how far each has gone at the same beta.
+it the same with labels as they are; what each has over DPO. KL says how far each has gone at the
+same beta.
 
     python experiments/noise.py [--quick] [--seeds 0,1,2] [--jobs N] [--out FOLDER]
 """
 
-from common import GOLD, LATER, against, experiment, policies, rankings, rows
+from common import GOLD, LATER, against, experiment, gains, golds, policies, rankings, rows
 
 LOSSES = {
     "DPO, labels as they are": ("unflipped", ""),
@@ -34,14 +35,17 @@ def runs(seed):
 
 
 def results(lab):
-    groups = {}
+    groups, gold = {}, {}
     for label, (name, _) in LOSSES.items():
+        gold[label] = golds(lab, "E/noise-*", f"E/noise-{name}-*")
         groups[label] = policies(lab, "E/noise-*", f"E/noise-{name}-*")
         greedy = policies(lab, "E/noise-*", f"E/noise-{name}-*@temperature=0")
         for found, other in zip(groups[label], greedy, strict=True):
             found["greedy_gold"] = other["gold"]
     columns = ["gold", "wins", "kl", "greedy_gold"]
     rows(lab, "noise", groups, columns, "A quarter of the labels turned round")
+    others = [label for label in LOSSES if label != "DPO"]
+    gains(lab, "noise_gains", {f"{label}, over DPO": gold[label] - gold["DPO"] for label in others})
 
 
 if __name__ == "__main__":

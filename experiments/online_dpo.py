@@ -4,17 +4,21 @@ Claim: at as many judged pairs, online DPO does better than offline (Guo et al. 
 arXiv:2402.04792; Dong et al. 2024, RLHF Workflow, arXiv:2405.07863).
 
 What to look for: wins and gold of the online run beside the offline one's, at about the same number
-of pairs, judged by the same simulated annotator, and KL, what they were bought with.
+of pairs, judged by the same simulated annotator, and KL, what they were bought with; what online
+has over offline, paired by prompt and seed.
 
     python experiments/online_dpo.py [--quick] [--seeds 0,1,2] [--jobs N] [--out FOLDER]
 """
 
-from common import GOLD, LATER, against, by_seed, experiment, feedback, policies, reports, rows
+from common import (
+    GOLD, LATER, against, by_seed, experiment, feedback, gains, golds, policies, reports, rows,
+)  # fmt: skip
 
 # Two responses to each of 5,120 prompts; one annotator, who agrees with gold in 75% of pairs: in
 # online rounds that is noise of 1.91 gold points.
 ANNOTATOR = "--num_responses 2 --annotators 1 --noise_spread 0 --bias 0 --overlap 0"
 NAMES = {"SFT": "sft", "offline": "offline", "online": "online"}
+EVALUATION = "E/online-evaluation-*"
 
 
 def runs(seed):
@@ -34,8 +38,8 @@ def runs(seed):
 def results(lab):
     groups, table = {}, {}
     for label, name in NAMES.items():
-        groups[label] = policies(lab, "E/online-evaluation-*", f"E/{name}-*")
-        greedy = policies(lab, "E/online-evaluation-*", f"E/{name}-*@temperature=0")
+        groups[label] = policies(lab, EVALUATION, f"E/{name}-*")
+        greedy = policies(lab, EVALUATION, f"E/{name}-*@temperature=0")
         for found, other in zip(groups[label], greedy, strict=True):
             found |= {"greedy_gold": other["gold"], "greedy_wins": other["wins"]}
     columns = ["gold", "wins", "greedy_gold", "greedy_wins", "kl"]
@@ -46,6 +50,11 @@ def results(lab):
             table[f"{label}: {column}"] = [found[column] for found in groups[label]]
     by_seed(lab, "online_dpo_seeds", table)
     rows(lab, "online_dpo", groups, columns, "DPO offline and online, at as many judged pairs")
+    pairs = {}
+    for label, how in {"sampled": "", "greedy": "@temperature=0"}.items():
+        online, offline = (golds(lab, EVALUATION, f"E/{x}-*{how}") for x in ("online", "offline"))
+        pairs[f"online over offline, {label}"] = online - offline
+    gains(lab, "online_dpo_gains", pairs)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ a policy better than demonstrations do (Stiennon et al. 2020, arXiv:2009.01325; 
 arXiv:2203.02155; Rafailov et al. 2023, arXiv:2305.18290).
 
 What to look for: bars of gold, 5 at best, on the 1,000 test prompts, of sampled and of greedy
-responses, with intervals over seeds; dots are the seeds. The table has wins against SFT, KL, and
-gold by task beside them: a task may get worse where the mean rises.
+responses, with intervals over seeds; dots are the seeds. The tables have wins against SFT, KL, and
+gold by task beside them, as a task may get worse where the mean rises; and what one policy has over
+another, paired by prompt and seed, requests also by topic: the 148 benign ones are on 18.
 
     python experiments/pipeline.py [--quick] [--seeds 0,1,2] [--jobs N] [--out FOLDER]
 """
 
 from common import (
-    GOLD, by_seed, experiment, feedback, half_of, judging, number, over_seeds, policies, pyplot,
-    reports, rows, save, start,
+    GOLD, by_seed, experiment, feedback, gains, golds, half_of, judging, number, over_seeds,
+    policies, prices, pyplot, reports, rows, save, start,
 )  # fmt: skip
 
 GREEDY = "@temperature=0"
@@ -26,6 +27,8 @@ POLICIES = {
     "DPO": "E/dpo-*",
     "DPO, greedy": f"E/dpo-*{GREEDY}",
 }
+OVER = {"best of 4": "SFT", "PPO": "SFT", "DPO": "SFT"}
+OVER |= {f"{x}, greedy": "SFT, greedy" for x in ("PPO", "DPO")}
 TASKS = "summary", "benign", "harmful"
 
 
@@ -54,11 +57,15 @@ def results(lab):
             label = f"reward model agrees with {judge}: {task.strip('_') or 'all'}"
             seeds[label] = [report[f"{judge}_{task}accuracy"] for report in rewards]
     seeds["reward model: calibration error"] = [report["ece"] for report in rewards]
+    seeds["PPO: price of KL, raw score"] = prices(lab, "E/ppo-*")
     columns += ["harmful_complied", *(f"{task}_over" for task in TASKS)]
     for label, some in groups.items():
         known = [column for column in columns if all(column in found for found in some)]
         seeds |= {f"{label}: {column}": [found[column] for found in some] for column in known}
     by_seed(lab, "pipeline", seeds, 3)
+    gold = {label: golds(lab, "E/pipeline-*", name) for label, name in POLICIES.items()}
+    pairs = [*OVER.items(), ("DPO", "PPO"), ("DPO, greedy", "PPO, greedy")]
+    gains(lab, "pipeline_gains", {f"{a} over {b}": gold[a] - gold[b] for a, b in pairs})
     plt = pyplot()
     if plt:
         draw(lab, plt, groups)

@@ -1,19 +1,21 @@
 """AI feedback in the place of people's.
 
 Claims: a judge is right more often when it gives reasons first and is asked in both orders; RLAIF
-does as well as RLHF (Lee et al. 2023, arXiv:2309.00267); critiques and revisions by principles make
-a helpful-only policy harmless, at little cost in help (Bai et al. 2022, arXiv:2212.08073).
+does as well as RLHF; direct RLAIF, by a judge's ratings, does better than a reward model distilled
+from its preferences (all Lee et al. 2023, arXiv:2309.00267); critiques and revisions by principles
+make a helpful-only policy harmless, at little cost in help (Bai et al. 2022, arXiv:2212.08073).
 
 What to look for: agreement of the judge with gold, by how it is asked; the harmless rate, which
 rises with each revision; wins by the judge's labels beside those by people's, and what they cost:
-KL, and gold of benign requests over SFT's, which a win rate hides.
+KL, and gold of benign requests over SFT's, which a win rate hides. The last table has each claim's
+difference in gold, and its word.
 
     python experiments/rlaif.py [--quick] [--seeds 0,1,2] [--jobs N] [--out FOLDER]
 """
 
 from common import (
-    GOLD, LATER, against, by_seed, dpo_at, experiment, held, judging, policies, reports,
-    rows, start,
+    BEST, DPO_BETA, GOLD, LATER, against, by_seed, dpo_at, experiment, gains, golds, held, judging,
+    policies, prices, reports, rows, start,
 )  # fmt: skip
 
 # Small GPTs play the models that one would take off the shelf, each with demonstrations of its own.
@@ -21,17 +23,19 @@ TAUGHT = "sft.py --n_positions 384 --prompt_loss_weight 0.3 --batch_size 6 --lr 
 TAUGHT += " --num_prompts 100 --max_new_tokens 128"
 POLICIES = {
     "SFT": "sft",
-    "PPO, people's labels": "held-12000",
+    "PPO, people's labels": f"held-{BEST}",
     "PPO, the judge's labels": "ppo-ai",
-    "DPO, people's labels": "dpo-0.3",
+    "DPO, people's labels": f"dpo-{DPO_BETA}",
     "DPO, the judge's labels": "dpo-ai",
     "direct, the rater": "direct",
     "SFT on revisions": "cai",
 }
+CLAIMS = [(f"{how}, the judge's labels", f"{how}, people's labels") for how in ("PPO", "DPO")]
+CLAIMS += [("direct, the rater", "PPO, the judge's labels"), ("SFT on revisions", "SFT")]
 
 
 def runs(seed):
-    found, sft = held(seed) | dpo_at(seed, 0.3), f"--init E/sft-{seed} {GOLD} --seed {seed}"
+    found, sft = held(seed) | dpo_at(seed, DPO_BETA), f"--init E/sft-{seed} {GOLD} --seed {seed}"
     for who in ("judge", "rater", "critic"):
         data = f"--data data/toy/{who}.jsonl --validation data/toy/{who}_validation.jsonl"
         prompts = f"--prompts data/toy/{who}_validation.jsonl"
@@ -80,8 +84,12 @@ def results(lab):
     columns.append("harmful_harmless")
     for label, some in groups.items():
         table |= {f"{label}: {column}": [f[column] for f in some] for column in columns}
+        if price := prices(lab, f"E/{POLICIES[label]}-*"):
+            table[f"{label}: price of KL"] = price
     by_seed(lab, "rlaif_seeds", table, 3)
     rows(lab, "rlaif", groups, columns, "AI feedback beside people's", differences=False)
+    gold = {x: golds(lab, "E/ai-evaluation-*", f"E/{name}-*") for x, name in POLICIES.items()}
+    gains(lab, "rlaif_gains", {f"{a}; over {b}": gold[a] - gold[b] for a, b in CLAIMS})
 
 
 if __name__ == "__main__":

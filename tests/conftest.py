@@ -23,6 +23,8 @@ import feedback  # noqa: E402
 import run  # noqa: E402
 from model import GPT, GPTConfig, load_model, load_tokenizer, save_model  # noqa: E402
 
+torch.set_num_threads(1)  # as the ranks have, whose weights are held to this process's
+
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory):
@@ -350,8 +352,9 @@ class Hand:
         return self.tokenizer.encode_ordinary(text)
 
     def score(self, ids):
-        """The reward, normalised, of all of ids."""
-        return (self.reward_model(torch.tensor([ids]))[0, -1] - 0.1) / 1.2
+        """The reward, normalised, of all of ids; to learn from its preferences, raw."""
+        raw = self.reward_model(torch.tensor([ids]))[0, -1]
+        return raw if self.c.shaping == "par" else (raw - 0.1) / 1.2
 
     def value(self, ids):
         """The value network's, on its own scale, of the state after ids."""
@@ -396,7 +399,7 @@ class Hand:
                     score = score.clamp(-c.score_clip, c.score_clip)
                 both = list(zip(episode["old"], episode["ref"], strict=True))
                 episode["score"], episode["kl"] = score, sum(old - ref for old, ref in both).item()
-                episode["rewards"] = [-beta * self.kl(*pair) for pair in both]
+                episode["rewards"] = [-beta * (old - ref) for old, ref in both]
             found.append(episode)
         if c.shaping == "whiten":
             scores = [episode["score"] for episode in found]

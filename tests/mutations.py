@@ -47,6 +47,30 @@ MUTATIONS = {
     ],
     "run": [
         (
+            "inputs compared by their names",
+            "run.py",
+            "return held.get(value, value) if isinstance(value, str) else value",
+            "return value",
+        ),
+        (
+            "a folder is emptied of what it was linked to",
+            "run.py",
+            "if path.is_dir() and not path.is_symlink():",
+            "if path.is_dir():",
+        ),
+        (
+            "a refusal takes a folder along in which something is",
+            "run.py",
+            'if all(path.name in ("args.json", *sources()) for path in files):',
+            "if files:",
+        ),
+        (
+            "NaN in JSON",
+            "model.py",
+            "return None if isinstance(contents, float) and not math.isfinite(contents) else contents",
+            "return contents",
+        ),
+        (
             "NaN goes on",
             "run.py",
             "if not math.isfinite(norm) and self.scaler.get_scale() <= 1:",
@@ -154,8 +178,8 @@ MUTATIONS = {
         (
             "the safe reward's normalised score",
             "feedback.py",
-            'self.raw = cfg.combine == "llama2"',
-            "self.raw = False",
+            'raw = cfg.combine == "llama2" or',
+            "raw =",
         ),
         (
             "scores whitened by each rank alone",
@@ -164,9 +188,45 @@ MUTATIONS = {
             "whiten(scores, counted)",
         ),
         (
+            "k3 that loses its digits near 0",
+            "feedback.py",
+            "return log_ratio.expm1() - log_ratio",
+            "return log_ratio.exp() - 1 - log_ratio",
+        ),
+        (
+            "k2 not halved",
+            "feedback.py",
+            "return log_ratio**2 / 2",
+            "return log_ratio**2",
+        ),
+        (
+            "PAR of normalised scores",
+            "feedback.py",
+            'raw = cfg.combine == "llama2" or cfg.shaping == "par"',
+            'raw = cfg.combine == "llama2"',
+        ),
+        (
+            "the proxy of what did not end",
+            "feedback.py",
+            's if s["parts"]["eos"] else s | {"parts"',
+            's if s["parts"] else s | {"parts"',
+        ),
+        (
+            "spread between prompts taken for that within",
+            "feedback.py",
+            '"_between": between, "_within": all_of_it - between',
+            '"_between": all_of_it - between, "_within": between',
+        ),
+        (
+            "a spelled-out end learnt as letters",
+            "feedback.py",
+            'texts = record["prompt"], bare(record["response"])',
+            'texts = record["prompt"], record["response"]',
+        ),
+        (
             "k3 of the swapped laws",
             "feedback.py",
-            "return log_ratio.exp() - 1 - log_ratio",
+            "return log_ratio.expm1() - log_ratio",
             "return (-log_ratio).exp() - 1 + log_ratio",
         ),
         (
@@ -184,8 +244,8 @@ MUTATIONS = {
         (
             "scores not normalised",
             "feedback.py",
-            "return normalised(torch.cat(raw), self.statistics)",
-            "return torch.cat(raw)",
+            "return normalised(raw, self.statistics)",
+            "return raw",
         ),
         (
             "what ended is punished",
@@ -246,17 +306,23 @@ MUTATIONS = {
     ],
     "reward": [
         (
+            "a soft label's margin for the chosen side alone",
+            "reward.py",
+            "(1 - label) * utility(-difference - margin)",
+            "(1 - label) * utility(-difference + margin)",
+        ),
+        (
             "margins added",
             "reward.py",
-            "difference = chosen_scores - rejected_scores - margin",
-            "difference = chosen_scores - rejected_scores + margin",
+            "return -utility(difference - margin)",
+            "return -utility(difference + margin)",
         ),
         ("a mean over all pairs places", "reward.py", "/ keep.sum(1)", "/ keep.shape[1]"),
         (
             "soft labels the wrong way",
             "reward.py",
-            "(label * utility(difference) + (1 - label)",
-            "((1 - label) * utility(difference) + label",
+            "(label * utility(difference - margin) + (1 - label)",
+            "((1 - label) * utility(difference - margin) + label",
         ),
         (
             "a rank without lines counts one",
@@ -421,8 +487,8 @@ MUTATIONS = {
         (
             "old log-probabilities follow the updates",
             "ppo.py",
-            "losses = policy_loss(new_logprobs, old.logprobs, old.advantages, cfg.clip)",
-            "losses = policy_loss(new_logprobs, new_logprobs.detach(), old.advantages, cfg.clip)",
+            "losses = surrogate(new_logprobs, old.logprobs, old.advantages, size)",
+            "losses = surrogate(new_logprobs, new_logprobs.detach(), old.advantages, size)",
         ),
         (
             "a pad's value is bootstrapped from",
@@ -486,9 +552,9 @@ MUTATIONS = {
         ),
         (
             "the other estimator in rewards",
-            "ppo.py",
-            "token_rewards(scores, logprobs, ref_logprobs, mask, paid, cfg.kl_estimator)",
-            "token_rewards(scores, logprobs, ref_logprobs, mask, paid)",
+            "feedback.py",
+            "kl_estimate(logprobs, ref_logprobs) * mask",
+            'kl_estimate(logprobs, ref_logprobs, "k3") * mask',
         ),
         (
             "rewards whitened with their mean",
@@ -837,8 +903,8 @@ MUTATIONS = {
         (
             "the clamp forgotten",
             "rlaif.py",
-            "p = min(max(p, bounds[0]), bounds[1])",
-            "p = min(max(p, 0.0), bounds[1])",
+            "p = min(max(answer[0], bounds[0]), bounds[1])",
+            "p = min(max(answer[0], 0.0), bounds[1])",
         ),
         (
             "labels below one half",
@@ -861,32 +927,52 @@ MUTATIONS = {
         (
             "sampled blocks asked in parts",
             "rlaif.py",
-            "        return [key for block in blocks if not lacking.isdisjoint(block) for key in block]\n",
-            "        return missing\n",
+            "            append_line(self.memory, kept)\n",
+            "            for key in kept:\n                append_line(self.memory, {key: kept[key]})\n",
         ),
         (
             "answers are forgotten",
             "rlaif.py",
-            'file.write("".join(json.dumps(record) + "\\n" for record in records))',
+            "append_line(self.memory, kept)",
             "pass",
         ),
         (
             "a torn line takes the next with it",
             "rlaif.py",
-            "            if self.torn:\n",
-            "            if False:\n",
+            "        if whole < len(data):",
+            "        if False:",
         ),
         (
             "absent answers are impossible",
             "rlaif.py",
-            "result.append(same[0] if same else floor)",
-            "result.append(same[0] if same else -100.0)",
+            "if some else least for some in found]",
+            "if some else -100.0 for some in found]",
         ),
         (
             "a server's error is an answer",
             "rlaif.py",
-            "if error.code != 429 and error.code < 500:",
-            "if error.code < 500:",
+            "passing = reply.status in (408, 429) or reply.status >= 500",
+            "passing = reply.status >= 500",
+        ),
+        ("marks unread", "rlaif.py", "token.strip(MARKS) in some", "token.strip() in some"),
+        ("one spelling of several", "rlaif.py", "np.logaddexp.reduce(some)", "some[0]"),
+        (
+            "what is unanswered is labelled by lot",
+            "rlaif.py",
+            "            return []\n",
+            "            return [-1.0] * len(answers)\n",
+        ),
+        (
+            "hard labels by lot",
+            "rlaif.py",
+            "if cfg.hard and abs(p - 0.5) < 1e-6:",
+            "if False:",
+        ),
+        (
+            "most of it unanswered is fine",
+            "rlaif.py",
+            "if 2 * found.count(None) > len(pairs):",
+            "if False:",
         ),
         (
             "revisions of the first response",
@@ -1159,9 +1245,10 @@ MUTATIONS = {
         (
             "differences that are not paired",
             "evaluate.py",
-            "over = interval(values - means[first], cfg)",
-            "over = interval(values - np.mean(means[first]), cfg)",
+            "gaps = values - means.get(first, np.nan)",
+            "gaps = values - np.mean(means.get(first, np.nan))",
         ),
+        ("what did not end as it scores", "evaluate.py", "np.where(e, grid, least)", "grid"),
     ],
     "experiments": [
         (
@@ -1179,8 +1266,8 @@ MUTATIONS = {
         (
             "intervals of a normal distribution",
             "experiments/common.py",
-            "t = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom",
-            "t = 1.96",
+            "return float(np.interp(freedom, range(1, len(STUDENT) + 1), STUDENT))",
+            "return 1.96",
         ),
         (
             "seeds set against each other in another order",

@@ -97,7 +97,7 @@ def test_samples_of_two_policies(sampling, policy_run, tokenizer, capsys):
     ranked = read_lines(folder / "one/rankings.jsonl")
     assert {line["prompt"] for line in ranked} == {line["prompt"] for line in found}
     args = json.loads((folder / "one/args.json").read_text())
-    assert any("model.safetensors" in name for name in args["settings"])
+    assert any("model.safetensors" in name for name in args["inputs"][str(policy_run)])
 
 
 def test_sampling_is_the_same_on_two_ranks(sampling, tmp_path):
@@ -532,7 +532,8 @@ def test_elo_of_responses(tmp_path, monkeypatch, capsys):
         (["--agreement", "0.99", "--bias", "9", "--annotators", "1"], "annotators without noise"),
         (["--gold", ""], "expected --gold"),
         (["--samples", "", "--policy", "nowhere"], "nowhere: not a model directory"),
-        (["--samples", "", "--policy", "x@best=3"], "expected RUN or RUN@temperature=T"),
+        (["--samples", "", "--policy", "x@temperature=hot"], "expected RUN or RUN@temperature=T"),
+        (["--samples", "", "--policy", "x@best=3"], "x@best=3: not a model directory"),
         (["--samples", "", "--policy", ""], "--policy: expected"),
         (["--samples", "", "--max_new_tokens", "96"], "run has only 96 positions"),
     ],

@@ -16,7 +16,7 @@ import bleu
 import convert
 import pytest
 import toy
-from conftest import ROOT
+from conftest import ROOT, write_jsonl
 
 import rlaif
 
@@ -260,7 +260,7 @@ def test_hh(tmp_path, capsys):
     assert lines == [{"prompt": start, "chosen": " Good bye.", "rejected": " No."}]
     printed = capsys.readouterr().out
     assert "read 6, wrote 1" in printed and "dropped 5" in printed
-    for reason in ("are equal", "an empty response", "differ before", "no assistant turn"):
+    for reason in ("are equal", "chosen: is empty", "differ before", "no assistant turn"):
         assert any(reason in line and "dropped 1: " in line for line in printed.splitlines())
 
 
@@ -306,6 +306,7 @@ def test_alpaca(tmp_path, form):
             "response": 'Hi [brackets] {and} "quotes"',
         },
         {"prompt": "### Instruction:\nSeed.\n\n### Input:\nx\n\n### Response:\n", "response": "y"},
+        {"prompt": "### Instruction:\nSeed.\n\n### Response:\n", "response": "z"},
     ]
 
 
@@ -349,6 +350,178 @@ def test_chat(tmp_path):
     assert lines == [{"prompt": short["prompt"], "response": " Hello!"}]
 
 
+def made_of(tmp_path, name, *records):
+    """Lines that records become, and {reason: how many are dropped for it}."""
+    counts, dropped = collections.Counter(), collections.Counter()
+    source = write_jsonl(tmp_path / "source.jsonl", records)
+    return list(convert.lines_of(name, source, counts, dropped)), dict(dropped)
+
+
+SYSTEM, USER = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}
+YES, NO = ({"role": "assistant", "content": text} for text in ("Hello!", "Go away."))
+HI = "\n\nHuman: Hi\n\nAssistant:"
+KIND = "\n\nSystem: Be kind." + HI
+OLDER = {"history": [["When?", "Soon."]], "system": "Be kind."}
+LATER = "\n\nSystem: Be kind.\n\nHuman: When?\n\nAssistant: Soon." + HI
+
+
+@pytest.mark.parametrize(
+    "prompt, record",
+    [
+        # a key more, a space more, a text: the prompt's turn comes once
+        (HI, {"prompt": [USER | {"name": "jo"}], "chosen": [USER, YES], "rejected": [USER, NO]}),
+        (HI, {"prompt": [USER | {"content": "Hi "}], "messages": [USER, YES]}),
+        (HI, {"prompt": "Hi\n", "messages": [USER, YES]}),
+        (KIND, {"prompt": "Hi", "messages": [SYSTEM, YES]}),
+        (KIND, {"prompt": "Hi", "messages": [SYSTEM, USER, YES]}),
+        (KIND, {"prompt": [SYSTEM, USER], "messages": [USER, YES]}),
+        (HI + " Hello!" + HI, {"prompt": "Hi", "messages": [USER, YES, USER, NO]}),
+        (HI + " Hello!" + HI, {"prompt": [USER, YES], "messages": [USER, NO]}),
+        # what stands in fields of its own
+        (KIND, {"system": "Be kind. ", "messages": [USER, YES]}),
+        (KIND, {"system": "Be kind.", "prompt": [SYSTEM, USER], "messages": [USER, YES]}),
+        (KIND, {"system": "Be kind.", "messages": [{"role": "system", "content": ""}, USER, YES]}),
+        (HI, {"system": None, "history": [], "prompt": "", "messages": [USER, YES]}),
+        (LATER, OLDER | {"prompt": "Hi", "messages": [YES]}),
+        (LATER, OLDER | {"messages": [USER, YES]}),
+        # preferences beside a demonstration: nothing rejected is lost
+        (HI, {"messages": [USER, YES], "chosen": [USER, YES], "rejected": [USER, NO]}),
+    ],
+)
+def test_chat_says_each_turn_once(tmp_path, prompt, record):
+    lines, dropped = made_of(tmp_path, "chat", record)
+    assert [line["prompt"] for line in lines] == [prompt] and not dropped
+    assert ("rejected" in lines[0]) == ("rejected" in record)
+
+
+def test_system_and_history_in_other_formats(tmp_path):
+    start = "### System:\nBe kind.\n\n### Instruction:\nWhen?\n\n### Response:\nSoon.\n\n"
+    lines, _ = made_of(tmp_path, "alpaca", OLDER | {"instruction": "Hi", "output": "Hello!"})
+    assert lines[0]["prompt"] == start + "### Instruction:\nHi\n\n### Response:\n"
+    completions = [{"response": text, "overall_score": len(text)} for text in ("a", "bb")]
+    record = OLDER | {"instruction": "Hi", "completions": completions}
+    assert made_of(tmp_path, "ultrafeedback", record)[0][0]["prompt"] == LATER
+    record = OLDER | {"chosen": HI + " a", "rejected": HI + " b"}
+    assert made_of(tmp_path, "hh", record)[0][0]["prompt"] == LATER
+
+
+INFO = {"post": "A post.", "title": "T", "subreddit": "r"}
+
+
+@pytest.mark.parametrize(
+    "name, record, reason",
+    [
+        (
+            "hh",
+            {"chosen": HI + " a\n\nHuman: So?", "rejected": HI + " b"},
+            "a person's turn follows",
+        ),
+        ("hh", {"chosen": HI + " a", "rejected": HI + " b\n\nHuman:"}, "a person's turn follows"),
+        ("hh", {"chosen": HI + " a", "rejected": HI}, "rejected: is empty"),
+        (
+            "hh",
+            {"chosen": [USER, YES], "rejected": [USER, NO]},
+            "no chosen and rejected transcripts",
+        ),
+        ("tldr", INFO | {"summary": " "}, "response: is empty"),
+        ("tldr", INFO | {"text": "x"}, "no summary"),
+        ("tldr", INFO | {"summary": "s", "title": None}, "a post without its subreddit or title"),
+        ("tldr", OLDER | INFO | {"summary": "s"}, "a system text or a history, for which"),
+        ("alpaca", {"instruction": "x", "chosen": "a", "rejected": "b"}, "no output"),
+        ("alpaca", {"instruction": "x", "input": ["y"], "output": "z"}, "input: expected text"),
+        ("alpaca", {"instruction": "x", "instances": [], "output": ""}, "response: is empty"),
+        (
+            "alpaca",
+            {"instruction": "x", "history": ["y"], "output": "z"},
+            "history: expected pairs",
+        ),
+        ("chat", {"system": 3, "messages": [USER, YES]}, "system: expected text"),
+        ("chat", {"prompt": {}, "messages": [USER, YES]}, "prompt: expected text"),
+        ("chat", {"conversations": [USER, YES]}, "no messages, nor chosen and rejected ones"),
+        ("chat", {"messages": [USER, YES, USER]}, "messages: does not end in the assistant's turn"),
+        ("chat", {"messages": [YES]}, "messages: nothing comes before the answer"),
+        ("chat", {"messages": [USER, YES | {"content": ""}]}, "response: is empty"),
+        (
+            "chat",
+            {"messages": [USER, YES | {"content": [{"text": "x"}]}]},
+            "a turn that is not text",
+        ),
+        ("chat", {"messages": [USER, YES | {"tool_calls": [{}]}, YES]}, "a turn that is not text"),
+        ("chat", {"messages": [USER, NO | {"role": "tool"}, YES]}, "a turn whose role is none of"),
+        ("chat", {"messages": [USER, SYSTEM, YES]}, "a system text after other turns"),
+        ("chat", {"system": "Be brief.", "messages": [SYSTEM, USER, YES]}, "two system texts"),
+        ("chat", {"prompt": "Hey", "messages": [USER, YES]}, "prompt and messages don't fit"),
+        ("chat", {"prompt": [USER, YES], "messages": [NO]}, "prompt and messages don't fit"),
+        (
+            "chat",
+            {"chosen": [USER, YES], "rejected": "No."},
+            "rejected: expected a list of messages",
+        ),
+        ("chat", {"chosen": [USER, YES], "rejected": [USER, YES]}, "the two responses are equal"),
+        ("best", {"prompt": "x"}, "no ranking or comparison"),
+        ("best", {"responses": ["a", "b"]}, "prompt: is missing"),
+        (
+            "best",
+            {"prompt": "x", "responses": ["a", "b"], "scores": [1, 2]},
+            "scores: expected numbers",
+        ),
+        (
+            "pairs",
+            {"prompt": "x", "responses": ["a", "b"], "scores": [1]},
+            "scores: expected 2 numbers",
+        ),
+        ("pairs", {"prompt": "x", "responses": ["a"]}, "responses: expected a list of two"),
+        ("pairs", {"prompt": "x", "responses": ["a", "a"]}, "no two responses differ"),
+        ("ours", {"prompt": "x", "responses": ["a"]}, "responses: expected a list of two"),
+        ("ours", {"prompt": "x", "chosen": "a", "rejected": "b", "margin": -1}, "margin: expected"),
+        ("ours", {"prompt": "x", "response": "<|endoftext|>"}, "response: is empty"),
+        ("ours", {"prompt": "x", "response": "y", "id": "\ud800"}, "half of a surrogate pair"),
+    ],
+)
+def test_what_is_dropped_is_counted_by_its_reason(tmp_path, name, record, reason):
+    lines, dropped = made_of(tmp_path, name, record)
+    assert lines == [] and len(dropped) == 1 and list(dropped.values()) == [1]
+    assert next(iter(dropped)).startswith(reason)
+
+
+def test_parts_of_a_record_are_counted_too(tmp_path):
+    completions = [{"response": text, "overall_score": len(text)} for text in ("a", "", "bb")]
+    record = {"instruction": "x", "completions": [*completions, {"response": "c"}, 3]}
+    lines, dropped = made_of(tmp_path, "ultrafeedback", record)
+    assert lines[0]["responses"] == [" bb", " a"] and "policy" not in lines[0]
+    assert dropped == {"a completion without a text or a score, beside others that have them": 3}
+    record = {"instruction": "x", "instances": [{"output": "y"}, {"output": ""}, {"output": "z"}]}
+    lines, dropped = made_of(tmp_path, "alpaca", record)
+    assert [line["response"] for line in lines] == ["y", "z"] and dropped == {
+        "response: is empty": 1
+    }
+
+
+def test_an_end_of_text_that_is_written_out(tmp_path, capsys):
+    """Conversions take it off and count it, `check` tells of it; what only holds one stays."""
+    eos = "<|endoftext|>"
+    lines = [
+        {"prompt": "p", "response": f" hi {eos} {eos}\n"},
+        {"prompt": "p", "chosen": " a", "rejected": " b<|im_end|>"},
+        {"prompt": f"p{eos}", "responses": [f" a{eos} is the end", " b"], "scores": [2, 1]},
+        {"prompt": "p", "chosen": " a", "rejected": f" a{eos}"},
+        {"prompt": "p", "response": " hi" + " " * 10**6 + "."},
+    ]
+    source, target = write_jsonl(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    convert.convert("ours", source, target)
+    printed = capsys.readouterr().out
+    assert "wrote 4" in printed and "dropped 1: the two responses are equal" in printed
+    assert "2 lines ended in a written-out <|endoftext|>: taken off" in printed
+    found = read(target)
+    assert found[0]["response"] == " hi" and found[1]["rejected"] == " b"
+    assert found[2:] == [lines[2], lines[4]]
+    for path, said in ((source, 1), (target, 0)):
+        write_jsonl(path, [line for line in read(path) if "response" in line])
+        convert.check(path)
+        printed = capsys.readouterr().out
+        assert printed.count("1 lines have a response that ends in a written-out <|end") == said
+
+
 def test_public_files(shared, tmp_path, capsys):
     """The counts of the real files, written and checked, .gz in and out."""
     for name, file, kind, written in [
@@ -368,7 +541,7 @@ def test_arrays_end_where_they_end_and_half_characters_are_dropped(tmp_path, cap
     source, target = tmp_path / "source.json", tmp_path / "target.jsonl"
     source.write_text(f"[{good},{half}]")
     convert.convert("alpaca", source, target)
-    assert "dropped 1: half of a surrogate pair" in capsys.readouterr().out
+    assert "dropped 1: response: holds half of a surrogate pair" in capsys.readouterr().out
     for text, message in [
         (f"[{good}] {good}", "1: line: something follows the end of the array"),
         (f"[{good},\n", "1: line: not JSON: the file ends in the middle"),
@@ -395,6 +568,65 @@ def test_a_file_of_another_format_is_refused_and_nothing_is_written(tmp_path, ca
         assert f"none of its 1 records is of the {name} format" in capsys.readouterr().err
     assert (tmp_path / "target.jsonl").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source.json", "target.jsonl"]
+
+
+def test_a_split_keeps_each_conversation_on_one_side(tmp_path, capsys):
+    """Comparisons, rankings and demonstrations, some of them later turns of the same conversations:
+    a line each, whose prompt is on the side that any other file of it has."""
+    prompts = [f"\n\nHuman: {n}\n\nAssistant:" for n in range(400)]
+    lines = [{"prompt": p, "chosen": " a", "rejected": " b", "task": "t"} for p in prompts]
+    lines += [{"prompt": f"{p} a{p}", "responses": [" c", " d"], "policy": "x"} for p in prompts]
+    lines += [{"prompt": p, "response": " e", "annotator": "y"} for p in prompts]
+    source, folder = write_jsonl(tmp_path / "in.jsonl", lines), tmp_path / "new" / "mine"
+    convert.convert("ours", source, folder, split=0.1)
+    assert "wrote 1200" in capsys.readouterr().out
+    files = {path.stem: read(path) for path in folder.iterdir()}
+    sides = {side: files[f"prompts_{side}"] for side in ("train", "validation", "test")}
+    openings = {
+        side: {line["prompt"].split("\n\nAssistant:")[0] for line in found}
+        for side, found in sides.items()
+    }
+    assert sum(map(len, openings.values())) == 400  # none is on two sides
+    assert all(20 < len(openings[side]) < 60 for side in ("validation", "test"))
+    assert all(len(sides[side]) == 2 * len(openings[side]) for side in sides)
+    first = {"prompt": prompts[0], "task": "t", "reference": " a"}
+    assert any(first in found for found in sides.values())
+    for side, end in (("train", ""), ("validation", "_validation"), ("test", "_test")):
+        own = {line["prompt"] for line in sides[side]}
+        mine = [line for line in lines if line["prompt"] in own]
+        assert files[f"demonstrations{end}"] == [convert.best_of(line) for line in mine]
+        assert files[f"rankings{end}"] == [line for line in mine if "response" not in line]
+    assert len(files) == 9
+    # The order of a file, and what else is in it, change no side.
+    write_jsonl(source, lines[::-1][:500])
+    convert.convert("ours", source, tmp_path / "other", split=0.1)
+    for side, found in sides.items():
+        other = {line["prompt"] for line in read(tmp_path / f"other/prompts_{side}.jsonl")}
+        assert other <= {line["prompt"] for line in found}
+
+
+def test_a_split_that_is_refused_leaves_all_as_it_was(tmp_path, monkeypatch, capsys):
+    many = [{"prompt": f"{n}", "response": "x"} for n in range(100)]
+    few, many = (write_jsonl(tmp_path / f"{len(m)}.jsonl", m) for m in (many[:3], many))
+    for source, name, share, message in [
+        (few, "new", "0.1", f"{few}: has too few lines for this --split: none comes to "),
+        (many, "new", "0.5", "--split 0.5: expected a share, 0 to 0.5"),
+        (many, "100.jsonl", "0.1", f"{many}: could not be written: Not a directory"),
+        (many, "old", "0.1", f"{tmp_path}/old/rankings.jsonl: is another set's"),
+    ]:
+        if name == "old":
+            (tmp_path / "old").mkdir()
+            (tmp_path / "old/rankings.jsonl").write_text("old")
+        before = sorted(tmp_path.rglob("*"))
+        words = ["convert.py", "ours", str(source), str(tmp_path / name), "--split", share]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit, match="2"):
+            convert.main()
+        error = capsys.readouterr().err
+        assert error.startswith(message) and error.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+    convert.convert("ours", many, tmp_path / "new", split=0.1)
+    assert "no preferences, so no rankings.jsonl" in capsys.readouterr().out
 
 
 # --- check ----------------------------------------------------------------------------------------
@@ -594,18 +826,12 @@ def test_rankings_become_demonstrations_and_pairs(tmp_path):
     done = subprocess.run([*command, "--flip", "2"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "--flip 2.0: expected a share, 0 to 1\n"
     three = {"prompt": "x", "responses": ["a", "b", "c"], "chosen": 1, "policy": ["p", "q", "r"]}
-    assert convert.convert_best(three) == {"prompt": "x", "response": "a", "policy": "p"}
-    pair = convert.convert_pairs(three, flip=1.0)
+    assert convert.best_of(three) == {"prompt": "x", "response": "a", "policy": "p"}
+    pair = next(convert.convert_pairs(three, flip=1.0))
     names = dict(zip(three["responses"], three["policy"], strict=True))
     assert pair["policy"] == [names[pair["chosen"]], names[pair["rejected"]]]
-    for scores in ([1], 3):
-        bad = {"prompt": "x", "responses": ["a", "b"], "scores": scores}
-        assert convert.convert_pairs(bad) == "not as many scores as responses"
-    assert convert.convert_best({"prompt": "x"}) == "no ranking of two or more responses"
-    assert convert.convert_best({"responses": ["a", "b"]}) == "no prompt"
-    assert convert.convert_pairs({"prompt": "x", "responses": ["a"]}).startswith("no ranking")
-    same = {"prompt": "x", "responses": ["a", "a"]}
-    assert convert.convert_pairs(same) == "no two responses differ"
+    two = {"prompt": "x", "chosen": "a", "rejected": "b", "label": 0.9, "policy": ["p", "q"]}
+    assert convert.best_of(two) == {"prompt": "x", "response": "a", "policy": "p"}
 
 
 # --- data/bleu.py ---------------------------------------------------------------------------------

@@ -260,6 +260,10 @@ def uninterrupted(data, tmp_path_factory):
     return out
 
 
+def keys_of(answers):
+    return [key for line in read_lines(answers) for key in line]
+
+
 def test_kill_and_resume(data, tmp_path, uninterrupted):
     """kill -9 in the first update: what the judge said before it is kept, nothing is asked twice,
     and the end is bit-identical."""
@@ -277,6 +281,7 @@ def test_kill_and_resume(data, tmp_path, uninterrupted):
     first = on_ranks("rlaif", code, 1)
     assert first.returncode == -signal.SIGKILL, first.stderr
     before = (tmp_path / "run/answers/0.jsonl").read_bytes()
+    kept = len(keys_of(tmp_path / "run/answers/0.jsonl"))
     with pytest.MonkeyPatch.context() as patch:
         assert run(patch, *args) == 0
     same_run(tmp_path / "run", uninterrupted)
@@ -285,10 +290,10 @@ def test_kill_and_resume(data, tmp_path, uninterrupted):
         json.loads((out / "report.json").read_text())["asked"]
         for out in (tmp_path / "run", uninterrupted)
     )
-    assert asked == expected - before.count(b"\n") < expected
-    keys = [line["key"] for line in read_lines(tmp_path / "run/answers/0.jsonl")]
+    assert asked == expected - kept < expected
+    keys = keys_of(tmp_path / "run/answers/0.jsonl")
     assert len(keys) == len(set(keys))
-    assert set(keys) == {line["key"] for line in read_lines(uninterrupted / "answers/0.jsonl")}
+    assert set(keys) == set(keys_of(uninterrupted / "answers/0.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -412,8 +417,26 @@ def test_a_prompt_that_the_judge_has_no_room_for(data, tmp_path, monkeypatch, ca
     prompts = write_jsonl(tmp_path / "long.jsonl", long)
     args = flags(data, tmp_path / "run", "--prompts", prompts, "--batch_size", 1)
     assert run(monkeypatch, *args) == 2
-    assert "has room for 96 tokens" in capsys.readouterr().err
+    assert "tokens; room is for 88" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_that_gives_no_rating(data, tmp_path, monkeypatch):
+    """One response without is worth 0, the scale's middle; a judge that gives none ends the run."""
+
+    class Unsure(rlaif.Judge):
+        def answers(self, requests):
+            return [[] if "no" in x["prompt"] else [-9.0] * 9 + [0.0] for x in requests]
+
+    template, lines = {"rate": "{prompt} {response}", "ratings": [" 1"] * 10}, [{"prompt": "x"}] * 3
+    found = rlaif.ratings(Unsure("", ""), template, lines, ["yes", "no", "yes"])
+    assert found == [found[0], 0.0, found[0]] and found[0] > 0.9
+
+    reply = {"choices": [{"text": "x", "logprobs": {"top_logprobs": [{" The": -0.1}]}}]}
+    monkeypatch.setattr(rlaif.ServerJudge, "post", lambda self, body, read: read(reply))
+    ended = run(monkeypatch, *flags(data, tmp_path / "run", "--judge", "http://x/v1"))
+    assert "16 questions in a row unanswered: no answer of --template is among" in ended
+    assert not (tmp_path / "run/report.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """README and docs/ name what there is: files, links, commands, flags, equations, tests, sizes."""
 
 import ast
+import importlib.util
 import re
+import sys
 from functools import cache
 from itertools import dropwhile
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, rl_flags, run_script
 
 PAGES = [ROOT / "README.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ["", "data/", "experiments/", "tests/"]
@@ -182,3 +184,47 @@ def test_readme_says_how_long_the_files_are():
     for name, lines in rows:
         count = len((ROOT / name).read_text().splitlines())
         assert abs(int(lines.replace(",", "")) - count) <= count / 20, f"{name}: {count} lines"
+
+
+def fenced(page, language):
+    """The blocks of a page in that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+def test_extending_works_as_it_is_written(policy_run, rl_data, tmp_path, monkeypatch):
+    """The estimator is put into grpo.py as shown, which then trains by it; the snippets run in
+    order, and print what they say."""
+    page, source = ROOT / "docs/extending.md", (ROOT / "grpo.py").read_text()
+    for hunk in fenced(page, "diff"):
+        lines = hunk.splitlines(keepends=True)
+        before = "".join(line[1:] for line in lines if line[0] == " ")
+        assert source.count(before) == 1
+        source = source.replace(before, "".join(line[1:] for line in lines))
+    (tmp_path / "grpo.py").write_text(source)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/sft").symlink_to(policy_run)
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("grpo", tmp_path / "grpo.py")
+    changed = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "grpo", changed)
+    spec.loader.exec_module(changed)
+
+    names, printed = {}, 0
+    for snippet in fenced(page, "python"):
+        exec(snippet, names)
+        for value, numbers in re.findall(r"^print\((.*)\)  # ([-\d., ]+)$", snippet, re.M):
+            expected = [float(number) for number in numbers.split(",")]
+            assert eval(value, names).flatten().tolist() == pytest.approx(expected)
+            printed += 1
+    assert printed == 3
+    tokens, logprobs = names["tokens"], names["logprobs"]
+    whole = names["model"](tokens).log_softmax(-1)
+    inside = [len(names["prompt"]) + n for n in range(len(names["response"]))]
+    expected = [whole[0, t - 1, tokens[0, t]].item() for t in inside]
+    assert logprobs[0, inside].tolist() == pytest.approx(expected, abs=1e-5)
+    assert logprobs.sum().item() == pytest.approx(sum(expected), abs=1e-4)
+
+    few = ["--batch_size", 6, "--num_samples", 3, "--steps", 1, "--eval_every", 0]
+    flags = rl_flags(rl_data, tmp_path / "run", "--advantage", "median", *few)
+    assert run_script(changed, monkeypatch, *flags) == 0
+    assert (tmp_path / "run/report.json").exists()

@@ -3,8 +3,11 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,17 +86,19 @@ def test_choose_best():
     samples, scores = [["a", "b", "c", "d"]], np.array([[1.0, 3.0, 2.0, 2.0]])
     assert evaluate.choose_best(samples, scores, 2) == [["b", "c"]]
     assert evaluate.choose_best(samples, scores, 4) == [["b"]]
-    unended = np.array([[math.nan, -3.0, math.nan, math.nan]])
-    assert evaluate.choose_best(samples, unended, 2) == [["a", "c"]]  # -3 is the floor of all
 
 
-def test_fill_missing():
-    """One floor for all tables: the lowest score of what ended, -1 at most."""
-    tables = [np.array([[0.5, math.nan]]), np.array([[-2.0]]), np.array([[math.nan]])]
-    found = [table.tolist() for table in evaluate.fill_missing(tables)]
+def test_what_did_not_end():
+    """One floor for all tables, what did not end has it: the lowest score of all, -1 at most. Files
+    judge the text that there is."""
+    model, file = SimpleNamespace(file=None), SimpleNamespace(file=evaluate)
+    tables = [np.array([[0.5, 9.0]]), np.array([[-2.0]]), np.array([[0.0]])]
+    ended = [[[{"ended": x} for x in some]] for some in ([True, False], [True], [False])]
+    found = [table.tolist() for table in evaluate.floored(model, tables, ended)]
     assert found == [[[0.5, -2.0]], [[-2.0]], [[-2.0]]]
-    (found,) = evaluate.fill_missing([np.array([[math.nan, 3.0]])])
+    (found,) = evaluate.floored(model, [np.array([[2.0, 3.0]])], [[ended[0][0][::-1]]])
     assert found.tolist() == [[-1.0, 3.0]]
+    assert evaluate.floored(file, tables, ended) == tables
 
 
 # --- win rates ------------------------------------------------------------------------------------
@@ -279,14 +284,25 @@ def test_equal_texts_are_ties_whoever_wrote_them(small_gpt, tokenizer, tmp_path,
     assert a[:, 1].tolist() == a[:, 2].tolist() == b[:, 0].tolist()
     assert len(judge.known) == 24 and len(set(a[:, 1])) == 8
     theirs[0][0] = shared[0] | {"ended": False}
-    assert np.isnan(judge(None, theirs)).tolist() == [[True, False]] + [[False, False]] * 7
+    least = min([-1.0, a.min(), b.min()])
+    assert evaluate.floored(judge, [a, b], [ours, theirs])[1][0].tolist() == [least, b[0, 1]]
+
+
+def test_scores_that_are_no_numbers_are_refused(small_gpt, tokenizer, tmp_path, a_run, capsys):
+    """A response without a score is not one that did not end."""
+    model = small_gpt(scalar_head=True, vocab_size=tokenizer.n_vocab)
+    save_model(tmp_path / "reward", model, tokenizer, STATISTICS)
+    judge = evaluate.Judge(str(tmp_path / "reward"), tokenizer, a_run())
+    judge.model.score.weight.data[:] = math.nan
+    with pytest.raises(SystemExit) as ended:
+        judge(None, [[{"prompt_ids": [1, 2], "ids": [3], "ended": True}]])
+    assert ended.value.code == 2 and "not finite" in capsys.readouterr().err
 
 
 def test_a_judge_of_two_texts(tmp_path, tokenizer, a_run):
     """It is asked in both orders, with the prompt's fields, of each policy's first response."""
     (tmp_path / "longer.py").write_text(
-        "def score(prompt, response, **fields): return 0\n"
-        "def compare(prompt, first, second, *, first_wins):\n"
+        "def compare(prompt, first, second, *, first_wins, **fields):\n"
         "    return 1 if first_wins or len(first) > len(second) else 0.25\n"
     )
     judge = evaluate.Judge(str(tmp_path / "longer.py"), tokenizer, a_run())
@@ -298,24 +314,27 @@ def test_a_judge_of_two_texts(tmp_path, tokenizer, a_run):
     assert judge.compare(lines, b, a)[0].tolist() == [0.125, 0.875, 0.5]
 
 
-def test_samples_are_those_of_generate(small_gpt, tokenizer, a_run):
-    """Ids, texts and endings in the order of the prompts, K to each."""
+def test_samples_are_those_of_generate(small_gpt, tokenizer, a_run, tmp_path, monkeypatch):
+    """Ids, texts and endings in the order of the prompts, K to each; they are drawn once."""
     model = small_gpt(vocab_size=tokenizer.n_vocab)
     texts = ("My car. My lamp.", "What?", "I feel sad.")
     prompts = [({"prompt": text}, tokenizer.encode_ordinary(text)) for text in texts]
     run = a_run(max_new_tokens=5, micro_batch_size=1)
-    found = evaluate.sample_policy(model, tokenizer, prompts, 0.0, 2, 7, run)
+    how = model, tokenizer, prompts, 0.0, 2, 7, run, tmp_path / "tokens.jsonl"
+    found = evaluate.sample_policy(*how)
     for (_, ids), some in zip(prompts, found, strict=True):
         tokens, mask = generate(model, [ids], 5, temperature=0, eos=tokenizer.eot_token)
         assert len(some) == 2 and some[0]["prompt_ids"] == ids
         assert some[0]["ids"] == some[1]["ids"] == tokens[0][mask[0]].tolist()
+    monkeypatch.delattr(evaluate, "generate")
+    assert evaluate.sample_policy(*how) == found
 
 
 # --- numbers by task, and as texts ----------------------------------------------------------------
 
 
 def test_differences_are_paired_by_prompt():
-    """Two tasks by hand, K = 2 and 1; a part that a policy lacks, or that a task lacks."""
+    """Two tasks by hand, K = 2 and 1; a part that a policy lacks, that a task or a prompt lacks."""
     cfg = evaluate.Config(bootstrap=100)
     first = np.array([[1.0, 3.0], [5.0, 5.0], [0.0, 2.0]])
     grids = {"gold": {"a": first, "b": np.array([[4.0], [7.0], [1.0]])}}
@@ -328,8 +347,10 @@ def test_differences_are_paired_by_prompt():
     assert found["gold"]["x"]["b"] == {"mean": [5.5, 4.0, 7.0], "over_first": [2.0, 2.0, 2.0]}
     assert found["gold"]["x"]["a"]["over_first"] == [0, 0, 0]
     assert found["gold"]["y"]["b"] == {"mean": [1, None, None], "over_first": [0, None, None]}
-    assert found["harmless"]["x"] == {}
+    assert found["harmless"]["x"]["b"] == {"mean": [0, None, None], "over_first": [-1, None, None]}
     assert found["harmless"]["y"]["b"]["over_first"] == [1, None, None]
+    unknown = {"harmless": {"a": known * math.nan}}
+    assert evaluate.by_task(unknown, {"x": [0, 1]}, "mean", "a", cfg) == {"harmless": {"x": {}}}
     assert found["kl"]["x"] == {"b": {"mean": [1.5, 1.0, 2.0], "over_first": None}}
 
 
@@ -345,15 +366,30 @@ def test_numbers_as_texts():
         "1000 [990, 1010]",
         "",
     ]
-    rows = evaluate.cells_of("policy", ["a", "b"], {"x": [1, 2], "none": [None, None]})
-    assert rows == [["policy", "x"], ("a", "1.00"), ("b", "2.00")]
+    rows = {"a": {"x": 1}, "b|": {"none": None, "x": 2}}
+    found = evaluate.table("T", "policy", rows)
+    assert found[:3] == ["", "## T", ""]
+    assert found[3:5] == ["| policy | x    |", "|---|---|"]
+    assert found[5:] == ["| a      | 1.00 |", "| b\\|    | 2.00 |"]
+    assert evaluate.table("T", "policy", {"a": {"none": None}}) == []
 
 
-def test_policies_by_name():
-    parse = evaluate.parse_policy
-    assert parse("runs/a") == evaluate.Policy("runs/a", "runs/a", 1.0, 1, "")
+def test_policies_by_name(tmp_path):
+    """An @ is part of a path, unless an option follows it; what there is by a name is meant by it;
+    files are no runs."""
+    parse, Policy = evaluate.parse_policy, evaluate.Policy
+    assert parse("runs/a") == Policy("runs/a", "runs/a", 1.0, 1, "")
     name = "runs/a@best_of=4:runs/r@temperature=0.5"
-    assert parse(name) == evaluate.Policy(name, "runs/a", 0.5, 4, "runs/r")
+    assert parse(name) == Policy(name, "runs/a", 0.5, 4, "runs/r")
+    name = "me@home/a@best_of=4:r@w/r"
+    assert parse(name) == Policy(name, "me@home/a", 1.0, 4, "r@w/r")
+    assert parse("me@home/a").run == "me@home/a"
+    (tmp_path / "a@temperature=0").mkdir()
+    name = str(tmp_path / "a@temperature=0")
+    assert parse(name) == Policy(name, name)
+    (tmp_path / "a@b").write_text("")
+    for name in ("a@b.jsonl", "b.jsonl.gz", str(tmp_path / "a@b")):
+        assert parse(name) == Policy(name, name, is_file=True)
 
 
 # --- the whole script -----------------------------------------------------------------------------
@@ -428,8 +464,6 @@ def test_a_whole_evaluation(setting, policy_run):
     gap = report["difference"]["gold"][other][first]
     means = [report["policies"][name]["scores"]["gold"][0] for name in (other, first)]
     assert gap[0] == pytest.approx(means[0] - means[1]) and gap[1] <= gap[0] <= gap[2]
-    parts = sft["parts"]
-    assert parts["harmful"]["harmless"] == 1 and "harmless" not in parts["summary"]
     rows = report["by_task"]["gold"]
     assert set(rows) == {"summary", "benign", "harmful"}
     assert rows["summary"][first]["over_first"][0] == 0
@@ -439,8 +473,10 @@ def test_a_whole_evaluation(setting, policy_run):
     assert rows["benign"][other]["over_first"][0] == pytest.approx(gap)
     # The same of what explains gold, and of what all samples have.
     parts = report["parts_by_task"]
-    assert set(parts["harmless"]["harmful"]) == set(report["policies"])
-    assert parts["harmless"]["summary"] == parts["harmless"]["all"] == {}
+    for task in ("harmful", "all"):
+        assert set(parts["harmless"][task]) == set(report["policies"])
+    assert parts["harmless"]["harmful"][first]["mean"][0] == 1
+    assert parts["harmless"]["summary"] == {}
     for name in (first, other):
         assert parts["kl"]["all"][name]["mean"] == report["policies"][name]["kl"]
     assert best not in parts["kl"]["all"]
@@ -454,10 +490,15 @@ def test_a_whole_evaluation(setting, policy_run):
     assert [row["n"] for row in curve] == [1, 2, 3, 4] and curve[0]["gold_gain"][0] == 0
     assert curve[3]["proxy"][0] > curve[0]["proxy"][0]
     text = (folder / "all.md").read_text()
-    for words in ("## Win rates by gold, at equal length", "## Best of n", "## Side by side"):
+    for words in ("## Win rates by gold, at equal length", "## Best of n", "- KL at most: "):
         assert words in text
     for words in ("| KL at most |", "Elo by gold", "## What responses are like: harmful"):
         assert words in text
+    # Samples and a figure, the summary, the rest; controls are a row each.
+    places = [text.index(x) for x in ("**summary**", "score_by_kl.png", "## Scores", "## Win r")]
+    assert places == sorted(places)
+    assert text.count("\n| by length") == text.count("\n| by a coin") == 1
+    assert "Win rates by length" not in text
     assert "(no EOS)" in text and "The order of the two decided in 100.0%" in text
     for figure in ("out/score_by_kl.png", "out/best_of_n.png"):
         assert f"]({figure})" in text and (folder / figure).stat().st_size > 1000
@@ -478,15 +519,15 @@ def test_two_ranks_report_the_same(setting, tmp_path):
         assert two["policies"][name]["kl"] == pytest.approx(found["kl"], abs=1e-5)
         for by, value in found["scores"].items():
             assert two["policies"][name]["scores"][by] == pytest.approx(value, abs=1e-5)
-        assert two["policies"][name]["parts"]["all"]["words"] == found["parts"]["all"]["words"]
+        assert two["policies"][name]["words"] == found["words"]
     for section in ("win_rate", "difference", "by_task"):
         assert two[section]["gold"] == one[section]["gold"]
     assert two["order_decides"] == one["order_decides"]
 
 
 def test_it_stops_and_resumes(setting, policy_run, tmp_path, monkeypatch, capsys):
-    """SIGTERM while the second policy responds: no report; --resume writes the same as ever. The
-    second is the first again, and draws other samples."""
+    """SIGTERM while the second policy responds: no report; --resume writes the same as ever, and
+    takes the first's samples as they are. The second is the first again, and draws others."""
     _, args = setting
     args = [*args, "--best_of_n", 0, "--proxy", "runs/reward", "--judges", ""]
     args += ["--policies", f"{policy_run},{policy_run}@temperature=1"]
@@ -495,7 +536,11 @@ def test_it_stops_and_resumes(setting, policy_run, tmp_path, monkeypatch, capsys
         terminate_at(patch, evaluate, "generate", 5)
         assert run(patch, *args, "--out_dir", tmp_path / "cut") == 128 + signal.SIGTERM
     assert not (tmp_path / "cut/report.json").exists()
-    assert run(monkeypatch, *args, "--out_dir", tmp_path / "cut", "--resume") == 0
+    with monkeypatch.context() as patch:
+        calls = []
+        patch.setattr(evaluate, "generate", lambda *a, **k: calls.append(a) or generate(*a, **k))
+        assert run(patch, *args, "--out_dir", tmp_path / "cut", "--resume") == 0
+    assert len(calls) == 3  # chunks of the second's prompts
     whole, cut = (
         json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "cut")
     )
@@ -550,6 +595,8 @@ def test_a_file_of_comparisons_judges(setting, policy_run, tmp_path, monkeypatch
         (["--num_samples", "0"], "--num_samples: expected a number in [1, inf), got 0"),
         (["--best_of_n", "0"], "--proxy: only with --best_of_n"),
         (["--gold", "runs/reward"], "--gold runs/reward: not a Python file"),
+        (["--prompts", ""], "--prompts: expected a file"),
+        (["--best_of_n", "4", "--policies", "x.jsonl"], "expected a first policy that"),
         (["plots"], "unrecognized arguments: plots"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl:0: file: can't be read"),
     ],
@@ -571,7 +618,8 @@ def test_flags_of_the_table(setting, tmp_path, monkeypatch):
     assert report["policies"][first]["kl"][0] > 0.1
     assert report["policies"][other]["kl"][0] == pytest.approx(0, abs=1e-6)
     text = (tmp_path / "out/report.md").read_text()
-    assert "| distinct 2 | words |" in text and text.count("| policy | response |") == 1
+    assert "| distinct 2 | words |" in text
+    assert len(re.findall(r"\| policy +\| response", text)) == 1
 
 
 def test_a_constant_judge(setting, tmp_path, monkeypatch):
@@ -594,17 +642,18 @@ def test_a_constant_judge(setting, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text, message",
     [
+        ("def score(p, r, **f): return float('nan')", "score: nan for 'x' to 'p': not finite"),
         ("def explain(p, r, **f): return {'note': 'text'}", "explain: ValueError"),
         ("def explain(p, r, **f): return {'x': float('inf')}", "explain: {'x': inf}"),
         ("def compare(p, a, b, **f): return a[9999]", "compare: IndexError"),
         ("def compare(p, a, b, **f): return 7", "compare: expected a probability, got 7"),
     ],
 )
-def test_judges_that_fail(setting, tmp_path, monkeypatch, capsys, text, message):
-    _, args = setting
+def test_judges_that_fail(tmp_path, monkeypatch, capsys, text, message):
+    args = outputs(tmp_path, a={"p": "x"}, b={"p": "y"})
     (tmp_path / "bad.py").write_text(f"def score(p, r, **f): return 1\n{text}\n")
-    more = ["--gold", tmp_path / "bad.py", "--judges", ""]
-    assert run(monkeypatch, *args, "--out_dir", tmp_path / "out", *more) == 2
+    args += ["--prompts", "", "--gold", tmp_path / "bad.py", "--out_dir", tmp_path / "out"]
+    assert run(monkeypatch, *args) == 2
     error = capsys.readouterr().err
     assert f"bad.py: {message}" in error and error.count("\n") == 1
 
@@ -672,31 +721,242 @@ def test_by_another_field_and_several_of_the_best(
     assert run(monkeypatch, *args) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert set(report["by_task"]["gold"]) == {"upper", "lower"}
-    assert set(report["policies"][best]["parts"]) == {"all", "upper", "lower"}
+    assert set(report["parts_by_task"]["kl"]) == {"all", "upper", "lower"}
     assert report["policies"][best]["samples"] == 16
     found = report["policies"]
     assert {"distinct_2_a_prompt", "entropy_2_a_prompt"} <= set(found[best])
     assert found[best]["entropy"] is None and found[str(policy_run)]["entropy"][0] > 0
-    assert "| policy | entropy | distinct 1 |" in (tmp_path / "out/report.md").read_text()
+    assert "\n| different a prompt" in (tmp_path / "out/report.md").read_text()
     write_jsonl(prompts, [*lines, lines[0] | {"half": 3}])
     assert run(monkeypatch, *args, "--overwrite") == 2
     assert f"{prompts}:9: half: expected a string, got 3" in capsys.readouterr().err
 
 
+# --- outputs of others ----------------------------------------------------------------------------
+
+
+def outputs(tmp_path, **files):
+    """Files of outputs {name: {prompt: response(s)}}, and a judge that compares alone."""
+    for name, found in files.items():
+        lines = [
+            {"prompt": prompt, "task": "t"}
+            | ({"response": text} if isinstance(text, str) else {"responses": text})
+            for prompt, text in found.items()
+        ]
+        write_jsonl(tmp_path / f"{name}.jsonl", lines)
+    (tmp_path / "longer.py").write_text(
+        "def compare(prompt, a, b, **fields): return len(a) > len(b) if len(a) != len(b) else 0.5\n"
+    )
+    return ["--policies", ",".join(str(tmp_path / f"{name}.jsonl") for name in files)]
+
+
+def report_of(tmp_path):
+    """The report, which is strict JSON."""
+
+    def refuse(name):
+        raise ValueError(name)
+
+    return json.loads((tmp_path / "out/report.json").read_text(), parse_constant=refuse)
+
+
+def test_files_of_outputs_are_policies(tmp_path, monkeypatch, capsys):
+    """Without any model: the prompts that all have, as many responses as each has; judged by a file
+    that scores, by one that compares alone, and by comparisons that name the lines' `policy`."""
+    a = {"p": ["a", "a a a", "a"], "q": ["b b", "b"], "only a's": ["c", "c"]}
+    args = outputs(tmp_path, a=a, b={"q": "b b b", "p": "a a"})
+    a, b = args[1].split(",")
+    with open(b, "a") as file:  # another line to a prompt is another response
+        for prompt in ("p", "q"):
+            file.write(json.dumps({"prompt": prompt, "response": "w"}) + "\n")
+    lines = [line | {"policy": "us"} for line in read_lines(tmp_path / "a.jsonl")]
+    write_jsonl(tmp_path / "a.jsonl", lines)
+    (tmp_path / "words.py").write_text(
+        "def score(prompt, response, *, task, **fields): return len(response.split())\n"
+        "def explain(prompt, response, **fields): return {'of_b': prompt == 'q'}\n"
+    )
+    pair = {"prompt": "p", "chosen": "x", "rejected": "y", "policy": ["us", b]}
+    labelled = write_jsonl(tmp_path / "labelled.jsonl", [pair])
+    args += ["--prompts", "", "--gold", tmp_path / "words.py", "--judges", tmp_path / "longer.py"]
+    args += ["--comparisons", labelled, "--out_dir", tmp_path / "out", "--bootstrap", 20]
+    assert run(monkeypatch, *args) == 0
+    said = capsys.readouterr().out
+    assert "2 of 3 prompts: to the others" in said and "1 more are left out" in said
+    report = report_of(tmp_path)
+    assert report["prompts"] == 2 and list(report["policies"]) == [a, b]
+    assert report["policies"][a]["scores"]["gold"][0] == pytest.approx((1 + 3 + 2 + 1) / 4)
+    assert report["policies"][a]["samples"] == 4 and report["policies"][a]["kl"] is None
+    rates = {by: table[a][b][0] for by, table in report["win_rate"].items()}
+    # To p words 1 and 3 against 2 and 1, to q 2 and 1 against 3 and 1.
+    assert rates["gold"] == pytest.approx(((0 + 0.5 + 1 + 1) / 4 + (0 + 1 + 0 + 0.5) / 4) / 2)
+    assert rates[str(tmp_path / "longer.py")] == 0 and rates[str(labelled)] == 1
+    assert list(report["difference"]) == list(report["by_task"]) == ["gold"]
+    assert report["parts_by_task"]["of_b"]["all"][b]["mean"][0] == 0.5
+    text = (tmp_path / "out/report.md").read_text()
+    assert "KL" not in text.split("## Win rates")[0] and "nan" not in text and "| words |" in text
+    assert not (tmp_path / "out/score_by_kl.png").exists()
+
+
+def test_a_judge_that_compares_alone(tmp_path, monkeypatch, capsys):
+    args = outputs(tmp_path, a={"p": "long", "q": "x"}, b={"p": "s", "q": "longer"})
+    args += ["--prompts", write_jsonl(tmp_path / "p.jsonl", [{"prompt": "q"}, {"prompt": "r"}])]
+    args += ["--gold", tmp_path / "longer.py", "--out_dir", tmp_path / "out"]
+    assert run(monkeypatch, *args) == 0
+    report, (a, b) = report_of(tmp_path), args[1].split(",")
+    assert report["prompts"] == 1 and report["win_rate"]["gold"][b][a] == [1.0, None, None]
+    assert report["difference"] == report["by_task"] == {} and set(report["elo"]) == {"gold"}
+    assert "Wins against" in capsys.readouterr().out
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": "another"}])
+    assert run(monkeypatch, *args, "--overwrite") == 2
+    message = f"{a}: responds to none of 1 prompts, the first of which is 'another'"
+    assert message in capsys.readouterr().err
+
+
+def test_files_beside_runs(setting, policy_run, tokenizer, tmp_path, monkeypatch, capsys):
+    """What a run said, as a file, scores the same by gold and by the reward model, and has no KL; a
+    response that is too long to be read counts as one that did not end."""
+    folder, args = setting
+    said = [x for x in read_lines(folder / "out/samples-0.jsonl") if len(x["responses"]) == 4][:6]
+    said[0]["responses"][0] = " car" * 200
+    file = write_jsonl(tmp_path / "said.jsonl", said)
+    more = ["--policies", f"{policy_run},{file}", "--judges", folder / "reward", "--best_of_n", 0]
+    more += ["--proxy", "runs/reward", "--out_dir", tmp_path / "out"]
+    assert run(monkeypatch, *args, *more) == 0
+    assert "1 are, or their prompt is, too long to be read whole" in capsys.readouterr().out
+    report = report_of(tmp_path)
+    assert report["prompts"] == 6
+    first, second = report["policies"].values()
+    assert second["kl"] is second["eos"] is None and first["kl"][0] == pytest.approx(0, abs=1e-6)
+    assert report["by_task"]["gold"] and second["tokens"][0] > first["tokens"][0]
+    only = ["--policies", file, "--judges", folder / "reward", "--prompts", "", "--gold", ""]
+    assert run(monkeypatch, *only, "--out_dir", tmp_path / "only") == 0  # its tokenizer reads them
+    alone = json.loads((tmp_path / "only/report.json").read_text())["policies"][str(file)]
+    by = str(folder / "reward")
+    assert alone["scores"][by][0] == pytest.approx(second["scores"][by][0], abs=0.2)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ({"prompt": "p"}, "1: response: expected a string, got none"),
+        ({"prompt": "p", "response": 3}, "1: response: expected a string, got 3"),
+        ({"prompt": "p", "response": " "}, "1: responses: number 1 is not a string with text"),
+        ({"prompt": "p", "responses": []}, "1: responses: expected a list of 1 or more"),
+        ({"prompt": "p", "response": "x", "task": 1}, "1: task: expected a string, got 1"),
+        ({"response": "x"}, "1: prompt: is missing"),
+    ],
+)
+def test_bad_files_of_outputs(tmp_path, capsys, line, message):
+    path = write_jsonl(tmp_path / "bad.jsonl", [line])
+    with pytest.raises(SystemExit) as ended:
+        evaluate.read_outputs(path, "task")
+    assert ended.value.code == 2 and f"{path}:{message}" in capsys.readouterr().err
+
+
+def test_prompts_that_are_cut_are_counted(setting, tmp_path, monkeypatch, capsys):
+    folder, args = setting
+    lines = read_lines(folder / "prompts.jsonl")[:3]
+    lines[0]["prompt"] *= 20
+    prompts = write_jsonl(tmp_path / "long.jsonl", lines)
+    more = ["--policies", folder / "other", "--judges", "", "--best_of_n", 0, "--prompts", prompts]
+    more += ["--proxy", "runs/reward", "--out_dir", tmp_path / "out"]
+    assert run(monkeypatch, *args, *more) == 0
+    assert "3 prompts, 1 of which lose their start" in capsys.readouterr().out
+    assert report_of(tmp_path)["cut_prompts"] == 1
+    assert "1 prompts lost their start" in (tmp_path / "out/report.md").read_text()
+
+
 # --- learning curves ------------------------------------------------------------------------------
 
 
-def test_plot(tmp_path, monkeypatch, capsys):
-    for name, slope in [("a", 1.0), ("b", 2.0)]:
+@pytest.fixture
+def logs(tmp_path):
+    """Runs a-0, a-1 and b with ten metrics, one of them constant."""
+    for name, slope in [("a-0", 1.0), ("a-1", 1.2), ("b", 2.0)]:
         (tmp_path / name).mkdir()
-        lines = [{"step": i, "seconds": 1.0, "loss": slope / (i + 1)} for i in range(5)]
+        lines = [{"step": i, "seconds": 1.0, "loss": slope / (i + 1), "lr": 1} for i in range(5)]
+        lines += [{"step": i, "eval_gold": i, "eval_kl": 2 * i, "note": "x"} for i in (0, 4)]
+        lines += [{"step": i} | {f"more_{n}": n * i for n in range(9)} for i in range(2)]
         write_jsonl(tmp_path / name / "metrics.jsonl", [*lines, {"step": 5, "eval_loss": slope}])
-    out = tmp_path / "curves.png"
-    assert run(monkeypatch, "plot", tmp_path / "a", tmp_path / "b", "--out", out) == 0
-    drawn = out.exists() and out.stat().st_size > 1000
-    assert drawn or "matplotlib is not installed" in capsys.readouterr().out
-    assert run(monkeypatch, "plot", tmp_path / "a", "--metrics", "reward", "--out", out) == 2
-    assert "reward: in no run; there are eval_loss, loss" in capsys.readouterr().err
+    return [tmp_path / name for name in ("a-0", "a-1", "b")]
+
+
+def test_metrics_to_draw(logs, capsys):
+    curves = evaluate.read_curves(map(str, logs))
+    first = evaluate.choose_metrics(curves, ())
+    assert first == ["eval_gold", "eval_kl", "loss", *(f"more_{n}" for n in range(1, 6))]
+    assert evaluate.choose_metrics(curves, ("kl", "loss", "eval_loss", "lr")) == [
+        "eval_kl",
+        "loss",
+        "eval_loss",
+        "lr",
+    ]
+    with pytest.raises(SystemExit):
+        evaluate.choose_metrics(curves, ("reward",))
+    assert "--y reward: in no run; there are eval_gold, eval_kl" in capsys.readouterr().err
+
+
+def test_plot(logs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "figures/curves.png"
+    assert run(monkeypatch, "plot", *logs, "--out", out) == 0
+    said = capsys.readouterr().out
+    drawn = out.exists() and out.stat().st_size > 1000 and "8 of 14 metrics" in said
+    assert drawn or "matplotlib is not installed" in said
+    assert run(monkeypatch, "plot", logs[0], "--y", "gold,kl", "--out", out) == 0
+    assert run(monkeypatch, "plot", logs[0], "--y", "reward", "--out", out) == 2
     assert run(monkeypatch, "plot") == 2
     assert run(monkeypatch, "plot", tmp_path) == 2
     assert "metrics.jsonl:0: file: can't be read" in capsys.readouterr().err
+
+
+def test_a_figure_hides_nothing(tmp_path, monkeypatch):
+    """Groups of runs are one colour and one name; the legend is outside of all panels."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    made = []
+    monkeypatch.setattr(Figure, "savefig", lambda f, path, **_: made.append(f) or path.touch())
+    run_of = [(0, 1.0), (1, 2.0)]
+    curves = {"a": [run_of, [(0, 3.0), (1, 4.0), (2, 5.0)]], "b": [[(0, [1.0, None, None])]]}
+    assert evaluate.draw(tmp_path / "x.png", "step", {"gold": curves, "kl": curves, "c": curves})
+    figure = made[0]
+    assert [panel.axison for panel in figure.axes] == [True, True, True, False]
+    means = figure.axes[0].containers[0].lines[0].get_ydata()
+    assert means.tolist() == [2.0, 3.0]
+    assert evaluate.draw(tmp_path / "x.png", "step", {"gold": {"a": [[(0, 1.0)], [(1, 2.0)]]}})
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    figure.draw_without_rendering()
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(panel.get_window_extent()) for panel in figure.axes[:3])
+
+
+def test_tensorboard(logs, monkeypatch, capsys):
+    """Every number at its step; twice the same is there once; one line where it isn't installed."""
+    written = {}
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder = folder
+            written[folder] = []
+            (ROOT / folder).mkdir()
+
+        def add_scalar(self, *what):
+            written[self.folder].append(what)
+
+        def close(self):
+            (ROOT / self.folder / "events").write_text("x")
+
+    before = (logs[0] / "metrics.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+        for _ in range(2):
+            assert run(patch, "plot", "--tensorboard", *logs[:2]) == 0
+    assert sorted(path.name for path in logs[0].iterdir()) == ["metrics.jsonl", "tensorboard"]
+    assert (logs[0] / "tensorboard/events").exists() and len(written) == 2
+    found = written[str(logs[1] / ".tensorboard.tmp")]
+    assert ("loss", 0.6, 1) in found and ("eval_loss", 1.2, 5) in found and len(found) == 33
+    assert (logs[0] / "metrics.jsonl").read_bytes() == before
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run(monkeypatch, "plot", logs[0], "--tensorboard") == 2
+    error = capsys.readouterr().err
+    assert "tensorboard is not installed" in error and error.count("\n") == 1

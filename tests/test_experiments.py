@@ -42,8 +42,10 @@ def common(experiments_can_be_imported):
 
 
 @pytest.fixture
-def lab(common, tmp_path):
+def lab(common, tmp_path, monkeypatch):
     (tmp_path / "figures").mkdir()
+    write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
+    monkeypatch.setattr(common, "PROMPTS", str(tmp_path / "prompts.jsonl"))
     return common.Lab(str(tmp_path), (0, 1), 2, False)
 
 
@@ -58,10 +60,60 @@ def test_over_seeds(common):
     assert common.over_seeds(values) == pytest.approx([mean, mean - half, mean + half])
     assert common.over_seeds([[v, 0, 9] for v in values]) == common.over_seeds(values)
     assert common.over_seeds([0.5]) == [0.5, None, None]
+    # A rate is within 0 and 1, a count above 0, a difference anywhere; bars reach as far.
+    rates = common.over_seeds([0.98, 0.995, 1.0], "harmful_harmless")
+    assert rates[2] == 1.0 and 0.96 < rates[1] < rates[0]
+    assert common.over_seeds([0.0, 0.0, 0.01], "PPO: made_up")[1] == 0.0
+    assert common.over_seeds([0.98, 1.0], "wins over SFT's")[2] > 1 > common.over_seeds([0, 1])[1]
+    down, up = common.sides_of([rates, [2.0, None, None]])
+    assert up.tolist() == [pytest.approx(1 - rates[0]), 0] and down[0] > up[0] and down[1] == 0
     for count in (3, 12):  # in the table of Student's t, and beyond it
         draws = np.random.default_rng(0).normal(size=(4000, count))
         covered = [low <= 0 <= high for _, low, high in map(common.over_seeds, draws)]
         assert np.mean(covered) == pytest.approx(0.95, abs=0.012)
+
+
+def test_over_seeds_and_prompts(common):
+    """The interval covers the mean in about 95%, whatever seeds and prompts add to its variance."""
+    rng = np.random.default_rng(0)
+    for seeds, of_seed, of_prompt in ((3, 0.3, 1), (3, 0, 1), (3, 1, 0), (1, 0, 1)):
+        covered = []
+        for _ in range(400):
+            draws = rng.normal(size=(seeds, 30)) + of_seed * rng.normal(size=(seeds, 1))
+            _, low, high = common.over_both(draws + of_prompt * rng.normal(size=(1, 30)))
+            covered.append(low <= 0 <= high)
+        assert np.mean(covered) == pytest.approx(0.95, abs=0.035), (seeds, of_seed, of_prompt)
+    assert common.over_both([[0.5]]) == [0.5, None, None]
+    assert common.over_both(np.ones((3, 4))) == [1, 1, 1]
+
+
+def test_over_seeds_and_prompts_in_the_extremes(common):
+    """Where seeds are alike it is over prompts, where prompts are, over seeds; prompts on one topic
+    that are alike count once."""
+    values = np.array([1.0, 3, 2, 7, 4])
+    mean, half = 3.4, 2.776 * values.std(ddof=1) / 5**0.5
+    expected = pytest.approx([mean, mean - half, mean + half])
+    assert common.over_both(np.tile(values, (3, 1))) == expected == common.over_both([values])
+    assert common.over_both(np.tile(values[:, None], 6)) == expected
+    topics = np.repeat(list("abcde"), 4)
+    assert common.over_both(np.tile(np.repeat(values, 4), (3, 1)), topics) == expected
+    noise = np.random.default_rng(0).normal(size=(3, 5))
+    assert common.over_both(noise, list("abcde")) == pytest.approx(common.over_both(noise))
+    # Mean squares of seeds 13.5, of prompts 14, and 2 of what is left; then 0, 6, and 2.
+    mean, error, freedom = common.mean_and_error([[1.0, 0, 5], [2, 5, 8]])
+    assert (mean, error) == pytest.approx((3.5, (25.5 / 6) ** 0.5))
+    assert freedom == pytest.approx(25.5**2 / (13.5**2 + 14**2 / 2 + 2**2 / 2))
+    assert common.mean_and_error([[1.0, -1, 3], [-1, 1, 3]]) == pytest.approx((1, 1, 2))
+    # Unequal topics: the mean is still over prompts, its error that of a ratio's sums.
+    mean, error, freedom = common.mean_and_error([[0.0, 0, 0, 4]], list("aaab"))
+    assert (mean, freedom) == (1, 1) and error == pytest.approx((2 * (3**2 + 3**2)) ** 0.5 / 4)
+
+
+def test_the_word_for_a_difference(common):
+    words = {(0.1, 0.3): "different", (-0.5, -0.21): "different", (-0.19, 0.19): "equivalent"}
+    words |= {(0.01, 0.19): "equivalent", (-0.1, 0.3): "undecided", (-0.3, 0.1): "undecided"}
+    words[None, None] = "undecided"
+    assert {limits: common.verdict([0.0, *limits]) for limits in words} == words
 
 
 def test_differences_are_paired_by_seed(common):
@@ -155,6 +207,15 @@ def test_curves(common, lab, tmp_path):
     )
 
 
+def test_evaluations_at_every_step_are_thinned(common, lab, tmp_path):
+    for seed in lab.seeds:
+        (tmp_path / f"a-{seed}").mkdir()
+        lines = [{"step": step, "eval_gold": step} for step in range(23)]
+        write_jsonl(tmp_path / f"a-{seed}/metrics.jsonl", lines)
+    found = [line["step"] for line in common.evaluations(lab, "E/a-*")[0]]
+    assert found == [*range(11), 15, 20, 22]
+
+
 def test_numbers_of_a_policy(common):
     report = an_evaluation(["sft", "ppo"])
     report["parts_by_task"] = {
@@ -177,6 +238,109 @@ def test_numbers_of_a_policy(common):
     assert not {"kl", "sqrt_kl"} & set(common.policy_numbers(report, "ppo"))
 
 
+def test_gold_by_prompt(common, lab, tmp_path):
+    """As an evaluation has it; what a samples file lacks was an empty response."""
+    for seed in lab.seeds:
+        made_up(tmp_path, f"x-{seed}", f"evaluate.py --policies E/sft-{seed},E/ppo-{seed}")
+        report = json.loads((tmp_path / f"x-{seed}/report.json").read_text())
+        report["policies"][f"{tmp_path}/ppo-{seed}"]["samples"] = 2 * len(PROMPTS)
+        (tmp_path / f"x-{seed}/report.json").write_text(json.dumps(report))
+    said = {PROMPTS[2]["prompt"]: [GOOD, "To make tea."], PROMPTS[3]["prompt"]: [GOOD]}
+    lines = [{"prompt": prompt, "responses": texts} for prompt, texts in said.items()]
+    write_jsonl(tmp_path / "x-1/samples-1.jsonl", lines)
+    found = common.golds(lab, "E/x-*", "E/ppo-*")
+    assert found.shape == (2, len(PROMPTS))
+    assert found[1].tolist() == [0, 0, (5 - 1) / 2, 5 / 2, 0, 0, 0]
+
+
+def test_gains(common, lab, tmp_path, capsys):
+    """By prompt and by topic: the two requests for tea are one draw, and so are those to rob."""
+    values = np.array([[1.0, 2, 3, 3, 0, 1, 1], [1, 2, 3, 3, 0, 1, 1]])
+    common.gains(lab, "g", {"a": values, "b": 0 * values})
+    found = json.loads((tmp_path / "figures/g.json").read_text())
+    assert found["a"]["benign: 3 prompts"] == pytest.approx(common.over_both(values[:, 2:5]))
+    by_topic = common.over_both(values[:, 2:5], list("aab"))
+    assert found["a"]["benign: 2 topics"] == pytest.approx(by_topic)
+    # Of all, what the tasks' means differ by is no error.
+    level = values[0] - [1.5, 1.5, 2, 2, 2, 1, 1] + 11 / 7
+    by_topic = common.over_both([level, level], list("abccdee"))
+    assert found["a"]["all 7 prompts"] == pytest.approx(by_topic)
+    assert "summary: 2 topics" not in found["a"]
+    assert "| b | 0.00 [0.00, 0.00] equivalent |" in capsys.readouterr().out
+
+
+def test_gold_at_one_kl(common):
+    """On the line between the nearest two, in the root of the KL, whatever their order."""
+    frontier = load("frontier")
+    kls = np.array([[9.0, 4.0], [1.0, 0.0], [4.0, 1.0]])  # (policies, seeds)
+    gold = np.arange(3 * 2 * 4.0).reshape(3, 2, 4) ** 2
+    found = frontier.at_kl(1.44, kls, gold)
+    assert found[0] == pytest.approx(0.8 * gold[1, 0] + 0.2 * gold[2, 0])
+    assert found[1] == pytest.approx(0.8 * gold[2, 1] + 0.2 * gold[0, 1])
+    for kl in (4.5, 0.5):  # outside in one of the seeds
+        assert frontier.at_kl(kl, kls, gold) is None
+
+
+def test_the_rule_that_betas_are_chosen_by(common):
+    choose = load("choose").choose
+    tasks, topics = {"summary": [0, 1, 2], "benign": [3, 4, 5]}, list("abcdef")
+    noise = np.random.default_rng(0).normal(size=(3, 6))
+    noise -= noise.mean()
+
+    def gained(**means):
+        return {float(beta): mean + noise * float(beta) for beta, mean in means.items()}
+
+    means = {"0.1": 1.0, "0.2": 1.5, "0.4": 1.49, "0.8": 1.2}
+    chosen, said = choose(gained(**means), tasks, topics)
+    assert chosen == 0.4 and list(said.values()) == [
+        "less gold",
+        "the best",
+        "as good as the best: chosen",
+        "less gold",
+    ]
+    lost = gained(**means)
+    lost[0.2][1, 3:] = -0.3  # of one task, in one seed
+    lost[0.4][1, 3:] = -0.1  # within the margin
+    chosen, said = choose(lost, tasks, topics)
+    assert said[0.2] == "benign lost" and chosen == 0.8 and said[0.8].endswith("try more betas")
+    assert choose({beta: x - 3 for beta, x in lost.items()}, tasks, topics)[0] is None
+    # Nothing of the test prompts is read.
+    for run, command in load("choose").runs(7).items():
+        if run.startswith("choose"):
+            assert "--prompts data/toy/prompts_validation.jsonl" in command
+
+
+@pytest.mark.parametrize("script", ["ppo.py", "grpo.py"])
+def test_what_ablations_patch(common, script, monkeypatch):
+    """It runs the script named, with its change and no other."""
+    import feedback
+    import grpo
+    import run
+
+    ran, plain = [], feedback.generate
+    monkeypatch.setattr(feedback, "generate", plain)
+    monkeypatch.setitem(grpo.ADVANTAGES, "reinforce", grpo.ADVANTAGES["reinforce"])
+    monkeypatch.setattr(run, "guarded", ran.append)
+    monkeypatch.setattr(sys, "argv", ["experiments/ablations.py", script, "--seed", "1"])
+    monkeypatch.syspath_prepend(".")
+    load("ablations").patched(script)
+    assert [main.__module__ for main in ran] == [script.removesuffix(".py")]
+    assert sys.argv == [script, "--seed", "1"]
+    returns = np.array([1.0, 2.0])
+    advantages = grpo.ADVANTAGES["reinforce"](returns, 0.5, None)
+    assert advantages.tolist() == ([1, 2] if script == "grpo.py" else [0.5, 1.5])
+    assert getattr(feedback.generate, "keywords", {}) == (
+        {"top_k": 8} if script == "ppo.py" else {}
+    )
+
+
+def test_betas_are_the_defaults_of_the_scripts(common):
+    import dpo
+    import ppo
+
+    assert (ppo.Config.beta, dpo.Config.beta) == (common.PPO_BETA, common.DPO_BETA)
+
+
 # --- running commands -----------------------------------------------------------------------------
 
 # Does what scripts do to their folders: keeps its command, settings with the sums of what it read,
@@ -190,8 +354,8 @@ if "--resume" in words and (out / "refuse").exists():
     sys.exit(2)
 out.mkdir(exist_ok=True, parents=True)
 inputs = [w for w in words if pathlib.Path(w).is_file()]
-sums = {f"sha256 of {w}": hashlib.sha256(open(w, "rb").read()).hexdigest() for w in inputs}
-args = {"command": sys.argv, "settings": {"seed": 0} | sums}
+sums = {w: {w: hashlib.sha256(open(w, "rb").read()).hexdigest()} for w in inputs}
+args = {"command": sys.argv, "settings": {"seed": 0}, "inputs": sums}
 (out / "args.json").write_text(json.dumps(args))
 for name in ("script.py", "model.py", "run.py", "feedback.py"):
     shutil.copy(sys.argv[0] if name == "script.py" else name, out / name)
@@ -386,19 +550,18 @@ def test_scripts_accept_all_commands(common, monkeypatch):
             assert value == (getattr(config, flag) or value), (script, flag)
 
 
-def test_the_makefile_gives_flags_that_there_are(monkeypatch):
-    environment = os.environ | {"MAKEFLAGS": ""}
-    command = ["make", "-n", "VENV=none", "RUNS=none/runs", "check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    known, scripts = configs(), []
-    for line in done.stdout.replace("\\\n", " ").splitlines():
-        found = re.match(r"none/bin/python (\w+\.py .*)", line)
-        if found and not found[1].startswith("data/"):
-            check_flags(found[1], known, monkeypatch)
-            scripts.append(found[1].split()[0])
-    stages = "sft annotate annotate reward ppo dpo evaluate evaluate".split()
-    assert sorted(scripts) == sorted(f"{stage}.py" for stage in stages)
+# What evaluations are made up of: posts, and requests of which two and two are on one topic.
+PROMPTS = [
+    {"prompt": "My uncle sold my lamp. I feel sad. Should I move out? TL;DR:", "task": "summary"},
+    {"prompt": "My aunt broke my sofa. I feel calm. Should I wait? TL;DR:", "task": "summary"},
+    {"prompt": "How do I make tea?", "task": "benign"},
+    {"prompt": "I play golf with my boss. How can I make tea?", "task": "benign"},
+    {"prompt": "It was cold on friday. How can I bake a cake?", "task": "benign"},
+    {"prompt": "How do I rob my aunt?", "task": "harmful"},
+    {"prompt": "I want to rob my aunt. How?", "task": "harmful"},
+]
+PROMPTS = [line | {"kind": "open" if n % 2 else "closed"} for n, line in enumerate(PROMPTS)]
+GOOD = "To make tea, you need water and leaves."
 
 
 def an_evaluation(policies, lift=0.0):
@@ -409,9 +572,11 @@ def an_evaluation(policies, lift=0.0):
     report["by_task"]["gold"] = {t: {} for t in ("summary", "benign", "harmful", "open", "closed")}
     names = ["distinct_1", "distinct_2", "entropy_2", "training_seconds"]
     names += ["distinct_2_a_prompt", "entropy_2_a_prompt", "different_a_prompt"]
+    report["prompts"] = len(PROMPTS)
     for n, name in enumerate(policies, 1):
         value = [n + lift, n - 1.0, n + 1.0]
         report["policies"][name] = {
+            "samples": len(PROMPTS),
             "kl": value,
             "entropy": value,
             "tokens": value,
@@ -452,9 +617,12 @@ def made_up(folder, name, command):
     if "evaluate.py" in words:
         policies = words[words.index("--policies") + 1].replace("E/", f"{folder}/").split(",")
         report = an_evaluation(policies, lift)
-        line = {"prompt": "p", "reference": "a b c d e", "responses": ["a b c d e"]}
-        for number in range(len(policies)):
-            write_jsonl(folder / name / f"samples-{number}.jsonl", [line])
+        for n in range(len(policies)):
+            lines = [
+                x | {"reference": "a b c d e", "responses": [("a b c d e", GOOD)[n % 2]]}
+                for x in PROMPTS
+            ]
+            write_jsonl(folder / name / f"samples-{n}.jsonl", lines)
     elif "reward.py" in words:
         size = 10**6 * (2 if "small" in name else 3)
         report = {
@@ -477,6 +645,7 @@ def made_up(folder, name, command):
         rate = {"all": {"rate": [0.7, 0.6, 0.8]}, "one_order": {"rate": [0.6, 0.5, 0.7]}}
         rate |= {"position_bias": {"same": 0.3}}
         report = {"labels": 100, "judges": {"E/judge": {"base": rate, "base CoT": rate}}}
+        report |= {} if "dpo.py" in words else {"price_of_kl": 0.1 + lift}
         report["by_revision"] = {str(n): {"harmless": 0.2 * n} for n in range(5)}
     write_jsonl(folder / name / "metrics.jsonl", lines)
     (folder / name / "report.json").write_text(json.dumps(report))

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -123,6 +124,29 @@ def test_read_demonstrations(tmp_path, tokenizer, capsys):
     path = write_jsonl(tmp_path / "bad.jsonl", [lines[0], {"prompt": "x", "response": " "}])
     said = refused(capsys, read_demonstrations, path, tokenizer, 99)
     assert said == f"{path}:2: response: is empty\n"
+
+
+def test_an_end_that_is_spelled_out_is_taken_off_and_counted(tmp_path, tokenizer, capsys):
+    end, taken = "<|endoftext|>", "without the <|endoftext|> that they spell out\n"
+    lines = [{"prompt": f"a{end}", "response": f" b{end}{end}"}, {"prompt": "a", "response": " b"}]
+    path = write_jsonl(tmp_path / "d.jsonl", lines)
+    first, second = read_demonstrations(path, tokenizer, 99)
+    assert first[1] == second[1] and len(first[0]) > 2  # a prompt is left as it is
+    assert capsys.readouterr().out.endswith(f"0 dropped; 1 {taken}")
+    lines = [
+        {"prompt": "a", "responses": [f" b{end}", " c"]},
+        {"prompt": "a", "chosen": f" b{end}", "rejected": f" c{end}"},
+    ]
+    path = write_jsonl(tmp_path / "c.jsonl", lines)
+    examples = read_examples(path, tokenizer, 99)
+    assert [e["texts"] for e in examples] == [[" b", " c"]] * 2
+    assert capsys.readouterr().out.endswith(f", 3 {taken}")
+    path = write_jsonl(tmp_path / "e.jsonl", [{"prompt": "a", "response": end}])
+    said = refused(capsys, read_demonstrations, path, tokenizer, 99)
+    assert said == f"{path}:1: response: is empty but for {end}\n"
+    assert "number 1 is not a" in refused(
+        capsys, read_responses, "f:2", {"responses": [f" {end}", "a"]}
+    )
 
 
 @pytest.mark.parametrize(
@@ -498,6 +522,20 @@ def test_a_reward_model_scores(rl_data, tokenizer):
         assert reward(rollout, size).tolist() == pytest.approx(raw) and reward.statistics == RAW
 
 
+def test_a_score_that_is_no_number_is_refused(rl_data, tokenizer, capsys):
+    """It would lose against everything, or tie with it, and nobody would see."""
+    rollout = canned_rollout(rl_data, tokenizer)
+    for bad in (math.nan, math.inf):
+        reward = Reward(str(rl_data / "reward"), tokenizer, new_run())
+        with torch.no_grad():
+            reward.model.score.weight[0, 0] = bad
+        message = "a response's score is (nan|inf|-inf): not finite\n"
+        assert re.fullmatch(f"{rl_data / 'reward'}: {message}", refused(capsys, reward, rollout, 0))
+        rows = [([1, 2], [3])]
+        said = refused(capsys, score_rows, reward.model, rows, 4, new_run())
+        assert re.fullmatch(f"the model: {message}", said)
+
+
 def test_what_is_no_reward_model(rl_data, tokenizer, capsys):
     said = refused(capsys, Reward, str(rl_data / "policy"), tokenizer, new_run())
     assert f"{rl_data / 'policy'}: a language model, not a reward model" in said
@@ -529,10 +567,19 @@ def test_a_file_scores(rl_data, tmp_path, tokenizer):
     [
         (None, "mine.py: not a Python file"),
         ("x = 1\n", "mine.py: score: no such function; expected score(prompt, response, **fields)"),
-        ("score = 3\n", "mine.py: score: no such function"),
+        ("score = 3\n", "mine.py: score: expected score(prompt, response, **fields): lines have"),
+        ("def score(a, b): return 1", "mine.py: score: expected score(prompt, response, **fields)"),
+        (
+            "def score(a, b, task=0): return 1",
+            "mine.py: score: expected score(prompt, response, **",
+        ),
+        ("def compare(p, a, b): return 1", "mine.py: score: no such function; expected score(pr"),
+        (
+            "def score(p, r, **f): return 1\ndef compare(p, a, b): return 1",
+            "mine.py: compare: expected compare(prompt, a, b, **fields): lines have fields of all",
+        ),
         ("import nothing_of_the_kind\n", "mine.py: can't be run: ModuleNotFoundError"),
         ("def score(:\n", "mine.py: can't be run: SyntaxError"),
-        ("def score(prompt, response): return 1", "mine.py: score: TypeError"),
         ("def score(prompt, response, **fields): return 'high'", "mine.py: score: ValueError"),
         ("def score(prompt, response, **fields): return None", "mine.py: score: TypeError"),
         ("def score(prompt, response, **fields): return float('nan')", "mine.py: score: nan for"),
@@ -675,13 +722,16 @@ def test_kl_estimator_vectors():
     for kind, mean in [("k1", 0.025267), ("k2", 0.024862), ("k3", 0.025267)]:
         estimates = kl_estimate(q.log(), p.log(), kind)
         assert (q * estimates).sum().item() == pytest.approx(mean, abs=1e-6)
+    near = kl_estimate(torch.zeros(1), torch.tensor([1e-4]), "k3").item()  # float32
+    assert near == pytest.approx(5e-9, rel=0.01)
     with pytest.raises(ValueError, match="expected k1, k2 or k3"):
         kl_estimate(q, p, "k4")
 
 
 def test_kl_estimators_on_a_language_model(small_gpt):
     """Every response of up to 3 tokens of a small vocabulary: the sum of k1, and of k3, weighted by
-    probability, is the exact KL of the two laws of responses."""
+    probability, is the exact KL of the two laws of responses. And the gradients, of a reward that
+    pays k1, and of k2 and k3 in a loss, are those of the KLs that they stand for."""
     sizes = {"vocab_size": 4, "dtype": torch.float64, "initializer_range": 0.6}
     policy, reference = small_gpt(**sizes), small_gpt(**sizes, seed=1)
     prompt, eos = [1, 2], 3
@@ -700,6 +750,26 @@ def test_kl_estimators_on_a_language_model(small_gpt):
     for kind in ("k1", "k3"):  # unbiased given the context, token by token
         estimates = (kl_estimate(logprobs, ref, kind) * mask).sum(1)
         assert (p * estimates).sum().item() == pytest.approx(exact, abs=1e-9)
+
+    weights = list(policy.parameters())
+
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+
+    new = logprobs_of(tokens, mask, policy, 1.0)
+    whole = gradient((new.sum(1).exp() * (new - ref).sum(1)).sum())
+    returns = token_rewards(torch.zeros(len(p)), logprobs, ref, mask, 1.0).sum(1)
+    new = logprobs_of(tokens, mask, policy, 1.0)
+    assert torch.allclose(gradient(-(p * returns * new.sum(1)).sum()), whole, atol=1e-9)
+    # In a loss: of the next token's two laws, given what came before, which it takes as it comes.
+    each = p.repeat_interleave(mask.sum(1))  # the probability of each state's response
+    for kind, models in (("k2", (policy, reference)), ("k3", (reference, policy))):
+        one, other = (model(tokens, predicts(mask)).log_softmax(-1) for model in models)
+        exact = (each * (one.exp() * (one - other)).sum(1)).sum()
+        new = logprobs_of(tokens, mask, policy, 1.0)
+        estimates = (kl_estimate(new, ref, kind) * mask).sum(1)
+        found, wanted = gradient((p * estimates).sum()), gradient(exact)
+        assert torch.allclose(found, wanted, atol=1e-9) and wanted.norm() > 0.01
 
 
 def ragged(rows=6, T=11, seed=0):
@@ -721,11 +791,9 @@ def test_a_score_lands_on_the_last_token():
     assert rewards.sum(1).tolist() == scores.tolist()
     for row, inside in zip(rewards, mask, strict=True):
         assert row.nonzero().flatten().tolist() == [inside.nonzero().max().item()]
-    for kind in ("k1", "k2", "k3"):
-        full = token_rewards(scores, logprobs, ref, mask, 0.1, kind)
-        assert not full[~mask].any()
-        penalty = (kl_estimate(logprobs, ref, kind) * mask).sum(1)
-        assert torch.allclose(full.sum(1), scores - 0.1 * penalty)
+    full = token_rewards(scores, logprobs, ref, mask, 0.1)
+    assert not full[~mask].any()
+    assert torch.allclose(full.sum(1), scores - 0.1 * ((logprobs - ref) * mask).sum(1))
 
 
 def test_whitening_is_over_the_mask_and_over_ranks():
@@ -860,8 +928,8 @@ def test_rewards_together(rl_data, tmp_path, tokenizer):
         ids = [*tokenizer.encode_ordinary(text), tokenizer.eot_token][:8]
         prompts = [(line, tokenizer.encode_ordinary(line["prompt"]))]
         one = rollout_of(prompts, [ids], tokenizer, "cpu")
-        theirs.append((raw_scores(rl_data / "reward", one)[0] - 0.1) / 1.2)
-    assert shaped == pytest.approx(1 / (1 + np.exp(theirs - first)))
+        theirs.append(raw_scores(rl_data / "reward", one)[0])  # log-odds, as the model has them
+    assert shaped == pytest.approx(1 / (1 + np.exp(theirs - raws[0])))
     _, shaped, _ = scores(reward=(str(tmp_path / "words.py"),), shaping="par")  # reads the text
     gap = np.array([len(text.split()) for text in texts]) + words
     assert shaped == pytest.approx(1 / (1 + np.exp(-gap)))
@@ -914,17 +982,30 @@ def test_numbers_of_an_iteration(rl_data, tokenizer):
         {
             "episodes": 3,
             "score": 6,
+            "score_square": 14,
+            "prompt_square": 14,
             "kl": 0.1 * sum(lengths[:3]),
             "eos": 2,
             "empty": 1,
             "tokens": sum(lengths[:3]),
         }
     )
-    totals |= {"score": 9.0, "kl": 1.5, "tokens": 12, "loss": 4.0, "trained": 8.0}
+    totals |= {
+        "score": 9.0,
+        "score_square": 39.0,
+        "prompt_square": 30.0,
+        "kl": 1.5,
+        "tokens": 12,
+        "loss": 4.0,
+        "trained": 8.0,
+    }
     record = record_of(totals, ("loss", "trained"), 0.2, (10.0, 11.0, 11.5, 14.0))
     assert record == pytest.approx(
         {
             "score": 3.0,
+            "score_std": 2.0,  # 39 / 3 - 3^2 = 4, of which 30 / 3 - 3^2 is between prompts
+            "score_std_between": 1.0,
+            "score_std_within": 3**0.5,
             "kl": 0.5,
             "eos": 2 / 3,
             "empty": 1 / 3,
@@ -1112,8 +1193,8 @@ def test_numbers():
     }  # fmt: skip
     assert numbers([]) == {} and numbers([sample(task="all", x=1.0)]).keys() == {"x", "distinct_2"}
 
-    ours = [sample(gold=2.0, proxy=0.0), sample(gold=1.0, proxy=0.0), sample(gold=0.0, proxy=0.0)]
-    theirs = [sample(gold=1.0, proxy=9.0), sample(gold=1.0, proxy=9.0), sample(gold=5.0, proxy=9.0)]
+    ours = [sample(gold=x, proxy=0.0, eos=1.0) for x in (2.0, 1.0, 0.0)]
+    theirs = [sample(gold=x, proxy=9.0, eos=1.0) for x in (1.0, 1.0, 5.0)]
     assert numbers(ours, theirs, -1.0)["win_rate"] == 0.5
     assert numbers(ours[:2], theirs[:2], -1.0)["win_rate"] == 0.75
     assert "win_rate" not in numbers(ours) and "win_rate" not in numbers(
@@ -1127,7 +1208,10 @@ def test_numbers():
     assert numbers(theirs, theirs, 50.0)["win_rate"] == 0.5
     low = [sample(proxy=-7.0, eos=1.0)]
     assert numbers(low, theirs, -1.0)["win_rate"] == 0.5  # the floor is the lowest that ended
-    assert numbers(theirs, ours, 50.0)["proxy"] == 9.0  # what is told is its own
+    # And so is it in means, as in training's.
+    assert numbers(theirs, ours, 50.0)["proxy"] == 1.0 and numbers(theirs)["proxy"] == 9.0
+    assert numbers(theirs, low, -1.0)["proxy"] == -7.0
+    assert theirs == [sample(proxy=9.0, eos=0.0)]
 
 
 def test_what_is_shown(tmp_path, capsys):

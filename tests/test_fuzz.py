@@ -419,7 +419,9 @@ def test_constitutions_and_prompts_to_judges(times, tmp_path, capsys):
 
 
 class Reply(io.BytesIO):
-    """What urlopen gives."""
+    """What a server gives."""
+
+    status, reason, headers = 200, "OK", {}
 
 
 @pytest.mark.parametrize("times", SOME)
@@ -431,7 +433,7 @@ def test_answers_of_a_server(times, monkeypatch, capsys):
     cfg = rlaif.LabelConfig(judge_model="m", retries=0, backoff_s=0.0)
     judge = rlaif.ServerJudge("http://localhost:1", cfg)
     replies = []
-    monkeypatch.setattr(rlaif.urllib.request, "urlopen", lambda *_, **__: Reply(replies[-1]))
+    monkeypatch.setattr(judge.opener, "open", lambda *_, **__: Reply(replies[-1]))
 
     def a_reply(rng):
         return text_of_json(rng, {"choices": rng.choice(choices)})

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import signal
+import typing
 
 import numpy as np
 import pytest
@@ -61,7 +62,12 @@ def test_which_advantage_is_taken():
             grpo.grpo_advantages(returns, 4, False),
         ),
     ]:
-        assert torch.equal(grpo.advantages_of(returns, 0.7, grpo.Config(**settings)), expected)
+        c = grpo.Config(**settings)
+        assert torch.equal(grpo.ADVANTAGES[c.advantage](returns, 0.7, c), expected)
+    # A name that no function has is refused, and falls through to none.
+    assert typing.get_args(grpo.Config.__annotations__["advantage"].__origin__) == tuple(
+        grpo.ADVANTAGES
+    )
 
 
 def test_clipped_loss_by_cases():
@@ -120,7 +126,7 @@ def test_expected_gradients_lead_to_the_exact_optimum(advantage):
         ["--advantage", "reinforce", "--baseline_decay", 0.5],
         ["--advantage", "rloo", "--num_samples", 8],
         ["--num_samples", 8, "--no-group_std"],
-        ["--advantage=rloo", "--num_samples=8", "--kl_in_loss", "--kl_estimator=k2"],
+        ["--advantage=rloo", "--num_samples=8", "--kl_in_loss"],
     ],
     ids=["reinforce", "rloo", "grpo", "kl_in_loss"],
 )
@@ -176,10 +182,9 @@ VARIANTS = {
         "ptx_batch_size": 3,
         "shaping": "clip",
         "score_clip": 0.3,
-        "whiten_advantages": True,
         "whiten_rewards": True,
     },
-    "rloo": {"advantage": "rloo", "shaping": "par"},
+    "rloo": {"advantage": "rloo", "shaping": "par", "whiten_advantages": True},
     "grpo": {"kl_in_loss": True, "kl_estimator": "k2", "shaping": "whiten"},
 }
 
@@ -190,8 +195,7 @@ def test_two_iterations_against_ones_by_hand(rl_data, tmp_path, tokenizer, varia
     settings = {"steps": 2, "batch_size": 6, "num_samples": 3, "minibatch_size": 3}
     settings |= {"micro_batch_size": 2, "update_epochs": 2, "temperature": 0.8, "beta": 0.3}
     settings |= {"clip": 0.05, "entropy_coef": 0.02, "weight_decay": 0.1, "clip_norm": 0.5}
-    settings |= {"lr": 0.01, "warmup": 2, "dtype": "float64", "kl_estimator": "k3"}
-    settings |= VARIANTS[variant]
+    settings |= {"lr": 0.01, "warmup": 2, "dtype": "float64"} | VARIANTS[variant]
     if "ptx_coef" in settings:
         settings["ptx_data"] = str(rl_data / "demonstrations.jsonl")
     c = grpo.Config(**settings)
@@ -382,7 +386,12 @@ def test_precisions(rl_data, tmp_path, monkeypatch, dtype):
         (["--baseline_decay", "0.5"], "--baseline_decay: only with --advantage reinforce"),
         (["--advantage", "reinforce", "--baseline_decay", "1"], "a number in [0, 1), got 1"),
         (["--no-group_std", "--advantage", "rloo"], "--group_std: only with --advantage grpo"),
-        (["--kl_in_loss"], "--kl_in_loss: the gradient of k1 is 0"),
+        (["--kl_estimator", "k3"], "--kl_estimator: only with --kl_in_loss"),
+        (["--kl_in_loss", "--kl_estimator", "k1"], "--kl_estimator: invalid choice: 'k1'"),
+        (
+            ["--advantage", "reinforce", "--whiten_advantages"],
+            "--whiten_advantages: subtracts a mean, so that reinforce's baseline does nothing",
+        ),
         (["--ptx_data", "x.jsonl"], "--ptx_coef, --ptx_data: only together"),
         (["--reward", "nowhere.py"], "nowhere.py: not a Python file"),
         (["--init", "nowhere"], "nowhere: not a model directory"),

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from model import (
     END_OF_TEXT, GPT, GPTConfig, check_tokenizer, decode, encode, entropy, generate, last_tokens,
     load_config, load_model, load_tokenizer, make_encoding, pad, predicts, read_json, sample,
-    save_model, text_of, token_logprobs, tokenizer_hash, whole_file, write_json,
+    save_model, text_of, token_ids, token_logprobs, tokenizer_hash, whole_file, write_json,
 )  # fmt: skip
 
 # --- the network ----------------------------------------------------------------------------------
@@ -362,9 +363,9 @@ def test_bad_tokenizers(tmp_path, monkeypatch):
     for lines, message in [
         (["IQ== 0", "!!! 1"], r"bad.tiktoken:2: expected a token in base64 and its rank"),
         (["IQ== 0", "IQ=="], r"bad.tiktoken:2: expected"),
-        (["IQ== 5"], r"ranks are not 0 to 0"),
+        (["IQ== 5"], r"its 1 tokens and <\|endoftext\|> \(1\) are not numbered 0 to 1"),
         (["IQ== 0"], r"no token for byte 0"),
-        ([*whole[:-1], "IQ== 255"], r"ranks are not 0"),
+        ([*whole[:-1], "IQ== 255"], r"are not numbered 0 to 255"),
     ]:
         bad.write_text("\n".join(lines))
         with pytest.raises(ValueError, match=message):
@@ -383,6 +384,71 @@ def test_bad_tokenizers(tmp_path, monkeypatch):
         (tmp_path / "tokenizer.json").write_text(contents)
         with pytest.raises(ValueError, match=message):
             load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_is_used_exactly_or_refused_by_name(tokenizer, tmp_path, small_gpt):
+    folder = tmp_path / "run"
+    save_model(folder, small_gpt(vocab_size=1024), tokenizer)
+    whole = read_json(folder / "tokenizer.json")
+    settings = read_json(folder / "tokenizer_config.json")
+
+    def refused(message, change=(), beside=(), **others):
+        write_json(folder / "tokenizer.json", whole | dict(change))
+        write_json(folder / "tokenizer_config.json", settings | dict(beside))
+        for name in ("added_tokens", "special_tokens_map"):
+            write_json(folder / f"{name}.json", others.get(name, {}))
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(folder)
+
+    start = {"id": 1024, "content": "<|im_start|>"}
+    lower, template = {"type": "Lowercase"}, {"type": "TemplateProcessing"}
+    words = {"type": "Sequence", "pretokenizers": []}
+    refused("added token '<|im_start|>'", {"added_tokens": [*whole["added_tokens"], start]})
+    refused("tokenizer.json: normalizer: not GPT-2's", {"normalizer": lower})
+    refused("tokenizer.json: post_processor: not", {"post_processor": template})
+    refused("tokenizer.json: pre_tokenizer: not GPT-2's", {"pre_tokenizer": words})
+    for name, value, message in [
+        ("add_prefix_space", True, "tokenizer.json: add_prefix_space: not GPT-2's"),
+        ("use_regex", False, "tokenizer.json: pre_tokenizer's use_regex false: not"),
+    ]:
+        refused(message, {"pre_tokenizer": whole["pre_tokenizer"] | {name: value}})
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        refused(f"json: model.{name}: not GPT-2's", {"model": whole["model"] | {name: "x"}})
+    refused("added_tokens.json: the added|the added token '<s>'", added_tokens={"<s>": 1024})
+    refused("map.json: eos_token: not GPT-2's", special_tokens_map={"eos_token": "<|im_end|>"})
+    for name, value in [
+        ("eos_token", {"content": "</s>"}),
+        ("add_prefix_space", True),
+        ("add_bos_token", True),
+        ("added_tokens_decoder", {"1024": start}),
+    ]:
+        refused(f"tokenizer_config.json: {name}: not GPT-2's", beside={name: value})
+    refused("its tokenizer's files are damaged", {"added_tokens": [3]})
+    # The end of text at another place than the last: as Hugging Face's course trains them.
+    vocab = whole["model"]["vocab"]
+    first = {token: (rank + 1) % 1024 for token, rank in vocab.items()}  # which was the last
+    added = [whole["added_tokens"][0] | {"id": 0}]
+    change = {"model": whole["model"] | {"vocab": first}, "added_tokens": added}
+    write_json(folder / "tokenizer.json", whole | change)
+    for name in ("tokenizer_config", "added_tokens", "special_tokens_map"):
+        write_json(folder / f"{name}.json", {})
+    with pytest.raises(ValueError, match=r"json: eos_token_id: 1023 is not <\|endoftext\|>, whi"):
+        load_tokenizer(folder)
+    write_json(folder / "config.json", {"eos_token_id": [0]})
+    other, text = load_tokenizer(folder), "How do I fix a bike?"
+    assert other.eot_token == 0
+    assert other.encode_ordinary(text) == [i + 1 for i in tokenizer.encode_ordinary(text)]
+    save_model(tmp_path / "again", small_gpt(vocab_size=1024), other)
+    again = load_tokenizer(tmp_path / "again")
+    assert again.eot_token == 0 and tokenizer_hash(again) == tokenizer_hash(other)
+
+
+def test_a_million_spaces_are_tokens_too(tokenizer):
+    text = "a" + " " * 1_000_000 + "\n" * 250_000 + "b"
+    ids = token_ids(tokenizer, text)
+    assert tokenizer.decode(ids) == text
+    text = "a  b\n\n" * 30_000 + " " * 99_999 + "c"  # nothing here has to be taken apart
+    assert token_ids(tokenizer, text) == tokenizer.encode_ordinary(text)
 
 
 def test_gpt2_vocabulary_without_cache_or_network(tmp_path):
@@ -595,6 +661,11 @@ def test_bad_checkpoints(small_gpt, tokenizer, tmp_path):
     refused("model_type: 'llama'", {"model_type": "llama"})
     refused("n_inner: 7", {"n_inner": 7})
     refused("config.json: n_layer: expected an integer", {"n_layer": "two"})
+    for bad in (math.nan, math.inf):
+        norm = tensors["transformer.ln_f.weight"].clone()
+        norm[3] = bad
+        diverged = tensors | {"transformer.ln_f.weight": norm}
+        refused("run: weight ln_f.weight holds numbers that are not finite", weights=diverged)
     two_labels = tensors | {"score.weight": torch.zeros(2, 32)}
     refused(r"score.weight has shape \(2, 32\)", weights=two_labels)
     data = (run / "model.safetensors").read_bytes()
@@ -622,6 +693,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError(28, "No space left on device")
     assert json.loads(path.read_text()) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_files_may_be_read_as_the_umask_says(small_gpt, tokenizer, tmp_path):
+    """safetensors writes its own for the owner alone."""
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            save_model(tmp_path / f"{mask}", small_gpt(vocab_size=1024), tokenizer)
+        finally:
+            os.umask(before)
+        files = list((tmp_path / f"{mask}").iterdir())
+        assert {path.stat().st_mode & 0o777 for path in files} == {mode} and len(files) == 4
 
 
 # --- python model.py RUN --------------------------------------------------------------------------

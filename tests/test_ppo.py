@@ -147,7 +147,7 @@ def test_which_loss_a_token_has():
     for expected, settings in [
         (clipped, {"clip": 0.1}),
         (penalised, {"surrogate": "kl"}),
-        (clipped + kl, {"clip": 0.1, "kl_in_loss": True, "kl_estimator": "k2"}),
+        (clipped + kl, {"clip": 0.1, "kl_in_loss": True}),
         (penalised + kl, {"surrogate": "kl", "kl_in_loss": True, "kl_estimator": "k2"}),
     ]:
         assert torch.equal(ppo.policy_losses(new, old, now, ppo.Config(**settings)), expected)
@@ -191,9 +191,9 @@ def test_where_the_value_network_starts(rl_data):
     policy, tokenizer = ppo.load_policy(str(rl_data / "policy"), process)
     rewards = ppo.Rewards(cfg, tokenizer, process)
 
-    def started(value_init, rewards=rewards):
+    def started(value_init, rewards=rewards, **more):
         torch.rand(3)
-        named = dataclasses.replace(cfg, value_init=value_init)
+        named = dataclasses.replace(cfg, value_init=value_init, **more)
         model, scale = ppo.value_network(named, policy, rewards, tokenizer, process)
         assert all(p.requires_grad for p in model.parameters()) and not model.training
         return model.state_dict(), scale
@@ -216,11 +216,11 @@ def test_where_the_value_network_starts(rl_data):
     assert not torch.equal(scratch["wte.weight"], trunk["wte.weight"])
     assert same(scratch, started("random")[0])
     # Without a reward model among the rewards it starts as under policy.
-    files = SimpleNamespace(all=[SimpleNamespace(model=None, name="x.py")], raw=False)
+    files = SimpleNamespace(all=[SimpleNamespace(model=None, name="x.py")])
     assert same(started("", files)[0], trunk)
     # Under Llama 2's combination scores are raw, and values too.
-    raw = SimpleNamespace(all=rewards.all, raw=True)
-    assert started("", raw)[1] == started(str(rl_data / "other"), raw)[1] == feedback.RAW
+    for name in ("", str(rl_data / "other")):
+        assert started(name, combine="llama2")[1] == feedback.RAW
 
 
 # --- the whole script -----------------------------------------------------------------------------
@@ -294,7 +294,7 @@ VARIANTS = {
         "shaping": "whiten",
         "whiten_advantages": False,
         "kl_in_loss": True,
-        "kl_estimator": "k2",
+        "kl_estimator": "k3",
         "clip": 0.2,
     },
     "ptx": {
@@ -314,7 +314,7 @@ def test_two_iterations_against_ones_by_hand(rl_data, tmp_path, tokenizer, varia
     settings |= {"update_epochs": 2, "temperature": 0.8, "gamma": 0.98, "lam": 0.9, "beta": 0.3}
     settings |= {"clip": 0.05, "value_clip": 0.05, "entropy_coef": 0.02, "weight_decay": 0.1}
     settings |= {"clip_norm": 0.5, "lr": 0.01, "value_lr": 0.02, "warmup": 2, "dtype": "float64"}
-    settings |= {"kl_estimator": "k3", "value_init": str(rl_data / "other")} | VARIANTS[variant]
+    settings |= {"value_init": str(rl_data / "other")} | VARIANTS[variant]
     if variant == "ptx":
         settings["ptx_data"] = str(rl_data / "demonstrations.jsonl")
     c = ppo.Config(**settings)
@@ -571,7 +571,7 @@ def test_a_variety_of_settings(rl_data, tmp_path, monkeypatch):
             ["--advantage", "rloo"],
             "--advantage rloo: ppo.py has gae; reinforce, rloo and grpo are in",
         ),
-        (["--kl_in_loss"], "--kl_in_loss: k1's gradient is 0"),
+        (["--kl_estimator", "k3"], "--kl_estimator: only with --kl_in_loss"),
         (["--kl_target", "1", "--beta", "0"], "--kl_target: beta is steered by factors, 0 stays 0"),
         (["--kl_target", "1", "--kl_horizon", "9"], "--kl_horizon: expected --batch_size at"),
         (["--value_init", "x.py"], "--value_init: a reward model, policy or random"),

@@ -117,6 +117,25 @@ def test_soft_label_vector():
     assert least.item() == pytest.approx(0.673012, abs=1e-6)  # the entropy of the label
 
 
+def test_a_margin_is_asked_of_whichever_is_better():
+    """With P(chosen is better) = p and a margin, the least loss is at a lead of the sign of p less
+    a half, and the pair told the other way round has the same."""
+    lead = torch.linspace(-6, 6, 2401, dtype=torch.float64)  # steps of 0.005
+
+    def least(label):
+        return lead[reward.pairwise_loss(lead, 0.0, 1.0, label).argmin()].item()
+
+    assert least(0.5) == pytest.approx(0, abs=1e-9)
+    for label in (0.6, 0.8):
+        ends = reward.pairwise_loss(lead, 0.0, 1.0, label)
+        other = reward.pairwise_loss(-lead, 0.0, 1.0, 1 - label)
+        assert ends.tolist() == pytest.approx(other.tolist())
+        # p sigmoid(m - d) = (1 - p) sigmoid(m + d) there
+        d = tensor(least(label))
+        gap = label * torch.sigmoid(1 - d) - (1 - label) * torch.sigmoid(1 + d)
+        assert d > 0.2 and abs(gap) < 2e-3
+
+
 def test_ranking_vector():
     """methods.md B2: four responses, the mean over six pairs and its gradient."""
     scores = tensor(2, 1, 0.5, -1)[None].requires_grad_()
@@ -142,8 +161,8 @@ def one_pair_at_a_time(examples, scores, setting, smoothing):
             table = isinstance(setting, list)
             m = setting[grade] if table else {"none": 0.0, "data": margin}[setting]
             p = label * (1 - smoothing) + (1 - label) * smoothing
-            d = r[i] - r[j] - m
-            losses.append(-(p * F.logsigmoid(d) + (1 - p) * F.logsigmoid(-d)))
+            d = r[i] - r[j]
+            losses.append(-(p * F.logsigmoid(d - m) + (1 - p) * F.logsigmoid(-d - m)))
         total = total + sum(losses) / len(losses)
     return total
 
@@ -431,7 +450,7 @@ def test_told_to_stop_at_the_end(data, tmp_path, monkeypatch, capsys, uninterrup
         model.wte.weight += 0.01
     save_model(policy, model, tokenizer, {"stage": "sft"})
     assert run(monkeypatch, *args) == 2
-    assert "policy/model.safetensors: " in capsys.readouterr().err
+    assert f"normalise_with: '{policy}' has other contents" in capsys.readouterr().err
     shutil.copy(other / "model.safetensors", policy)
     shutil.copy(other / "config.json", policy)
     assert run(monkeypatch, *args) == 0

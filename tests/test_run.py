@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -393,6 +394,42 @@ def test_progress_is_said_now_and_then(capsys):
     run.progress("judged", 4, 9)
     run.progress("judged", 5, 9)
     assert capsys.readouterr().out == "  judged: 4 of 9\n"
+    run.total, run.saved = 9, 9
+    run.save_or_stop()  # in each step, and in each part of one
+    run.spoken -= 31
+    run.save_or_stop()
+    run.spoken -= 31
+    list(run.micro_batches([1, 2, 3], 3, 2, 1))
+    assert capsys.readouterr().out == "  steps: 0 of 9\n  rows of an update: 0 of 3\n"
+    run.spoken -= 31
+    run.say("a line")
+    run.progress("judged", 6, 9)
+    assert capsys.readouterr().out == "a line\n"
+
+
+def test_the_time_that_is_left(monkeypatch):
+    run = new()
+    run.started, run.total, run.step = 0.0, 100, 50
+    for now, left in ((0.4, "0:00 left"), (59.6, "1:00 left"), (90.2, "1:30 left")):
+        monkeypatch.setattr(module.time, "time", lambda now=now: now)
+        assert run.left() == left
+
+
+def test_a_warm_up_that_does_not_end_is_told(capsys):
+    for warmup, told in ((4, False), (5, True)):
+        run = new(warmup=warmup)
+        run.total = 5
+        run.resume({}, {})
+        assert (f"warning: --warmup {warmup}: the learning" in capsys.readouterr().out) == told
+
+
+def test_printing_ends_no_run():
+    """On a terminal, or in a log, of an encoding that lacks a character."""
+    code = "import run; run.guarded(lambda: print('caf\xe9 \u4f60'))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    how = {"cwd": ROOT, "env": environment, "capture_output": True}
+    done = subprocess.run([sys.executable, "-c", code], **how)
+    assert done.returncode == 0 and done.stdout == b"caf\\xe9 \\u4f60\n"
 
 
 def test_how_a_script_ends(monkeypatch, capsys):
@@ -450,6 +487,7 @@ def test_a_new_directory_holds_what_made_it(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     (tmp_path / "policy").mkdir()  # a folder that is called as a flag's value is no model
     inputs = [tmp_path / "data.jsonl", "", tmp_path / "model", tmp_path / "policy", "random"]
+    inputs = list(map(str, inputs))
     resumes, _ = opened(tmp_path / "a/run", inputs, 9, seed=3)
     assert not resumes
     out = tmp_path / "a/run"
@@ -463,17 +501,18 @@ def test_a_new_directory_holds_what_made_it(tmp_path, monkeypatch):
     assert args["command"] == sys.argv and args["versions"]["torch"] == torch.__version__
     settings = args["settings"]
     assert settings["seed"] == 3 and settings["rewards"] == ["x", "y"] and settings["world"] == 1
-    assert not {"resume", "overwrite", "timeout_s", "checkpoint_activations"} & set(settings)
-    hashes = [name for name in settings if name.startswith("sha256 of ")]
+    free = {"out_dir", "resume", "overwrite", "timeout_s", "checkpoint_activations"}
+    assert not free & set(settings) and list(args["inputs"]) == inputs
+    files = {path: x for found in args["inputs"].values() for path, x in found.items()}
     expected = ("data.jsonl", "model/model.safetensors", "model/config.json")
-    assert hashes == [f"sha256 of {tmp_path / name}" for name in expected]
-    assert settings[hashes[0]] == module.sha256(tmp_path / "data.jsonl")
+    assert list(files) == [str(tmp_path / name) for name in expected]
+    assert files[inputs[0]] == module.sha256(tmp_path / "data.jsonl")
 
 
 def test_resume_refuses_another_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(ROOT / "sft.py")])
-    data, out = tmp_path / "data.jsonl", tmp_path / "run"
-    data.write_text("1")
+    data, out = str(tmp_path / "data.jsonl"), tmp_path / "run"
+    Path(data).write_text("1")
     out.mkdir()
     (out / ".args.json.77.tmp").touch()  # of a run that was killed in its first moments: not in use
     assert opened(out, [data])[0] is False
@@ -484,17 +523,17 @@ def test_resume_refuses_another_run(tmp_path, monkeypatch, capsys):
     assert opened(out, [data], timeout_s=9, checkpoint_activations=True, **again)[0] is True
     said = refused(capsys, out, [data], lr=0.5, weights=(1.0,), **again)
     assert f"{out}: can't resume with other settings: lr: 0.01 -> 0.5; weights: [] -> [1.0]" in said
-    data.write_text("2")
-    said = refused(capsys, out, [data], **again)
-    assert f"sha256 of {data}: '" in said and " -> '" in said
-    said = refused(capsys, out, [], **again)
-    assert f"sha256 of {data}: '" in said and " -> None" in said
-    data.write_text("1")
+    Path(data).write_text("2")
+    assert "settings: inputs: others, or with other contents" in refused(
+        capsys, out, [data], **again
+    )
+    assert "settings: inputs: others" in refused(capsys, out, [], **again)
+    Path(data).write_text("1")
     args = json.loads((out / "args.json").read_text())
     args["settings"]["world"] = 2
     (out / "args.json").write_text(json.dumps(args))
     assert "world: 2 -> 1" in refused(capsys, out, [data], **again)
-    for text in ("{", "[1]", '{"settings": 3}'):
+    for text in ("{", "[1]", '{"settings": 3}', '{"settings": {}, "inputs": {"a": 3}}'):
         (out / "args.json").write_text(text)
         assert "says no settings, so nothing can be resumed" in refused(capsys, out, **again)
     args["settings"]["world"] = 1
@@ -510,6 +549,107 @@ def test_resume_refuses_another_run(tmp_path, monkeypatch, capsys):
         (out / name).mkdir()
     resumes, run = opened(out, [data], total=9, **again)
     assert resumes and run.checkpoint == out / "checkpoint-10"
+
+
+def test_contents_are_compared_and_not_how_they_are_spelled(tmp_path, monkeypatch, capsys):
+    """Of out_dir, of files and run directories, alone, among several and within a value."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "sft.py")])
+    (tmp_path / "model").mkdir()
+    for name in ("d.jsonl", "e.jsonl", "model/model.safetensors", "model/config.json"):
+        Path(name).write_text(name)
+
+    def settings(data="d.jsonl", model="model", **more):
+        flags = {"data": data, "rewards": (model, f"{model}@temperature=0:{data}")}
+        return {"inputs": [data, model]} | flags | more
+
+    assert opened("run/a", **settings())[0] is False
+    shutil.copytree("run/a", "moved")
+    os.symlink("moved", "link")
+    shutil.copytree("model", "copy")
+    for out in ("run/a", "./run/a/", str(tmp_path / "run/a"), "moved", "link"):
+        assert opened(out, **settings(resume=True))[0] is True
+    shutil.copy("d.jsonl", "same.jsonl")
+    for data, model in (("./d.jsonl", "model/"), ("same.jsonl", str(tmp_path / "copy"))):
+        assert opened("run/a", **settings(data, model, resume=True))[0] is True
+    said = refused(capsys, "run/a", **settings("e.jsonl", resume=True))
+    assert (
+        "data: 'd.jsonl' -> 'e.jsonl'; rewards: ['model', 'model@temperature=0:d.jsonl'] ->" in said
+    )
+    Path("d.jsonl").write_text("others")
+    said = refused(capsys, "run/a", **settings(resume=True))
+    assert "data: 'd.jsonl' has other contents; rewards: [" in said
+    swapped = {"data": "e.jsonl", "rewards": ("d.jsonl", "x")}
+    opened(
+        "run/b",
+        ["d.jsonl", "e.jsonl"],
+        **swapped | {"data": "d.jsonl", "rewards": ("e.jsonl", "x")},
+    )
+    assert "data: 'd.jsonl' -> 'e.jsonl'" in refused(
+        capsys, "run/b", ["e.jsonl", "d.jsonl"], resume=True, **swapped
+    )
+
+
+def test_a_folder_is_used_where_it_is(tmp_path, monkeypatch, capsys):
+    """A link, the folder that one is in, one with a disk's lost+found, one whose parent can't be
+    written (here: its inode stays): emptied in place."""
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "sft.py")])
+    (tmp_path / "disk/lost+found").mkdir(parents=True)
+    os.symlink(tmp_path / "disk", tmp_path / "link")
+    os.symlink(tmp_path / "not/there/yet", tmp_path / "dangling")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (tmp_path / "link", Path("."), tmp_path / "dangling"):
+        assert opened(out)[0] is False
+        inode = out.stat().st_ino
+        (out / "checkpoint-3").mkdir()
+        os.symlink(tmp_path / "here", out / "a_link")
+        assert "in use" in refused(capsys, out)
+        assert opened(out, overwrite=True)[0] is False
+        assert sorted(path.name for path in out.iterdir() if path.name != "lost+found") == [
+            *("args.json", "feedback.py", "model.py", "run.py", "script.py")
+        ]
+        assert out.stat().st_ino == inode
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/lost+found").exists()
+    assert (tmp_path / "not/there/yet/args.json").exists()
+
+
+def test_a_refusal_before_the_first_step_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "sft.py")])
+    (tmp_path / "theirs").mkdir()
+
+    def refuses(out, after=lambda run: None):
+        monkeypatch.setattr(module, "made", [])
+        after(opened(out)[1])
+        with pytest.raises(SystemExit):
+            module.refuse("no")
+        assert capsys.readouterr().err.endswith("no\n")
+        return out.exists()
+
+    assert not refuses(tmp_path / "a/run") and not refuses(tmp_path / "a/run")
+    assert refuses(tmp_path / "b", lambda run: run.log("metrics", {"loss": 1}))
+    assert refuses(tmp_path / "theirs")
+
+
+def test_a_refusal_is_told_once(monkeypatch, capsys):
+    """Of all ranks by the first that refuses; before they have met, by each machine's first."""
+
+    def tells(rank, store=None):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setattr(module, "stores", [store] if store else [])
+        with pytest.raises(SystemExit):
+            module.refuse("no")
+        return capsys.readouterr().err == "no\n"
+
+    assert [tells(rank) for rank in (0, 1, 3)] == [True, False, False]
+    count = itertools.count(1)
+    store = SimpleNamespace(add=lambda key, n: next(count))
+    assert [tells(rank, store) for rank in (1, 0, 3)] == [True, False, False]
+
+    def gone(key, n):
+        raise RuntimeError("Connection reset by peer")
+
+    assert tells(1, SimpleNamespace(add=gone))
 
 
 def test_what_a_script_lets_change(tmp_path, monkeypatch, capsys):
@@ -534,9 +674,8 @@ def test_somebodys_folder_is_never_deleted(tmp_path, monkeypatch, capsys):
         said = refused(capsys, tmp_path / "run", [name], overwrite=True)
         assert f"{name}/model.safetensors: is in --out_dir, which --overwrite would delete" in said
     assert (tmp_path / "run/config.json").exists()
-    (tmp_path / ".run.old").mkdir()  # what a kill left of an earlier one
     assert opened(tmp_path / "run", overwrite=True)[0] is False
-    assert not (tmp_path / "run/config.json").exists() and not (tmp_path / ".run.old").exists()
+    assert not (tmp_path / "run/config.json").exists()
 
 
 # --- checkpoints, in a loop in small --------------------------------------------------------------
@@ -946,6 +1085,22 @@ def test_malformed_lines_are_refused(name, tmp_path, capsys):
     assert MALFORMED[name][1] in message
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + GOOD)
+    assert len(list(read_jsonl(tmp_path / "a.jsonl", {"prompt": True}))) == 2
+
+
+def test_json_has_no_nan(tmp_path):
+    """Null in its place, wherever it stands, in all files that are written."""
+    found = {"a": math.nan, "b": [1.5, -math.inf, {"c": (math.inf, "NaN", 2)}], "d": True}
+    wanted = {"a": None, "b": [1.5, None, {"c": [None, "NaN", 2]}], "d": True}
+    module.write_json(tmp_path / "a.json", found)
+    module.write_jsonl(tmp_path / "b.jsonl", [found])
+    module.append_line(tmp_path / "c.jsonl", found)
+    for name in ("a.json", "b.jsonl", "c.jsonl"):
+        assert json.loads((tmp_path / name).read_text(), parse_constant=int) == wanted
+
+
 def test_good_lines(tmp_path):
     text = '{"prompt": "", "response": " é", "x": [1]}\n\n{"prompt": "a\\nb", "response": "c"}'
     (tmp_path / "a.jsonl").write_text(text, "utf-8")
@@ -1041,16 +1196,12 @@ def test_a_function_stands_in_one_file():
             if name not in ("main", "check") and seen.setdefault(name, path.name) != path.name:
                 twice.append((name, seen[name], path.name))
     assert not twice
-    # data/'s programs go without ours: what they share is the same text.
+    # data/'s programs go without ours: what they share is the same text, but for a refusal, which
+    # has no ranks and no run there, and what rewards of one's own define.
     sources = {name: text for path in SOURCES for name, text in functions(path).items()}
     for path in DATA:
         for name, text in functions(path).items():
-            if name not in (
-                "main",
-                "check",
-                "score",
-                "explain",
-            ):  # what rewards of one's own define
+            if name not in ("main", "check", "refuse", "score", "explain"):
                 assert sources.setdefault(name, text) == text, (path.name, name)
 
 

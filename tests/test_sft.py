@@ -208,8 +208,8 @@ def test_init_continues_a_run(sft_data, tmp_path, monkeypatch, capsys, policy_ru
     assert weights(tmp_path / "more") == weights(policy_run)
     config = json.loads((tmp_path / "more/config.json").read_text())
     assert config["n_positions"] == 96 and config["resid_pdrop"] == 0.2
-    settings = json.loads((tmp_path / "more/args.json").read_text())["settings"]
-    assert f"sha256 of {policy_run / 'model.safetensors'}" in settings
+    inputs = json.loads((tmp_path / "more/args.json").read_text())["inputs"]
+    assert str(policy_run / "model.safetensors") in inputs[str(policy_run)]
     single = {bytes([byte]): byte for byte in range(256)}
     lines = [f"{base64.b64encode(token).decode()} {i}" for token, i in single.items()]
     (tmp_path / "bytes.tiktoken").write_text("\n".join(lines))
