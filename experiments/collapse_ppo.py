@@ -57,7 +57,7 @@ def results(lab):
         for kind in KINDS:
             files = [path_of(lab, f"E/scores-{name}-*.jsonl", seed) for seed in lab.seeds]
             table[f"{label}: std of scores, {kind}"] = [spread(file, kind) for file in files]
-    by_seed(lab, "collapse_ppo_seeds", table)
+    by_seed(lab, "collapse_ppo_seeds", table, 3)
     rows(lab, "collapse_ppo", groups, columns, "PPO against reward models with one utility or two")
     one, two = (golds(lab, "E/collapse-evaluation-*", f"E/ppo-{x}-*") for x in MODELS.values())
     gains(lab, "collapse_ppo_gains", {"by kind, over one utility": two - one}, by="kind")

@@ -48,7 +48,7 @@ def results(lab):
     higher = f"best gold, {many} prompts over {few}"
     ends = (table[f"beta 0, {n} prompts, at its best: gold"] for n in (many, few))
     table[higher] = np.subtract(*ends).tolist()
-    by_seed(lab, "overoptimisation_best", table, differences=[higher])
+    by_seed(lab, "overoptimisation_best", table, 3, differences=[higher])
 
 
 if __name__ == "__main__":

@@ -1278,6 +1278,24 @@ MUTATIONS = {
     ],
     "data": [
         (
+            "a split without a test part",
+            "data/convert.py",
+            "place < 2 * split",
+            "place < split",
+        ),
+        (
+            "a person's next turn in a response",
+            "data/convert.py",
+            'if any("\\n\\nHuman:" in response for response in (chosen, rejected)):',
+            "if False:",
+        ),
+        (
+            "a conversation on two sides",
+            "data/convert.py",
+            'opening = re.split(r"\\n\\n(?:Assistant|### Response):", line["prompt"])[0]',
+            'opening = line["prompt"]',
+        ),
+        (
             "n-grams counted as often as they are said",
             "data/bleu.py",
             "sum(min(count, known[gram]) for gram, count in grams.items())",
