@@ -1252,6 +1252,30 @@ MUTATIONS = {
     ],
     "experiments": [
         (
+            "seeds and prompts counted twice",
+            "experiments/common.py",
+            "both = of_seeds + of_prompts - rest",
+            "both = of_seeds + of_prompts",
+        ),
+        (
+            "tasks' own levels taken for noise",
+            "experiments/common.py",
+            "return values - level + values.mean()",
+            "return values",
+        ),
+        (
+            "gold on a line in KL, not in its root",
+            "experiments/frontier.py",
+            "np.sqrt(kls.clip(min=0))",
+            "kls.clip(min=0)",
+        ),
+        (
+            "the smallest beta that will do",
+            "experiments/choose.py",
+            "chosen = max(beta for beta",
+            "chosen = min(beta for beta",
+        ),
+        (
             "a law of RL for best-of-n",
             "experiments/common.py",
             "bend = d**2 if best_of else d * np.log(d)",
