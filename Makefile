@@ -78,6 +78,15 @@ else
   HELD_OUT := $(DATA)/rankings_validation.jsonl
 endif
 STAGES := sft $(if $(GOLD),feedback feedback_validation) reward ppo dpo evaluation
+# The embedded task's models are too small for two threads: each stage has one, and two stages that
+# don't need each other run side by side (JOBS). Models of your own have the machine to themselves.
+JOBS ?= 2
+ifeq ($(DATA)$(LAUNCH),data/toy)
+  $(STAGES:%=$(RUNS)/%/command): export OMP_NUM_THREADS ?= 1
+  ifneq ($(filter report check,$(or $(MAKECMDGOALS),report)),)
+    MAKEFLAGS += -j$(JOBS)
+  endif
+endif
 
 # Of each stage: what it does, and the seconds that it takes; its command line.
 ALL := $(GOLD) $(if $(QUICK),--num_prompts 100) $(SAMPLING)

@@ -61,7 +61,7 @@ def run_make(folder, *words, killed=""):
     """-> what happened to which stage, and what make said."""
     (folder / "log").write_text("")
     environment = os.environ | {"MAKEFLAGS": "", "KILLED": killed}
-    command = ["make", "--no-print-directory", "VENV=none", *words]
+    command = ["make", "--no-print-directory", "VENV=none", "JOBS=1", *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     assert (done.returncode == 0) == (not killed), done.stdout + done.stderr
     lines = (folder / "log").read_text().splitlines()
@@ -113,6 +113,18 @@ def test_stages_tell_what_they_do_and_how_long(finished, make):
     happened, said = make("check")
     assert happened == []
     assert "tables again" in said and "sft took 1.5 s" in said and said.endswith("checked\n")
+
+
+def test_stages_that_do_not_need_each_other_run_side_by_side(make, tmp_path):
+    """Each on one thread; a model of one's own has the machine to itself."""
+    shutil.rmtree(tmp_path / "runs")
+    happened, said = make("JOBS=2")
+    assert sorted(happened) == sorted(made(*STAGES))
+    assert said.index("runs/dpo: ") < said.index("runs/ppo: ")  # it does not wait for the reward
+    for words in ("DATA=mine", "LAUNCH=torchrun"):
+        lines = subprocess.run(["make", "-pn", words], cwd=tmp_path, capture_output=True, text=True)
+        flags = re.search("^MAKEFLAGS = (.*)$", lines.stdout, re.M)[1]
+        assert "-j" not in flags and "OMP_NUM_THREADS = 1" not in lines.stdout
 
 
 def test_a_change_makes_what_depends_on_it(make, tmp_path):
