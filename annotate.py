@@ -141,7 +141,9 @@ def to_reward(scores, scale):
     centred = scores - scores.mean()
     if scale == "logit":
         return centred
-    return centred / max(float(centred.std()), 1e-8)
+    if scale == "zscore":
+        return centred / max(float(centred.std()), 1e-8)
+    raise ValueError(f"scale {scale}: expected logit or zscore")
 
 
 # --- settings -------------------------------------------------------------------------------------
