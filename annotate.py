@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from feedback import (
-    check_field, connected, fit_ratings, grade_of, grouped_rate, load_policy, load_python,
+    bare, check_field, connected, fit_ratings, grade_of, grouped_rate, load_policy, load_python,
     read_preferences, read_responses, told,
 )  # fmt: skip
 from model import encode, generate, text_of, token_ids, write_json
@@ -328,6 +328,7 @@ def finish_samples(cfg, prompts, partial, path):
         (index, responses), kept = json.loads(line), {}
         for text, name, ended, cut in responses:
             counts["cut"] += cut
+            text = bare(text)  # what is read again
             if not ended or not text.strip():
                 counts["unended" if not ended else "empty"] += 1
             elif text in kept:
@@ -796,7 +797,8 @@ def read_source(cfg):
         if "task" in line:
             check_field(where, line, "task", str)
         if cfg.samples:
-            count = len(read_responses(where, line))
+            line["responses"] = read_responses(where, line)
+            count = len(line["responses"])
             if cfg.annotator == "terminal" and count > 9:
                 refuse(f"{where}: responses: {count}; nine keys are all that a person has here")
         lines.append(line)

@@ -500,7 +500,8 @@ def main():
         for kind, U in utilities.items()
     }
     total = cfg.steps or math.ceil(cfg.epochs * math.ceil(len(examples) / cfg.batch_size))
-    run.open([*cfg.data, cfg.validation, cfg.prompts, cfg.init, cfg.normalise_with], total)
+    inputs = [*cfg.data, cfg.validation, cfg.prompts, cfg.init, cfg.normalise_with, cfg.tokenizer]
+    run.open(inputs, total)
 
     # Scores are normalised on samples that are drawn now: bad flags are seen before training.
     many, yardstick = 4 * cfg.micro_batch_size or 256, []  # without gradients more fit

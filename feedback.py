@@ -68,8 +68,8 @@ def read_prompts(path, tokenizer, room, say=print, **kinds):
 def bare(text):
     """A response without an <|endoftext|> that is spelled out at its end, as in data sets of code
     that appends none: EOS is appended here, and the letters would be learnt."""
-    while text.endswith(END_OF_TEXT):
-        text = text.removesuffix(END_OF_TEXT)
+    while text.rstrip().endswith(END_OF_TEXT):
+        text = text.rstrip().removesuffix(END_OF_TEXT)
     return text
 
 
@@ -527,7 +527,8 @@ def load_python(path, needs=("score",)):
         spec.loader.exec_module(module)
     except Exception as error:
         refuse(f"{path}: can't be run: {type(error).__name__}: {error}")
-    known = {name: getattr(module, name) for name in SIGNATURES if hasattr(module, name)}
+    asked = [name for name in (*needs, "explain") if hasattr(module, name)]
+    known = {name: getattr(module, name) for name in asked}
     if not known.keys() & set(needs):
         expected = " or ".join(SIGNATURES[name] for name in needs)
         refuse(f"{path}: {' or '.join(needs)}: no such function; expected {expected}")
@@ -814,6 +815,10 @@ def check_rewards(cfg):
         (weights and len(weights) != len(cfg.reward), "--reward_weights: expected one a --reward"),
         (weights and not sum(weights), "--reward_weights: all are 0"),
         (cfg.combine == "llama2" and len(cfg.reward) != 2, "--combine llama2: two, helpful,safe"),
+        (
+            cfg.shaping == "par" and len(cfg.reward) > 1,
+            "--shaping par: reads one reward model's differences as log-odds, no several's",
+        ),
         (cfg.batch_size % cfg.num_samples, "--num_samples: --batch_size is no whole groups of it"),
         (bool(cfg.ptx_data) != (cfg.ptx_coef > 0), "--ptx_coef, --ptx_data: only together"),
     ):
@@ -832,7 +837,7 @@ def helpful_or_safe(helpful, safe, unsafe, threshold=0.15):
 def par_scores(scores, reference_scores):
     """mean_m sigmoid(score - reference score_m), (B,): preference as reward, arXiv:2502.18770.
 
-    scores (B,), reference_scores (M, B): the reward model's raw outputs, whose differences are
+    scores (B,), reference_scores (M, B): on the reward model's own scale, on which differences are
     log-odds.
     """
     return (scores - reference_scores).sigmoid().mean(0)
@@ -854,11 +859,11 @@ class Rewards:
 
     def __init__(self, cfg, tokenizer, run):
         self.cfg, self.tokenizer, self.run = cfg, tokenizer, run
-        raw = cfg.combine == "llama2" or cfg.shaping == "par"  # they read scores as log-odds
+        raw = cfg.combine == "llama2"  # which reads scores as log-odds
         self.all = [Reward(name, tokenizer, run, raw) for name in cfg.reward]
         self.models = [reward.model for reward in self.all if reward.model]
-        # A reward model's raw scores over its normalised ones: equal betas are no equal prices of a
-        # nat of KL where it differs. Of several rewards: 1.
+        # A difference of scores on the reward model's own scale over that of normalised ones: equal
+        # betas are no equal prices of a nat of KL where it differs. Of several rewards: 1.
         self.std = self.all[0].statistics["reward_std"] if len(self.all) == 1 else 1.0
 
     def __call__(self, rollout, size):
@@ -879,7 +884,8 @@ class Rewards:
             counted = torch.arange(len(scores), device=scores.device) < real
             scores = whiten(scores, counted, all_reduce=self.run.sum_tensor)
         elif self.cfg.shaping == "par":
-            scores = par_scores(scores, self(self.references(rollout), size)[None])
+            theirs = self(self.references(rollout), size)[None]
+            scores = par_scores(self.std * scores, self.std * theirs)
         elif self.cfg.shaping != "none":
             raise ValueError(f"shaping {self.cfg.shaping}: expected none, clip, whiten or par")
         return scores

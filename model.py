@@ -418,15 +418,23 @@ def directory_tokenizer(directory):
         model = contents.get("model")
         if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
             raise ValueError(f"{tokenizer_json}: model: expected a byte-level BPE, as GPT-2's")
-        vocab, path = model.get("vocab"), tokenizer_json
+        vocab, merges, path = model.get("vocab"), model.get("merges"), tokenizer_json
         added = {one.get("content"): one.get("id") for one in contents.get("added_tokens") or ()}
         check_like_gpt2(path, contents)
     elif vocab_json.exists():
-        vocab, path, added = read_json(vocab_json), vocab_json, {}
+        vocab, merges, path, added = read_json(vocab_json), None, vocab_json, {}
+        if (directory / "merges.txt").exists():
+            lines = (directory / "merges.txt").read_text("utf-8").splitlines()
+            merges = [line for line in lines if line and not line.startswith("#version")]
     else:
         raise ValueError(f"{directory}: no tokenizer here (tokenizer.json or vocab.json)")
     if not isinstance(vocab, dict) or not all(type(rank) is int for rank in vocab.values()):
         raise ValueError(f"{path}: vocab: expected an object of token: number")
+    if merges is not None:  # numbers stand for the order of merges here
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+        longer = (rank for token, rank in vocab.items() if len(token) > 1 and token != END_OF_TEXT)
+        if [vocab.get("".join(pair)) for pair in pairs] != sorted(longer):
+            raise ValueError(f"{path}: tokens are not numbered in the order of their merges")
     for name in ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (directory / name).exists():
             beside = read_json(directory / name)
@@ -446,7 +454,10 @@ def directory_tokenizer(directory):
     tokenizer, config = make_encoding(ranks, path, eos), {}
     if (directory / "config.json").exists():
         config = read_json(directory / "config.json")
-    if config.get("eos_token_id") not in (None, tokenizer.eot_token, [tokenizer.eot_token]):
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    # What no text can have is a number that another vocabulary's configuration left.
+    if any(i is not None and i < tokenizer.n_vocab and i != tokenizer.eot_token for i in ends):
         raise ValueError(
             f"{directory / 'config.json'}: eos_token_id: {config['eos_token_id']} is not "
             f"{END_OF_TEXT}, which ends a response here, and is number {tokenizer.eot_token}"

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from feedback import (
-    RewardModelFlags, collate, ended_rows, grade_of, grouped_batches, load_python,
+    RewardModelFlags, bare, collate, ended_rows, grade_of, grouped_batches, load_python,
     load_reward_model, load_trunk, load_yardstick, normalised, read_examples, read_responses,
     row_lengths, score_examples, score_rows, statistics_of, told,
 )  # fmt: skip
@@ -346,11 +346,12 @@ def texts_to_score(where, record, names):
     for name in [name for name in names if name in record]:
         if names[name] in record:
             refuse(f"{where}: {names[name]}: is there already; --field names another")
-        found[name] = [record[name]]
         if name == "responses":
             found[name] = read_responses(where, record, 1)
-        elif not isinstance(record[name], str) or not record[name].strip():
+            continue
+        if not isinstance(record[name], str) or not bare(record[name]).strip():
             refuse(f"{where}: {name}: expected text, got {json.dumps(record[name])[:40]}")
+        found[name] = [bare(record[name])]
     if not found:
         refuse(f"{where}: response: is missing (or responses, or chosen and rejected)")
     return found
@@ -422,7 +423,7 @@ def main():
     if not first_epoch:
         refuse("--data_weights: no line is left")
     total = cfg.steps or math.ceil(cfg.epochs * math.ceil(len(first_epoch) / cfg.batch_size))
-    inputs = [*cfg.data, cfg.validation, cfg.gold, cfg.prompts, cfg.init, cfg.old]
+    inputs = [*cfg.data, cfg.validation, cfg.gold, cfg.prompts, cfg.init, cfg.old, cfg.tokenizer]
     run.open([*inputs, cfg.normalise_with], total)
 
     # Scores are normalised on samples that are drawn now: bad flags are seen before training.

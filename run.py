@@ -28,6 +28,7 @@ import gc
 import gzip
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -105,7 +106,8 @@ class TrainingFlags(RunFlags):
 
 # What may be another when a run goes on.
 FREE = ("out_dir", "resume", "overwrite", "timeout_s", "checkpoint_activations")
-# Of this process: torchrun's store; the SIGTERMs that came; the folder that it made for its run.
+# Of this process: torchrun's store; the SIGTERMs that came; its run's folder, as long as that was
+# made or empty when it came, and whether it was there.
 stores, stop_signals, made = [], [], []
 
 
@@ -115,22 +117,33 @@ def refuse(message):
     if says_it():
         # What is quoted in it may be of any length, and of many lines.
         print(" ".join(f"{message}".splitlines())[:2000], file=sys.stderr, flush=True)
-    for folder in filter(Path.exists, made):
-        files = list(folder.iterdir())
-        if all(path.name in ("args.json", *sources()) for path in files):
-            for path in files:
-                path.unlink()
-            folder.rmdir()
+    forget_folder()
     sys.exit(2)
 
 
 def says_it():
-    """Whether this rank is the first that refuses; before the ranks have met all refuse alike."""
+    """Whether this rank is the first that refuses."""
+    if not stores:  # the ranks have not met, and all refuse alike
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            return True
+        time.sleep(10)  # when one rank ends, torchrun ends the others: let that one speak first
+        return False
     try:
-        first = stores[0].add("refused", 1) == 1 if stores else None
+        return stores[0].add(f"refused {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
     except RuntimeError:  # rank 0 keeps the store, and is gone
-        first = True
-    return os.environ.get("LOCAL_RANK", "0") == "0" if first is None else first
+        return True
+
+
+def forget_folder():
+    """Takes back what `make_directory` made, if nothing has come to it."""
+    for folder, was_there in made:
+        files = list(folder.iterdir()) if folder.exists() else ()
+        if all(path.name in ("args.json", *sources(), "lost+found") for path in files):
+            for path in files:
+                if path.name != "lost+found":
+                    path.unlink()
+            if not was_there and folder.exists():
+                folder.rmdir()
 
 
 class Parser(argparse.ArgumentParser):
@@ -396,7 +409,7 @@ class Run:
         in_use = any(path.suffix != ".tmp" for path in self.held())
         if in_use and not (args.is_file() and (self.cfg.resume or self.cfg.overwrite)):
             refuse(f"{out_dir}: in use; --resume goes on with its run, --overwrite deletes it")
-        for path in (path for found in sums.values() for path in found):
+        for path in itertools.chain(*sums.values()):
             if self.cfg.overwrite and out_dir.resolve() in Path(path).resolve().parents:
                 refuse(f"{path}: is in --out_dir, which --overwrite would delete")
         if not (args.is_file() and self.cfg.resume):
@@ -405,7 +418,7 @@ class Run:
             old, known = (dict(read_json(args)[name]) for name in ("settings", "inputs"))
             before, after = contents_of(old, known), contents_of(settings, sums)
         except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
-            refuse(f"{args}: says no settings, so nothing can be resumed: {error!r}")
+            refuse(f"{args}: damaged, or of another version: nothing can be resumed: {error!r}")
         changes = []
         for name in sorted(old.keys() | settings.keys()):
             if before.get(name) != after.get(name):
@@ -425,10 +438,11 @@ class Run:
         """out_dir, emptied where it is (it may be a link, or a disk), with args.json and the
         sources that run. args.json goes last: what is left without it would look like somebody's
         folder."""
-        out_dir = self.out_dir
-        if not out_dir.exists():
-            out_dir.resolve().mkdir(parents=True)
-            made[:] = [out_dir.resolve()]
+        out_dir, was_there = self.out_dir, self.out_dir.exists()
+        if not self.held():
+            out_dir.resolve().mkdir(parents=True, exist_ok=True)
+            made[:] = [(out_dir.resolve(), was_there)]
+        (out_dir / "report.json").unlink(missing_ok=True)  # it is no finished run from here on
         for path in sorted(self.held(), key=lambda path: path.name == "args.json"):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -479,7 +493,7 @@ class Run:
             f"{self.total} steps"
             + (f"; resumed at step {self.step} from {self.checkpoint}" if self.checkpoint else "")
         )
-        if self.total and self.cfg.warmup >= self.total:
+        if self.total and self.cfg.warmup > self.total:
             self.say(
                 f"warning: --warmup {self.cfg.warmup}: the learning rate rises in all of these "
                 f"steps and never reaches its peak"
@@ -502,12 +516,11 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(generators[1], self.device)
         self.scaler.load_state_dict(known["scaler"])
-        self.state = SimpleNamespace(**known["state"])
+        self.state = SimpleNamespace(**with_nan(known["state"]))
         self.step = self.saved = known["step"]
         self.evaluated, self.earlier = known["evaluated"], known["seconds"]
-        self.window = Counter(
-            known["window"] if self.rank == 0 else dict.fromkeys(known["window"], 0)
-        )
+        window = with_nan({"window": known["window"]})["window"]
+        self.window = Counter(window if self.rank == 0 else dict.fromkeys(window, 0))
         for log in self.out_dir.glob("*.jsonl") if self.rank == 0 else ():
             # What was logged after the checkpoint will be logged again.
             os.truncate(log, min(known["logs"].get(log.name, 0), log.stat().st_size))
@@ -710,14 +723,27 @@ def sources():
 
 
 def files_of(names):
-    """Files, and the weights and config.json of run directories; of what is neither, none."""
+    """Files, and the weights, config.json and tokenizer of run directories; of what is neither,
+    none."""
     found = []
     for path in [Path(name) for name in names if name]:
         if (path / "config.json").is_file():
-            found += [*map(str, weight_files(path)), str(path / "config.json")]
+            others = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
+            others = (path / name for name in others if (path / name).is_file())
+            found += map(str, [*weight_files(path), *others])
         elif path.is_file():
             found.append(str(path))
     return found
+
+
+def with_nan(state):
+    """A checkpoint's state: numbers in its dicts that JSON has as null were no finite ones."""
+    return {
+        name: {key: math.nan if x is None else x for key, x in value.items()}
+        if isinstance(value, dict)
+        else value
+        for name, value in state.items()
+    }
 
 
 def contents_of(settings, sums):
@@ -728,12 +754,14 @@ def contents_of(settings, sums):
     def contents(value):
         if isinstance(value, list):
             return [contents(x) for x in value]
-        if not isinstance(value, str) or value in held:
-            return held.get(value, value) if isinstance(value, str) else value
-        return "".join(held.get(part, part) for part in re.split(r"(@(?=\w+=)|:)", value))
+        if not isinstance(value, str):
+            return value
+        return held.get(value) or "".join(
+            held.get(part, part) for part in re.split(r"(@(?=\w+=)|:)", value)
+        )
 
     found = {name: contents(value) for name, value in settings.items()}
-    return found | {"": sorted(held.values())}
+    return found | {"": sorted(set(held.values()))}
 
 
 def sha256(path):
@@ -790,6 +818,7 @@ def guarded(main):
         # gloo's errors have no type of their own; NCCL's watchdog ends a rank without one.
         if not (stores and ("gloo" in str(error) or isinstance(error, dist.DistError))):
             raise
+        forget_folder()
         silent, said = silent_ranks(), " ".join(str(error).splitlines())
         why = (
             f"no answer within --timeout_s from rank {silent}, or it is gone; what was saved stays"

@@ -167,7 +167,8 @@ def main():
     gold = load_python(cfg.gold) if cfg.gold else None
     lengths = [len(prompt) + len(response) for prompt, response in examples]
     total = cfg.steps or math.ceil(cfg.epochs * math.ceil(len(examples) / cfg.batch_size))
-    run.open([cfg.data, cfg.validation, cfg.prompts, cfg.init], total)
+    vocabulary = cfg.tokenizer or ("" if cfg.init else "data/toy/bpe.tiktoken")
+    run.open([cfg.data, cfg.validation, cfg.prompts, cfg.init, vocabulary], total)
 
     optimizer = adam(policy, cfg.lr, cfg)
     torch.manual_seed(cfg.seed * run.world + run.rank)  # dropout differs between the ranks

@@ -11,6 +11,9 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+# One thread here, in scripts that are started and on ranks: their weights are held to each other's.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch
@@ -22,8 +25,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import feedback  # noqa: E402
 import run  # noqa: E402
 from model import GPT, GPTConfig, load_model, load_tokenizer, save_model  # noqa: E402
-
-torch.set_num_threads(1)  # as the ranks have, whose weights are held to this process's
 
 
 @pytest.fixture(scope="session")

@@ -49,8 +49,8 @@ MUTATIONS = {
         (
             "inputs compared by their names",
             "run.py",
-            "return held.get(value, value) if isinstance(value, str) else value",
-            "return value",
+            'return held.get(value) or "".join(',
+            'return value or "".join(',
         ),
         (
             "a folder is emptied of what it was linked to",
@@ -61,7 +61,7 @@ MUTATIONS = {
         (
             "a refusal takes a folder along in which something is",
             "run.py",
-            'if all(path.name in ("args.json", *sources()) for path in files):',
+            'if all(path.name in ("args.json", *sources(), "lost+found") for path in files):',
             "if files:",
         ),
         (
@@ -178,8 +178,8 @@ MUTATIONS = {
         (
             "the safe reward's normalised score",
             "feedback.py",
-            'raw = cfg.combine == "llama2" or',
-            "raw =",
+            'raw = cfg.combine == "llama2"',
+            "raw = False",
         ),
         (
             "scores whitened by each rank alone",
@@ -202,8 +202,8 @@ MUTATIONS = {
         (
             "PAR of normalised scores",
             "feedback.py",
-            'raw = cfg.combine == "llama2" or cfg.shaping == "par"',
-            'raw = cfg.combine == "llama2"',
+            "par_scores(self.std * scores, self.std * theirs)",
+            "par_scores(scores, theirs)",
         ),
         (
             "the proxy of what did not end",

@@ -128,7 +128,8 @@ def test_read_demonstrations(tmp_path, tokenizer, capsys):
 
 def test_an_end_that_is_spelled_out_is_taken_off_and_counted(tmp_path, tokenizer, capsys):
     end, taken = "<|endoftext|>", "without the <|endoftext|> that they spell out\n"
-    lines = [{"prompt": f"a{end}", "response": f" b{end}{end}"}, {"prompt": "a", "response": " b"}]
+    lines = [{"prompt": f"a{end}", "response": f" b{end}{end}\n"}]
+    lines.append({"prompt": "a", "response": " b"})
     path = write_jsonl(tmp_path / "d.jsonl", lines)
     first, second = read_demonstrations(path, tokenizer, 99)
     assert first[1] == second[1] and len(first[0]) > 2  # a prompt is left as it is
@@ -575,8 +576,8 @@ def test_a_file_scores(rl_data, tmp_path, tokenizer):
         ),
         ("def compare(p, a, b): return 1", "mine.py: score: no such function; expected score(pr"),
         (
-            "def score(p, r, **f): return 1\ndef compare(p, a, b): return 1",
-            "mine.py: compare: expected compare(prompt, a, b, **fields): lines have fields of all",
+            "def score(p, r, **f): return 1\ndef explain(p, r): return {}",
+            "mine.py: explain: expected explain(prompt, response, **fields): lines have fields of",
         ),
         ("import nothing_of_the_kind\n", "mine.py: can't be run: ModuleNotFoundError"),
         ("def score(:\n", "mine.py: can't be run: SyntaxError"),
@@ -942,6 +943,7 @@ def test_rewards_together(rl_data, tmp_path, tokenizer):
         ({"reward_weights": (1.0, 2.0)}, "--reward_weights: expected one a --reward"),
         ({"reward_weights": (0.0,)}, "--reward_weights: all are 0"),
         ({"combine": "llama2"}, "--combine llama2: two, helpful,safe"),
+        ({"reward": ("a.py", "b.py"), "shaping": "par"}, "--shaping par: reads one reward model's"),
         ({"num_samples": 3}, "--num_samples: --batch_size is no whole groups of it"),
         ({"ptx_coef": 1.0}, "--ptx_coef, --ptx_data: only together"),
         ({"ptx_data": "x.jsonl"}, "--ptx_coef, --ptx_data: only together"),

@@ -428,13 +428,16 @@ def test_a_tokenizer_is_used_exactly_or_refused_by_name(tokenizer, tmp_path, sma
     vocab = whole["model"]["vocab"]
     first = {token: (rank + 1) % 1024 for token, rank in vocab.items()}  # which was the last
     added = [whole["added_tokens"][0] | {"id": 0}]
-    change = {"model": whole["model"] | {"vocab": first}, "added_tokens": added}
-    write_json(folder / "tokenizer.json", whole | change)
+    first_last = {"model": whole["model"] | {"vocab": first}, "added_tokens": added}
+    for merges in (whole["model"]["merges"][::-1], whole["model"]["merges"][:9]):
+        change = {"model": whole["model"] | {"merges": merges}}
+        refused("tokens are not numbered in the order of their merges", change)
+    write_json(folder / "tokenizer.json", whole | first_last)
     for name in ("tokenizer_config", "added_tokens", "special_tokens_map"):
         write_json(folder / f"{name}.json", {})
     with pytest.raises(ValueError, match=r"json: eos_token_id: 1023 is not <\|endoftext\|>, whi"):
         load_tokenizer(folder)
-    write_json(folder / "config.json", {"eos_token_id": [0]})
+    write_json(folder / "config.json", {"eos_token_id": [0, 50256]})  # no token has that number
     other, text = load_tokenizer(folder), "How do I fix a bike?"
     assert other.eot_token == 0
     assert other.encode_ordinary(text) == [i + 1 for i in tokenizer.encode_ordinary(text)]

@@ -603,13 +603,16 @@ def test_bad_settings(rl_data, tmp_path, monkeypatch, capsys, more, message):
 
 def test_prompts_without_what_a_score_needs(rl_data, tmp_path, monkeypatch, capsys):
     lines = read_lines(rl_data / "prompts.jsonl")
+    both = f"{rl_data / 'reward'},{rl_data / 'other'}"
     for name, value, more, message in [
         ("reference", None, ["--shaping", "par"], "reference: expected a string, got none"),
-        ("unsafe", "no", ["--combine", "llama2"], 'unsafe: expected true or false, got "no"'),
+        (
+            *("unsafe", "no", ["--combine", "llama2", "--reward", both]),
+            'unsafe: expected true or false, got "no"',
+        ),
     ]:
         line = {k: v for k, v in lines[1].items() if k != name} | ({name: value} if value else {})
         write_jsonl(tmp_path / "prompts.jsonl", [lines[0], line])
-        more += ["--reward", f"{rl_data / 'reward'},{rl_data / 'other'}"]
         more += ["--prompts", tmp_path / "prompts.jsonl"]
         assert run(monkeypatch, *rl_flags(rl_data, tmp_path / "run", *more)) == 2
         assert f"{tmp_path / 'prompts.jsonl'}:2: {message}" in capsys.readouterr().err

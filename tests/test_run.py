@@ -416,7 +416,7 @@ def test_the_time_that_is_left(monkeypatch):
 
 
 def test_a_warm_up_that_does_not_end_is_told(capsys):
-    for warmup, told in ((4, False), (5, True)):
+    for warmup, told in ((5, False), (6, True)):
         run = new(warmup=warmup)
         run.total = 5
         run.resume({}, {})
@@ -535,7 +535,9 @@ def test_resume_refuses_another_run(tmp_path, monkeypatch, capsys):
     assert "world: 2 -> 1" in refused(capsys, out, [data], **again)
     for text in ("{", "[1]", '{"settings": 3}', '{"settings": {}, "inputs": {"a": 3}}'):
         (out / "args.json").write_text(text)
-        assert "says no settings, so nothing can be resumed" in refused(capsys, out, **again)
+        assert "args.json: damaged, or of another version: nothing can" in refused(
+            capsys, out, **again
+        )
     args["settings"]["world"] = 1
     (out / "args.json").write_text(json.dumps(args))
     (out / "report.json").write_text("{}")
@@ -561,7 +563,7 @@ def test_contents_are_compared_and_not_how_they_are_spelled(tmp_path, monkeypatc
 
     def settings(data="d.jsonl", model="model", **more):
         flags = {"data": data, "rewards": (model, f"{model}@temperature=0:{data}")}
-        return {"inputs": [data, model]} | flags | more
+        return {"inputs": [data, model, f"./{data}"]} | flags | more  # twice, spelled otherwise
 
     assert opened("run/a", **settings())[0] is False
     shutil.copytree("run/a", "moved")
@@ -628,11 +630,14 @@ def test_a_refusal_before_the_first_step_leaves_no_folder(tmp_path, monkeypatch,
 
     assert not refuses(tmp_path / "a/run") and not refuses(tmp_path / "a/run")
     assert refuses(tmp_path / "b", lambda run: run.log("metrics", {"loss": 1}))
-    assert refuses(tmp_path / "theirs")
+    assert refuses(tmp_path / "theirs") and not list((tmp_path / "theirs").iterdir())
 
 
 def test_a_refusal_is_told_once(monkeypatch, capsys):
     """Of all ranks by the first that refuses; before they have met, by each machine's first."""
+
+    waited = []
+    monkeypatch.setattr(module.time, "sleep", waited.append)
 
     def tells(rank, store=None):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
@@ -642,6 +647,7 @@ def test_a_refusal_is_told_once(monkeypatch, capsys):
         return capsys.readouterr().err == "no\n"
 
     assert [tells(rank) for rank in (0, 1, 3)] == [True, False, False]
+    assert waited == [10, 10]  # as torchrun ends all when one ends
     count = itertools.count(1)
     store = SimpleNamespace(add=lambda key, n: next(count))
     assert [tells(rank, store) for rank in (1, 0, 3)] == [True, False, False]
