@@ -121,8 +121,10 @@ def test_stages_that_do_not_need_each_other_run_side_by_side(make, tmp_path):
     happened, said = make("JOBS=2")
     assert sorted(happened) == sorted(made(*STAGES))
     assert said.index("runs/dpo: ") < said.index("runs/ppo: ")  # it does not wait for the reward
+    without = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MAKEFLAGS")}
+    how = {"cwd": tmp_path, "env": without, "capture_output": True, "text": True}
     for words in ("DATA=mine", "LAUNCH=torchrun"):
-        lines = subprocess.run(["make", "-pn", words], cwd=tmp_path, capture_output=True, text=True)
+        lines = subprocess.run(["make", "-pn", words], **how)
         flags = re.search("^MAKEFLAGS = (.*)$", lines.stdout, re.M)[1]
         assert "-j" not in flags and "OMP_NUM_THREADS = 1" not in lines.stdout
 
