@@ -820,10 +820,10 @@ def main():
     # 1. What is to be judged: a samples file, or responses sampled here.
     samples = read_source(cfg)
     if cfg.samples:
-        run.open([cfg.samples])
+        run.open([cfg.samples, cfg.gold])
     else:
         policies = load_policies(cfg, run)
-        run.open([cfg.prompts, *(read_policy(text)[0] for text in cfg.policy)])
+        run.open([cfg.prompts, cfg.gold, *(read_policy(text)[0] for text in cfg.policy)])
         path = run.out_dir / "samples.jsonl"
         if not path.exists():
             sample_all(run, policies, samples, path)

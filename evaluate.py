@@ -1,6 +1,7 @@
 """Head to head: which policy is better, by how much, and at what cost in KL.
 
-Every policy responds to the same prompts; every judge scores every response. For policies A and B,
+Every policy responds to the same prompts. A judge that scores does so for every response; one that
+compares reads the first of each policy. For policies A and B,
 
     win rate = mean over prompts and over pairs of a response of each of  [A better] + [tie] / 2
     KL(A, reference) = E sum_t sum_v pi(v | s_t) log(pi(v | s_t) / pi_ref(v | s_t))  nats a sequence

@@ -168,7 +168,8 @@ def main():
     lengths = [len(prompt) + len(response) for prompt, response in examples]
     total = cfg.steps or math.ceil(cfg.epochs * math.ceil(len(examples) / cfg.batch_size))
     vocabulary = cfg.tokenizer or ("" if cfg.init else "data/toy/bpe.tiktoken")
-    run.open([cfg.data, cfg.validation, cfg.prompts, cfg.init, vocabulary], total)
+    inputs = [cfg.data, cfg.validation, cfg.prompts, cfg.gold, cfg.init, vocabulary]
+    run.open(inputs, total)
 
     optimizer = adam(policy, cfg.lr, cfg)
     torch.manual_seed(cfg.seed * run.world + run.rank)  # dropout differs between the ranks

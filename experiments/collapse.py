@@ -7,7 +7,7 @@ utility U for each kind of prompt prevents it (Song et al. 2023, arXiv:2305.1760
 What to look for: with one utility the curves of open- and closed-ended prompts lie on each other
 and on the crosses of the theory (first row); W1, the distance between the kinds, falls as accuracy
 rises (third and fourth). By kind (last column) one is a line, the other a step. Held out, where
-nothing is interpolated, rewards stay between. A figure of its own has the theory, for n = 8, 50 and
+nothing is interpolated, rewards stay between. A table of its own has the theory, for n = 8, 50 and
 1,000.
 
     python experiments/collapse.py [--quick] [--seeds 0,1,2] [--jobs N] [--out FOLDER]
