@@ -467,16 +467,19 @@ def directory_tokenizer(directory):
 
 def check_like_gpt2(path, fields):
     """ValueError where a tokenizer's file asks for what is not GPT-2's, and would be ignored."""
-    words, model = fields.get("pre_tokenizer"), fields.get("model")
-    words, model = (x if isinstance(x, dict) else {} for x in (words, model))
+    words, after, model = (
+        x if isinstance(x := fields.get(name), dict) else {}
+        for name in ("pre_tokenizer", "post_processor", "model")
+    )
     eos = fields.get("eos_token") or END_OF_TEXT
     others = {
         "normalizer": fields.get("normalizer"),
         "pre_tokenizer": "pre_tokenizer" in fields and words.get("type") != "ByteLevel",
         "pre_tokenizer's use_regex false": words.get("use_regex") is False,
         "add_prefix_space": words.get("add_prefix_space") or fields.get("add_prefix_space"),
-        "post_processor": (fields.get("post_processor") or {}).get("type", "ByteLevel")
-        != "ByteLevel",
+        # A template without special tokens adds nothing.
+        "post_processor": after.get("special_tokens")
+        or after.get("type", "ByteLevel") not in ("ByteLevel", "TemplateProcessing"),
         "add_bos_token": fields.get("add_bos_token"),
         "eos_token": (eos.get("content") if isinstance(eos, dict) else eos) != END_OF_TEXT,
         "added_tokens_decoder": any(

@@ -401,11 +401,17 @@ def test_a_tokenizer_is_used_exactly_or_refused_by_name(tokenizer, tmp_path, sma
             load_tokenizer(folder)
 
     start = {"id": 1024, "content": "<|im_start|>"}
-    lower, template = {"type": "Lowercase"}, {"type": "TemplateProcessing"}
+    lower = {"type": "Lowercase"}
+    template = {"type": "TemplateProcessing", "special_tokens": {"<s>": {"ids": [0]}}}
     words = {"type": "Sequence", "pretokenizers": []}
     refused("added token '<|im_start|>'", {"added_tokens": [*whole["added_tokens"], start]})
     refused("tokenizer.json: normalizer: not GPT-2's", {"normalizer": lower})
     refused("tokenizer.json: post_processor: not", {"post_processor": template})
+    roberta = {"type": "RobertaProcessing"}
+    refused("tokenizer.json: post_processor: not", {"post_processor": roberta})
+    nothing = template | {"special_tokens": {}}  # as transformers 5 writes GPT-2's
+    write_json(folder / "tokenizer.json", whole | {"post_processor": nothing})
+    assert tokenizer_hash(load_tokenizer(folder)) == tokenizer_hash(tokenizer)
     refused("tokenizer.json: pre_tokenizer: not GPT-2's", {"pre_tokenizer": words})
     for name, value, message in [
         ("add_prefix_space", True, "tokenizer.json: add_prefix_space: not GPT-2's"),
