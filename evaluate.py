@@ -827,8 +827,8 @@ MEANINGS = {
     "EOS": "share of responses that ended within --max_new_tokens",
     "distinct 2": "different pairs of neighbouring words, as a share of all pairs",
     "training, s": "seconds that training took, a best-of-n's with its reward model's",
-    "by": "share of pairs, a response of each policy, in which this one's is better; a tie is half. "
-    "Who compares texts reads each policy's first",
+    "by": "share of pairs, a response of each policy, in which this one's is better; a tie is "
+    "half, and a judge of two texts reads each policy's first",
     "Elo by": "ratings from all win rates by that judge: 400 points more win 10 times as often",
 }
 

@@ -516,10 +516,11 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(generators[1], self.device)
         self.scaler.load_state_dict(known["scaler"])
-        self.state = SimpleNamespace(**with_nan(known["state"]))
+        state = {n: with_nan(x) if isinstance(x, dict) else x for n, x in known["state"].items()}
+        self.state = SimpleNamespace(**state)
         self.step = self.saved = known["step"]
         self.evaluated, self.earlier = known["evaluated"], known["seconds"]
-        window = with_nan({"window": known["window"]})["window"]
+        window = with_nan(known["window"])
         self.window = Counter(window if self.rank == 0 else dict.fromkeys(window, 0))
         for log in self.out_dir.glob("*.jsonl") if self.rank == 0 else ():
             # What was logged after the checkpoint will be logged again.
@@ -736,19 +737,15 @@ def files_of(names):
     return found
 
 
-def with_nan(state):
-    """A checkpoint's state: numbers in its dicts that JSON has as null were no finite ones."""
-    return {
-        name: {key: math.nan if x is None else x for key, x in value.items()}
-        if isinstance(value, dict)
-        else value
-        for name, value in state.items()
-    }
+def with_nan(numbers):
+    """{name: number} of a checkpoint, where JSON has null for what was no finite one."""
+    return {name: math.nan if x is None else x for name, x in numbers.items()}
 
 
 def contents_of(settings, sums):
     """Settings with what each input holds in the place of its name, which may be spelled otherwise,
-    or have moved; the name may be part of a value, as in runs/sft@temperature=0."""
+    or have moved; the name may be part of a value, as in runs/sft@temperature=0. Under "" stands
+    what all inputs hold."""
     held = {name: ",".join(files.values()) for name, files in sums.items() if files}
 
     def contents(value):
@@ -834,7 +831,7 @@ def keep_memory():
     tensor's pages would be asked for, and filled with zeros, anew."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the largest that it takes
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the largest that its manual allows
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
