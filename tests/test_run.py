@@ -684,6 +684,28 @@ def test_somebodys_folder_is_never_deleted(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run/config.json").exists()
 
 
+def test_a_kill_while_a_folder_is_emptied(tmp_path, monkeypatch):
+    """It is no finished run then, and still a run's folder, which --overwrite may empty."""
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "sft.py")])
+    opened(tmp_path / "run")
+    for name in ("report.json", "config.json", "zeta.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    real = Path.unlink
+
+    def killed(path, **how):
+        if path.name == "config.json":
+            raise Dies
+        real(path, **how)
+
+    with monkeypatch.context() as patch, pytest.raises(Dies):
+        patch.setattr(Path, "unlink", killed)
+        opened(tmp_path / "run", overwrite=True)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"args.json", "config.json"} <= left and "report.json" not in left
+    assert opened(tmp_path / "run", overwrite=True)[0] is False
+    assert not (tmp_path / "run/config.json").exists()
+
+
 # --- checkpoints, in a loop in small --------------------------------------------------------------
 
 
@@ -731,6 +753,21 @@ def loop(out, total=8, die=None, inside=lambda run: None, scale=1.0, **settings)
 
 def logs(out):
     return metrics(out), (out / "samples.jsonl").read_bytes()
+
+
+def test_what_is_no_number_goes_through_a_checkpoint(tmp_path):
+    """A sum and a state that float16 made NaN: null on the disk, NaN again when it goes on."""
+
+    def overflows(run):
+        run.count(loss=math.nan)
+        run.state.first = {"loss": math.nan}
+
+    with pytest.raises(Dies):
+        loop(tmp_path / "run", die=2, inside=overflows, save_every=1)
+    known = json.loads((tmp_path / "run/checkpoint-2/state.json").read_text(), parse_constant=int)
+    assert known["window"] == {"loss": None} and known["state"]["first"] == {"loss": None}
+    run, _ = loop(tmp_path / "run", resume=True, save_every=1)
+    assert math.isnan(run.state.first["loss"]) and (tmp_path / "run/report.json").exists()
 
 
 @pytest.fixture
