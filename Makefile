@@ -93,7 +93,7 @@ ALL := $(GOLD) $(if $(QUICK),--num_prompts 100) $(SAMPLING)
 TENTH := $(if $(QUICK),--epochs 0.1)
 TRAIN := $(DATA)/prompts_train.jsonl
 VALIDATION := $(DATA)/prompts_validation.jsonl
-sft_is := supervised fine-tuning on demonstrations: about 90
+sft_is := supervised fine-tuning on demonstrations: about 150
 sft := sft.py $(ALL) $(TENTH) $(SFT_FLAGS) --data $(DATA)/demonstrations.jsonl \
   --validation $(DATA)/demonstrations_validation.jsonl --prompts $(VALIDATION) --init "$(INIT)"
 ask := annotate.py $(ALL) $(FEEDBACK_FLAGS) --policy $(RUNS)/sft
@@ -101,13 +101,13 @@ feedback_is := four responses to each training prompt, ranked by simulated peopl
 feedback := $(ask) $(if $(QUICK),--num_prompts 1200) --prompts $(TRAIN)
 feedback_validation_is := the same for held-out prompts: about 10
 feedback_validation := $(ask) --prompts $(VALIDATION)
-reward_is := a reward model learns from the rankings: about 60
+reward_is := a reward model learns from the rankings: about 100
 reward := reward.py $(ALL) $(if $(GOLD),,$(TENTH)) $(REWARD_FLAGS) --prompts $(TRAIN) \
   --init $(RUNS)/sft --data $(RANKINGS) --validation $(HELD_OUT)
-ppo_is := PPO against the reward model: about 100
+ppo_is := PPO against the reward model: about 180
 ppo := ppo.py $(ALL) $(if $(QUICK),--steps 5) $(PPO_FLAGS) --prompts $(TRAIN) \
   --validation $(VALIDATION) --init $(RUNS)/sft --reward $(RUNS)/reward
-dpo_is := DPO learns from the rankings, without a reward model: about 90
+dpo_is := DPO learns from the rankings, without a reward model: about 150
 dpo := dpo.py $(ALL) $(if $(GOLD),,$(TENTH)) $(DPO_FLAGS) --prompts $(VALIDATION) \
   --init $(RUNS)/sft --data $(RANKINGS) --validation $(HELD_OUT) --cache $(RUNS)/cache
 BEST_OF_N ?= 16
@@ -115,7 +115,7 @@ GREEDY := @temperature=0
 BEST := $(RUNS)/sft@best_of=4:$(RUNS)/reward
 POLICIES := $(RUNS)/sft,$(RUNS)/sft$(GREEDY),$(BEST),$(RUNS)/ppo,$(RUNS)/ppo$(GREEDY)
 POLICIES := $(POLICIES),$(RUNS)/dpo,$(RUNS)/dpo$(GREEDY)
-evaluation_is := every policy on the test prompts, and best-of-n: about 80
+evaluation_is := every policy on the test prompts, and best-of-n: about 120
 evaluation := evaluate.py $(ALL) $(EVALUATION_FLAGS) --policies $(POLICIES) \
   --prompts $(DATA)/prompts_test.jsonl --judges $(RUNS)/reward --report $(RUNS)/report.md \
   $(if $(filter-out 0,$(BEST_OF_N)),--best_of_n $(BEST_OF_N) --proxy $(RUNS)/reward)
