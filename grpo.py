@@ -109,7 +109,7 @@ class Config(RewardFlags):
     baseline_decay: Annotated[
         float, "of the moving mean return, an iteration", "[0, 1)", "advantage=reinforce"
     ] = 0.9
-    beta: Annotated[float, "KL coefficient (GRPO: 0.04; RLOO: 0.03 to 0.1)"] = 0.2
+    beta: Annotated[float, "KL coefficient (GRPO: 0.04; RLOO: 0.03 to 0.1)"] = 0.1
     kl_in_loss: Annotated[
         bool, "beta's KL stands in the loss, by --kl_estimator, and not in the returns"
     ] = False

@@ -108,7 +108,7 @@ class Config(RewardFlags):
         "random: a new trunk; empty: the first reward model of --reward, else policy",
     ] = ""
     out_dir: Annotated[str, "run directory"] = "runs/ppo"
-    beta: Annotated[float, "KL coefficient (Stiennon et al.: 0.05; InstructGPT: 0.02)"] = 0.2
+    beta: Annotated[float, "KL coefficient (Stiennon et al.: 0.05; InstructGPT: 0.02)"] = 0.1
     kl_in_loss: Annotated[
         bool, "beta's KL stands in the loss, by --kl_estimator, and not in the rewards"
     ] = False

@@ -42,7 +42,7 @@ ALONG = "--eval_every 5 --ptx_validation data/toy/demonstrations_validation.json
 LATER = "--eval_every 0 --num_prompts 100"
 SHORT = f"{LATER} --steps 30"
 # The defaults of ppo.py and dpo.py, which choose.py has chosen among these.
-PPO_BETA, DPO_BETA = 0.2, 0.3
+PPO_BETA, DPO_BETA = 0.1, 0.3
 PPO_BETAS = 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8
 DPO_BETAS = 0.0375, 0.075, 0.15, 0.3, 0.6, 1.2
 

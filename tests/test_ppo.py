@@ -382,7 +382,7 @@ def test_what_is_logged(uninterrupted):
     names += " entropy update_kl policy_norm value_norm updates explained_variance step_coef"
     names += " rollout_share scoring_share update_share"
     assert set(names.split()) <= set(lines[0]) and lines[0]["updates"] == 6
-    assert lines[0]["kl"] == pytest.approx(0, abs=1e-5) and lines[0]["beta"] == 0.2
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-5) and lines[0]["beta"] == 0.1
     assert [line["step_coef"] for line in lines] == [1, 2, 4, 8, 16]
     assert len({line["beta"] for line in lines}) == 5
     held = [line for line in metrics(uninterrupted) if "eval_proxy" in line]
