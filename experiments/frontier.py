@@ -22,6 +22,8 @@ from common import (
 )  # fmt: skip
 
 EVALUATION = "E/frontier-*"
+# Besides those that choose.py tries, until every seed of both has a KL on either side of 4.
+PPO_BETAS, DPO_BETAS = (0.00625, *PPO_BETAS), (0.01875, *DPO_BETAS)
 SETTINGS = {  # method: {label of a point: policy}; gold's std is some two of a reward model's
     "PPO": {beta: f"E/ppo-{beta}-*" for beta in PPO_BETAS},
     "DPO": {beta: f"E/dpo-{beta}-*" for beta in DPO_BETAS},
