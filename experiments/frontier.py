@@ -22,11 +22,11 @@ from common import (
 )  # fmt: skip
 
 EVALUATION = "E/frontier-*"
-# Besides those that choose.py tries, until every seed of both has a KL on either side of 4.
-PPO_BETAS, DPO_BETAS = (0.00625, *PPO_BETAS), (0.01875, *DPO_BETAS)
+# One more than choose.py tries, so that every seed of both has a KL on either side of 4.
+PPO_AT, DPO_AT = (0.00625, *PPO_BETAS), (0.01875, *DPO_BETAS)
 SETTINGS = {  # method: {label of a point: policy}; gold's std is some two of a reward model's
-    "PPO": {beta: f"E/ppo-{beta}-*" for beta in PPO_BETAS},
-    "DPO": {beta: f"E/dpo-{beta}-*" for beta in DPO_BETAS},
+    "PPO": {beta: f"E/ppo-{beta}-*" for beta in PPO_AT},
+    "DPO": {beta: f"E/dpo-{beta}-*" for beta in DPO_AT},
     "PPO on gold": {b: f"E/gold-{b}-*" for b in (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)},
     "best of n": {n: f"E/sft-*@best_of={n}:E/reward-{BEST}-*" for n in (2, 4, 8, 16, 32)},
 }
@@ -35,9 +35,9 @@ KLS = 0.5, 1, 2, 4
 
 def runs(seed):
     found = chosen(seed)
-    for beta in PPO_BETAS:
+    for beta in PPO_AT:
         found |= ppo_at(seed, beta)
-    for beta in DPO_BETAS:
+    for beta in DPO_AT:
         found |= dpo_at(seed, beta)
     flags = f"{GOLD} --init E/sft-{seed} --reward data/toy.py --seed {seed} {LATER}"
     flags += f" --value_init E/reward-{BEST}-{seed} --value_clip 1"  # gold spreads wider
