@@ -86,9 +86,6 @@ ifeq ($(DATA)$(LAUNCH),data/toy)
   ifneq ($(filter report check,$(or $(MAKECMDGOALS),report)),)
     MAKEFLAGS += -j$(JOBS)
   endif
-  # Nothing else runs beside these two, and what they sample is the same on any number of ranks.
-  feedback_by := $(if $(filter-out 1,$(JOBS)),$(VENV)/bin/torchrun --standalone --nproc_per_node=$(JOBS))
-  evaluation_by := $(feedback_by)
 endif
 
 # Of each stage: what it does, and the seconds that it takes; its command line.
@@ -140,12 +137,11 @@ another = $(subst x$(shell cat $(RUNS)/$(1)/command 2>/dev/null),,x$(strip $($(1
 # it refuses, status 2); any other begins anew.
 stage = $(notdir $(@D))
 line = $(strip $($(stage)))
-by = $(or $($(stage)_by),$(RUN))
 $(STAGES:%=$(RUNS)/%/command):
 	$(info )
 	$(info $(@D): $($(stage)_is) s with data/toy on two cores$(if $(QUICK),; a tenth of that))
-	$(info $(by) $(line) --out_dir $(@D))
-	@run() { $(by) $(line) --out_dir $(@D) $$1; }; \
+	$(info $(RUN) $(line) --out_dir $(@D))
+	@run() { $(RUN) $(line) --out_dir $(@D) $$1; }; \
 	code=$$(cat $(firstword $(line)) $(SHARED) | cksum); \
 	its_code=$$({ cd $(@D) && cat script.py $(SHARED); } 2>/dev/null | cksum); \
 	if test ! -e $@ && test "$$its_code" = "$$code"; \

@@ -88,11 +88,6 @@ def finished(tmp_path_factory):
         (folder / name).touch()
     (folder / "none/bin/python").write_text(f"#!{os.path.realpath(sys.executable)} -S\n{STAND_IN}")
     (folder / "none/bin/python").chmod(0o755)
-    ranks = (
-        'test "$1 $2" = "--standalone --nproc_per_node=2" && shift 2 && exec none/bin/python "$@"'
-    )
-    (folder / "none/bin/torchrun").write_text(f"#!/bin/sh\n{ranks}\n")
-    (folder / "none/bin/torchrun").chmod(0o755)
     shutil.copyfile(ROOT / "Makefile", folder / "Makefile")
     happened, said = run_make(folder)
     assert happened == made(*STAGES)
@@ -126,8 +121,6 @@ def test_stages_that_do_not_need_each_other_run_side_by_side(make, tmp_path):
     happened, said = make("JOBS=2")
     assert sorted(happened) == sorted(made(*STAGES))
     assert said.index("runs/dpo: ") < said.index("runs/ppo: ")  # it does not wait for the reward
-    alone = re.findall(r"^none/bin/torchrun --standalone --nproc_per_node=2 (\w+)", said, re.M)
-    assert alone == ["annotate", "evaluate"]  # which nothing else runs beside
     without = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MAKEFLAGS")}
     how = {"cwd": tmp_path, "env": without, "capture_output": True, "text": True}
     for words in ("DATA=mine", "LAUNCH=torchrun"):
@@ -208,7 +201,7 @@ def test_the_makefile_gives_flags_that_there_are(words, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     known, scripts = configs(), []
     for line in done.stdout.replace("\\\n", " ").splitlines():
-        found = re.match(r"none/bin/(?:python|torchrun --\S+ --\S+) (\w+\.py .*)", line)
+        found = re.match(r"none/bin/python (\w+\.py .*)", line)
         if found and not found[1].startswith("data/"):
             check_flags(found[1], known, monkeypatch)
             scripts.append(found[1].split()[0])
