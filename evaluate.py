@@ -47,14 +47,12 @@ import torch
 
 from feedback import (
     Reward, batches_of_groups, check_field, connected, distinct, fit_ratings, group_by_prompt,
-    load_policy, load_python, masks_of_responses, normalised, pad_beside, read_preferences,
+    load_policy, load_python, normalised, read_preferences,
     read_responses, score_rows, told,
 )  # fmt: skip
-from model import (
-    encode, entropy, generate, load_tokenizer, predicts, read_json, text_of, tokenizer_hash,
-    whole_file,
-)  # fmt: skip
+from model import entropy, generate, pack, predicts, response_sums
 from run import Run, RunFlags, flags, guarded, read_jsonl, refuse, write_jsonl
+from tokens import encode, identity, load_tokenizer, read_json, response_of, whole_file
 
 ELO = 400 / math.log(10)  # points of Elo's scale in one nat of log-odds
 LONGER, COIN = "length", "a coin"  # controls: what no judge should be content to match
@@ -439,7 +437,7 @@ def samples_of_file(path, found, prompts, tokenizer, room, say):
             if tokenizer:
                 ids = encode(tokenizer, "", text, room, True)[1]
                 kept = prompt[-(room - len(ids)) :]
-                sample |= {"prompt_ids": kept, "ids": ids, "ended": ids[-1] == tokenizer.eot_token}
+                sample |= {"prompt_ids": kept, "ids": ids, "ended": ids[-1] in tokenizer.ends}
                 cut += len(kept) < len(prompt) or not sample["ended"]
             samples[-1].append(sample)
     left = sum(len(found[line["prompt"]][1]) for line, _ in prompts) - count * len(prompts)
@@ -472,8 +470,7 @@ def sample_policy(model, tokenizer, prompts, temperature, count, seed, run, path
     for (_, prompt), some in zip(prompts, drawn, strict=True):
         samples.append([])
         for ids in some:
-            ended = ids[-1] == tokenizer.eot_token
-            text = text_of(tokenizer, ids[:-1] if ended else ids)
+            text, ended = response_of(tokenizer, ids)
             samples[-1].append({"prompt_ids": prompt, "ids": ids, "text": text, "ended": ended})
     return samples
 
@@ -496,7 +493,7 @@ def draw_responses(model, tokenizer, prompts, temperature, count, seed, run):
             run.cfg.max_new_tokens,
             num_samples=count,
             temperature=temperature,
-            eos=tokenizer.eot_token,
+            eos=tokenizer.ends,
             generator=generator,
         )
         for n, (row, inside) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
@@ -524,9 +521,7 @@ def divergences(policy, reference, samples, temperature, run):
         run.progress("batches of responses with their KL", begin, len(batches))
         for numbers in batches[begin + run.rank : begin + run.rank + 1]:
             some = [groups[n] for n in numbers]
-            tokens, mask, segments = (
-                x.to(run.device) for x in pad_beside(*zip(*some, strict=True))
-            )
+            tokens, mask, segments = (x.to(run.device) for x in pack(*zip(*some, strict=True)))
             with torch.no_grad():
                 at = predicts(mask)
                 hidden = policy.states(tokens, at, segments)  # (N, C)
@@ -537,12 +532,9 @@ def divergences(policy, reference, samples, temperature, run):
                     kl_and_entropy(policy.head(ours), reference.head(theirs), said, temperature)
                     for ours, theirs, said in zip(*pieces, strict=True)
                 ]
-            both, inside = torch.cat(both, 1), mask.expand(2, -1, -1)  # (2, N), (2, B, T)
-            tokenwise = both.new_zeros(inside.shape).masked_scatter(inside, both)
-            masks = masks_of_responses(mask, segments)
-            sums = torch.stack([(tokenwise * m).sum(2) for m in masks], 2)  # (2, B, K)
-            for n, (_, responses), *both in zip(numbers, some, *sums.tolist(), strict=True):
-                found.append([n, *(values[: len(responses)] for values in both)])
+            sums = response_sums(torch.cat(both, 1).T, mask)  # (M, 2)
+            sums = sums.split([len(responses) for _, responses in some])
+            found += [[n, *x.T.tolist()] for n, x in zip(numbers, sums, strict=True)]
     _, *both = zip(*sorted(run.gather(found)), strict=True)
     return {
         name: np.array(list(itertools.chain(*values))).reshape(len(samples), -1)
@@ -1212,8 +1204,8 @@ def main():
         model, theirs = load_policy(name, run)
         positions.append(model.config.n_positions)
         vocabularies = {model.config.vocab_size, reference.config.vocab_size}
-        if tokenizer_hash(theirs) != tokenizer_hash(tokenizer) or len(vocabularies) > 1:
-            refuse(f"{name}: another tokenizer or vocabulary than {base}'s")
+        if identity(theirs) != identity(tokenizer) or len(vocabularies) > 1:
+            refuse(f"{name}: another tokenizer, template or vocabulary than {base}'s")
         del model  # here and below before the next is loaded: all may not fit
     longest = min(positions) - (cfg.max_new_tokens if runs else 1)
     prompts, cut = encoded(lines, tokenizer, longest, run.say)

@@ -2,7 +2,7 @@
 held-out prompts. No algorithm's objective or loop is in here. In this order:
 
     files             read_prompts, read_demonstrations, read_preferences, read_examples; batches
-    rows              pad_beside, collate: several responses to a prompt in one row
+    rows              collate: several responses to a prompt in one row
     rewards           load_policy, load_reward_model, Reward (a model, or a Python file)
     rollouts          Rollout, sample_step, logprobs_of, kl_estimate, token_rewards, whiten
     learning by them  flags of ppo.py and grpo.py, Rewards (several, shaped), missing EOS, PPO-ptx
@@ -15,6 +15,7 @@ a response to each of some prompts. Tensors as in model.py: (B, T), padded on th
 on response tokens, EOS included.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import inspect
@@ -31,10 +32,14 @@ import torch
 import torch.nn.functional as F
 
 from model import (
-    END_OF_TEXT, GPT, check_tokenizer, encode, generate, last_tokens, load_config, load_model,
-    load_tokenizer, pad, predicts, text_of, token_logprobs, tokenizer_files, tokenizer_hash,
+    GPT, add_adapters, generate, last_tokens, load_config, load_model, pack, pad, predicts,
+    token_logprobs,
 )  # fmt: skip
 from run import TrainingFlags, read_jsonl, refuse
+from tokens import (
+    END_OF_TEXT, Conversation, check_tokenizer, encode, identity, kept_template, load_tokenizer,
+    response_of, tokenizer_files,
+)  # fmt: skip
 
 # How far a token's probability may be from itself in two forwards, as a share of it: sums round
 # otherwise among other rows. Measured: 4e-6 in float32 on the embedded task, 1.5e-5 with logits
@@ -88,22 +93,23 @@ def check_field(where, line, name, kind):
         refuse(f"{where}: {name}: expected {wanted}, got {found}")
 
 
-def read_demonstrations(path, tokenizer, max_length, overlong="cut", say=print):
+def read_demonstrations(path, tokenizer, max_length, overlong="cut", say=print, turns="last"):
     """[(prompt ids, response ids)] of a demonstrations file, [] where path is empty. What is too
     long loses its prompt's start; a response that still is, its end (`cut`), or its line is dropped
-    (`drop`)."""
+    (`drop`). turns "all": earlier turns of the assistant's, after what came before them, too."""
     examples, cut, dropped, spelled = [], 0, 0, {}
     for where, record in read_jsonl(path, {"prompt": True, "response": False}) if path else ():
-        texts = record["prompt"], bare(record["response"])
-        if not texts[1].strip():
+        prompt, response = record["prompt"], bare(record["response"])
+        if not response.strip():
             refuse(f"{where}: response: is empty but for {END_OF_TEXT}")
-        count_spelled(spelled, [record["response"]], texts[1:])
-        long = sum(map(len, encode(tokenizer, *texts, sys.maxsize))) > max_length
-        try:
-            examples.append(encode(tokenizer, *texts, max_length, overlong == "cut"))
-            cut += long
-        except ValueError:
-            dropped += 1
+        count_spelled(spelled, [record["response"]], [response])
+        for texts in [*(earlier_turns(prompt) if turns == "all" else ()), (prompt, response)]:
+            long = sum(map(len, encode(tokenizer, *texts, sys.maxsize))) > max_length
+            try:
+                examples.append(encode(tokenizer, *texts, max_length, overlong == "cut"))
+                cut += long
+            except ValueError:
+                dropped += 1
     if path and not examples:
         refuse(
             f"{path}:0: file: no response fits into {max_length} tokens; --overlong cut cuts them"
@@ -115,6 +121,14 @@ def read_demonstrations(path, tokenizer, max_length, overlong="cut", say=print):
             + "".join(f"; {n} {how}" for how, n in spelled.items())
         )
     return examples
+
+
+def earlier_turns(prompt):
+    """(conversation, response) of each turn of the assistant's in a prompt."""
+    messages = getattr(prompt, "messages", ())
+    for before, (asked, said) in enumerate(itertools.pairwise(messages), 1):
+        if asked["role"] == "user" and said["role"] == "assistant" and said["content"].strip():
+            yield Conversation(messages[:before]), said["content"]
 
 
 def read_responses(where, record, least=2):
@@ -265,7 +279,7 @@ def prompts_of_step(count, batch_size, step, seed):
 
 
 def group_by_prompt(rows, n_embd):
-    """Rows (prompt ids, response ids) -> [(prompt ids, [response ids, ...])] for `pad_beside`: rows
+    """Rows (prompt ids, response ids) -> [(prompt ids, [response ids, ...])] for `pack`: rows
     that follow each other to one prompt, as long as reading it once saves more than is lost.
 
     P prompt tokens less save 24 P C^2 FLOPs a layer, C = n_embd; R tokens beside S others cost
@@ -289,7 +303,7 @@ def groups_of(prompt, responses, n_embd):
 
 
 def row_length(prompt, responses):
-    """Columns of a prompt and all its responses in a row of `pad_beside`."""
+    """Columns of a prompt and all its responses in a row of `pack`."""
     return len(prompt) - 1 + sum(len(response) + 1 for response in responses)
 
 
@@ -312,40 +326,9 @@ def batches_of_groups(groups, most):
     return batches
 
 
-def pad_beside(prompts, responses):
-    """Prompts with all their responses beside each other, so that a prompt is read once: at 30 + 14
-    tokens 2.1 times the speed of `pad` with four responses, 1.5 times with two (122 + 47: 1.5);
-    arXiv:2410.20305. Long responses to short prompts are better apart: see `group_by_prompt`.
-
-    A row is the prompt but for its last token, then for each response that token and the response:
-    so every response's first token too is predicted by the column before it. Responses don't see
-    each other. For each prompt there is a list of responses; each must fit, with its prompt, into
-    the model's positions.
-
-    Returns:
-        tokens (B, T) int64, padded on the right with 0; mask (B, T) bool, True on the responses;
-        segments (B, T) int64, for `GPT.forward`: k on response k = 1, 2, ... and its copy of the
-        prompt's last token, 0 on what all responses see, -1 on pads.
-    """
-    rows, inside, numbers = [], [], []
-    for prompt, some in zip(prompts, responses, strict=True):
-        shared, n = prompt[:-1], len(prompt) - 1
-        rows.append(sum(([prompt[-1], *response] for response in some), list(shared)))
-        inside.append(sum(([0] + [1] * len(response) for response in some), [0] * n))
-        numbers.append(sum(([k] * (len(r) + 1) for k, r in enumerate(some, 1)), [0] * n))
-    T = max(map(len, rows))
-    tokens, mask, segments = (
-        torch.tensor([row + [filler] * (T - len(row)) for row in table])
-        for table, filler in ((rows, 0), (inside, 0), (numbers, -1))
-    )
-    return tokens, mask.bool(), segments
-
-
-def masks_of_responses(mask, segments):
-    """The masks of the first response of all rows from `pad_beside`, of the second, ...: (count, B,
-    T) bool, empty where a row has fewer responses."""
-    numbers = torch.arange(1, int(segments.max()) + 1, device=mask.device)
-    return mask & (segments == numbers[:, None, None])
+def packed(examples):
+    """`pack` of demonstrations (prompt ids, response ids)."""
+    return pack([prompt for prompt, _ in examples], [[response] for _, response in examples])
 
 
 def collate(examples, n_embd):
@@ -367,13 +350,13 @@ def collate(examples, n_embd):
         for i, j, m, probability in example["pairs"]:
             p = number[i, j]
             keep[b, p], margin[b, p], label[b, p] = True, m, probability
-    return *pad_beside(*zip(*groups, strict=True)), torch.tensor(rows), keep, margin, label
+    return *pack(*zip(*groups, strict=True)), torch.tensor(rows), keep, margin, label
 
 
 def score_rows(model, rows, size, run, at=last_tokens, of=None, name="the model"):
     """A scalar head's outputs, a list of numbers, for rows of (prompt ids, response ids), from all
     ranks; `size` responses a forward. Of a language model: what of(logits at `at(mask)`, tokens,
-    mask, segments) makes of them, (N,) or (N, numbers), one a response."""
+    mask) makes of them, (N,) or (N, numbers), one a response."""
     model.eval()
     scores, groups = [], group_by_prompt(rows, model.config.n_embd)
     batches = batches_of_groups(groups, size)
@@ -382,12 +365,10 @@ def score_rows(model, rows, size, run, at=last_tokens, of=None, name="the model"
         run.progress("scored batches of responses", begin, len(batches))
         for indices in batches[begin + run.rank : begin + run.rank + 1]:
             some = [groups[i] for i in indices]
-            tokens, mask, segments = (
-                x.to(run.device) for x in pad_beside(*zip(*some, strict=True))
-            )
+            tokens, mask, segments = (x.to(run.device) for x in pack(*zip(*some, strict=True)))
             with torch.no_grad(), run.autocast:
                 output = model(tokens, at(mask), segments)  # (N,), one a response
-            output = of(output, tokens, mask, segments) if of else output
+            output = of(output, tokens, mask) if of else output
             found = output.split([len(responses) for _, responses in some])
             scores += [(i, row.tolist()) for i, row in zip(indices, found, strict=True)]
     scores = [score for _, row in sorted(run.gather(scores)) for score in row]
@@ -400,12 +381,13 @@ def score_rows(model, rows, size, run, at=last_tokens, of=None, name="the model"
 RAW = {"reward_mean": 0.0, "reward_std": 1.0, "score_transform": "identity"}
 
 
-def load_policy(name, run, tokenizer=""):
-    """A language model in eval mode on the run's device, and its tokenizer (or another's)."""
+def load_policy(name, run, tokenizer="", template=None):
+    """A language model in eval mode on the run's device, and its tokenizer (or another's), which
+    lays prompts out by `template` (None: as the model's own)."""
     try:
-        model, other = load_model(name), tokenizer
-        tokenizer = load_tokenizer(other or name)
-        check_tokenizer(tokenizer, name, load_config(name))
+        model, other, config = load_model(name), tokenizer, load_config(name)
+        tokenizer = load_tokenizer(other or name, template or kept_template(config))
+        check_tokenizer(tokenizer, name, config)
         if other:
             tokenizer_files(tokenizer)  # one that can't be saved is refused now
     except (OSError, ValueError) as error:
@@ -441,8 +423,24 @@ def load_reward_model(directory, device="cpu"):
 def add_scalar_head(policy):
     """A language model's trunk under a new scalar head, drawn from the default generator."""
     model = GPT(policy.config, scalar_head=True)
-    model.load_state_dict(policy.state_dict() | {"score.weight": model.score.weight.detach()})
+    weights = policy.state_dict() | {"score.weight": model.score.weight.detach()}
+    weights.pop("lm_head.weight", None)
+    model.load_state_dict(weights)
     return model
+
+
+def learn_by_adapters(model, cfg):
+    """With --lora_rank low-rank adapters learn, in the place of the model's weights."""
+    if cfg.lora_rank:
+        torch.manual_seed(cfg.seed)
+        add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
+
+
+def reference_of(policy, cfg):
+    """A copy of the policy that stays as it is now. Where adapters are to learn, the weights stay
+    too: the copy has none of its own."""
+    shared = {id(p): p for p in policy.parameters()} if cfg.lora_rank else {}
+    return copy.deepcopy(policy, shared).requires_grad_(False)
 
 
 def set_dropout(model, rate):
@@ -493,7 +491,7 @@ class Reward:
             model, theirs, statistics = load_reward_model(name)
         except (OSError, ValueError) as error:
             refuse(error)
-        if tokenizer_hash(theirs) != tokenizer_hash(tokenizer):
+        if identity(theirs) != identity(tokenizer):
             refuse(
                 f"{name}: another tokenizer ({theirs.name}) than the policy's ({tokenizer.name})"
             )
@@ -618,10 +616,9 @@ def rollout_of(prompts, responses, tokenizer, device):
     lines, ids = (list(some) for some in zip(*prompts, strict=True))
     tokens, mask = (x.to(device) for x in pad(ids, responses))
     lengths = [len(p) + len(r) for p, r in zip(ids, responses, strict=True)]
-    ended = [r[-1] == tokenizer.eot_token for r in responses]
-    texts = [text_of(tokenizer, r[:-1] if e else r) for r, e in zip(responses, ended, strict=True)]
+    texts, ended = zip(*(response_of(tokenizer, response) for response in responses), strict=True)
     ended = torch.tensor(ended, device=device)
-    return Rollout(lines, tokens, mask, lengths, responses, texts, ended)
+    return Rollout(lines, tokens, mask, lengths, responses, list(texts), ended)
 
 
 def sample_rollout(sampler, prompts, tokenizer, cfg, temperature, generator):
@@ -633,7 +630,7 @@ def sample_rollout(sampler, prompts, tokenizer, cfg, temperature, generator):
             [ids for _, ids in prompts[i : i + size]],
             cfg.max_new_tokens,
             temperature=temperature,
-            eos=tokenizer.eot_token,
+            eos=tokenizer.ends,
             generator=generator,
         )
         responses += [row[inside].tolist() for row, inside in zip(tokens, mask, strict=True)]
@@ -992,9 +989,9 @@ def warnings_of(record, before, cfg):
 
 def nll_sum(model, examples, run):
     """Sum of -log pi over the response tokens of demonstrations, nats, and their number."""
-    tokens, mask = (x.to(run.device) for x in pad(*zip(*examples, strict=True)))
+    tokens, mask, segments = (x.to(run.device) for x in packed(examples))
     with run.autocast:
-        logits = model(tokens, at=predicts(mask))  # (N, V)
+        logits = model(tokens, predicts(mask), segments)  # (N, V)
     return -token_logprobs(logits, tokens, mask).sum(), mask.sum()
 
 
@@ -1150,7 +1147,7 @@ class RewardModelFlags(TrainingFlags):
     data: Annotated[tuple[str, ...], "rankings or comparisons, several files by commas"] = ()
     validation: Annotated[str, "held-out rankings or comparisons; empty: none"] = ""
     init: Annotated[
-        str, "trunk to start from: a run or Hugging Face GPT-2 directory; a reward model goes on"
+        str, "trunk to start from: a run or Hugging Face directory; a reward model goes on"
     ] = "runs/sft"
     tokenizer: Annotated[str, "gpt2, FILE.tiktoken or directory; empty: --init's"] = ""
     normalise_with: Annotated[
@@ -1193,7 +1190,9 @@ def load_trunk(cfg, run):
     set_dropout(model, 0.0)
     positions = model.config.n_positions
     max_length = min(cfg.max_length or positions, positions)
-    return model.to(run.device, run.precision), tokenizer, max_length
+    model = model.to(run.device, run.precision)
+    learn_by_adapters(model, cfg)
+    return model, tokenizer, max_length
 
 
 def load_yardstick(cfg, tokenizer, max_length, run):
@@ -1203,7 +1202,7 @@ def load_yardstick(cfg, tokenizer, max_length, run):
         return None, []
     name = cfg.normalise_with or cfg.init
     policy, theirs = load_policy(name, run, cfg.tokenizer if name == cfg.init else "")
-    if tokenizer_hash(theirs) != tokenizer_hash(tokenizer):
+    if identity(theirs) != identity(tokenizer):
         refuse(
             f"--normalise_with {name}: another tokenizer ({theirs.name}) than {cfg.init}'s "
             f"({tokenizer.name})"

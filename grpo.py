@@ -27,7 +27,6 @@ the mean over all tokens of a minibatch (GRPO's is over a response's first).
         --micro_batch_size 8 --max_new_tokens 128 --kl_in_loss --kl_estimator k3 --beta 0.04
 """
 
-import copy
 import dataclasses
 import math
 import time
@@ -39,9 +38,9 @@ import torch
 
 from feedback import (
     RewardFlags, Rewards, add_ptx_gradient, brief, check_ratio, check_rewards, check_start,
-    held_out_nll, kl_estimate, load_policy, load_python, logprobs_of, numbers, punish_missing_eos,
-    read_demonstrations, read_prompts, record_of, respond, sample_step, show, token_rewards,
-    totals_of, warnings_of, whiten,
+    held_out_nll, kl_estimate, learn_by_adapters, load_policy, load_python, logprobs_of, numbers,
+    punish_missing_eos, read_demonstrations, read_prompts, record_of, reference_of, respond,
+    sample_step, show, token_rewards, totals_of, warnings_of, whiten,
 )  # fmt: skip
 from model import entropy, predicts, token_logprobs
 from run import Run, adam, flags, guarded, refuse, schedule
@@ -153,7 +152,8 @@ def main():
     # The policy learns; the reference, which is where it starts, and the rewards don't. In eval
     # mode for good: dropout would make the ratio differ from 1.
     policy, tokenizer = load_policy(cfg.init, run)
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    reference = reference_of(policy, cfg)
+    learn_by_adapters(policy, cfg)
     reward = Rewards(cfg, tokenizer, run)  # one, or several combined
     room = min(m.config.n_positions for m in (policy, *reward.models)) - cfg.max_new_tokens
     needed = {"reference": str} if cfg.shaping == "par" else {}

@@ -24,7 +24,6 @@ value stands for what might have followed.
         --micro_batch_size 8 --max_new_tokens 128
 """
 
-import copy
 import dataclasses
 import math
 import time
@@ -36,9 +35,10 @@ import torch
 
 from feedback import (
     RAW, Reward, RewardFlags, Rewards, add_ptx_gradient, add_scalar_head, brief, check_ratio,
-    check_rewards, check_start, explained_variance, held_out_nll, kl_estimate, load_policy,
-    load_python, logprobs_of, normalised, numbers, read_demonstrations, read_prompts, record_of,
-    punish_missing_eos, respond, sample_step, show, token_rewards, totals_of, warnings_of, whiten,
+    check_rewards, check_start, explained_variance, held_out_nll, kl_estimate, learn_by_adapters,
+    load_policy, load_python, logprobs_of, normalised, numbers, punish_missing_eos,
+    read_demonstrations, read_prompts, record_of, reference_of, respond, sample_step, show,
+    token_rewards, totals_of, warnings_of, whiten,
 )  # fmt: skip
 from model import GPT, entropy, predicts, token_logprobs
 from run import Run, adam, flags, guarded, refuse, schedule
@@ -171,6 +171,11 @@ def check(cfg):
             "--kl_horizon: expected --batch_size at least, or beta may swing, and fall below 0",
         ),
         (cfg.value_init.endswith(".py"), "--value_init: a reward model, policy or random"),
+        (
+            cfg.lora_rank and (cfg.trainable_layers or cfg.value_init == "random"),
+            "--lora_rank: all blocks learn by adapters; not with --trainable_layers, nor with "
+            "--value_init random, whose weights would stay random",
+        ),
     ):
         if wrong:
             refuse(message)
@@ -235,10 +240,12 @@ def main():
     # Four models, all in eval mode for good: dropout would make the ratio differ from 1. The
     # reference is --init's policy, also in a run that is resumed below.
     policy, tokenizer = load_policy(cfg.init, run)
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    reference = reference_of(policy, cfg)
     reward = Rewards(cfg, tokenizer, run)  # one, or several combined
     value_model, statistics = value_network(cfg, policy, reward, tokenizer, run)
     freeze(policy, cfg.trainable_layers)
+    learn_by_adapters(policy, cfg)
+    learn_by_adapters(value_model, cfg)
 
     # Prompts and demonstrations. A run goes on only with the same files, models and flags.
     positions = [model.config.n_positions for model in (policy, value_model, *reward.models)]

@@ -38,10 +38,11 @@ from feedback import (
     load_reward_model, load_trunk, load_yardstick, normalised, read_examples, read_responses,
     row_lengths, score_examples, score_rows, statistics_of, told,
 )  # fmt: skip
-from model import encode, last_tokens, tokenizer_hash
+from model import last_tokens
 from run import (
     ProcessFlags, Run, adam, flags, guarded, read_jsonl, refuse, schedule, write_jsonl,
 )  # fmt: skip
+from tokens import encode, identity
 
 # --- mathematics ----------------------------------------------------------------------------------
 
@@ -317,7 +318,7 @@ def load_old(cfg, tokenizer, max_length, run):
         model, theirs, _ = load_reward_model(cfg.old, run.device)
     except (OSError, ValueError) as error:
         refuse(error)
-    if tokenizer_hash(theirs) != tokenizer_hash(tokenizer):
+    if identity(theirs) != identity(tokenizer):
         refuse(f"--old {cfg.old}: another tokenizer ({theirs.name}) than {cfg.init}'s")
     if model.config.n_positions < max_length:
         refuse(f"--old {cfg.old}: has fewer positions than {cfg.init}: give a --max_length")

@@ -26,7 +26,6 @@ Simplified against the papers: one update a rollout, and no cleaning of the resp
 Sub-commands: label, agree, revise, direct. Each has its own --help.
 """
 
-import copy
 import dataclasses
 import hashlib
 import http.client
@@ -50,19 +49,19 @@ import numpy as np
 import torch
 
 from feedback import (
-    PolicyFlags, add_scalar_head, brief, check_field, check_ratio, check_start,
-    explained_variance, grouped_rate, judged, load_policy, load_python, logprobs_of, numbers,
-    punish_missing_eos, read_preferences, read_prompts, read_responses, record_of, respond,
-    sample_step, show, told, totals_of, warnings_of,
+    PolicyFlags, add_scalar_head, brief, check_field, check_ratio, check_start, explained_variance,
+    grouped_rate, judged, learn_by_adapters, load_policy, load_python, logprobs_of, numbers,
+    punish_missing_eos, read_preferences, read_prompts, read_responses, record_of, reference_of,
+    respond, sample_step, show, told, totals_of, warnings_of,
 )  # fmt: skip
 from model import (
-    at_least_float32, byte_alphabet, entropy, generate, pad, predicts, text_of, token_ids,
-    token_logprobs, weight_files,
+    at_least_float32, entropy, generate, pad, predicts, token_logprobs, weight_files,
 )  # fmt: skip
 from run import (
     Run, RunFlags, adam, append_line, flags, guarded, read_jsonl, refuse, schedule, sha256,
     stop_signals, write_jsonl,
 )  # fmt: skip
+from tokens import byte_alphabet, encode, identity, ids_of_text, plain, response_of
 
 # --- mathematics ----------------------------------------------------------------------------------
 
@@ -401,12 +400,12 @@ class Judge:
 
     A request is {"prompt", "answers"}, answered by the answers' log-probabilities as next tokens,
     [] where a server offers none of them; or {"prompt", "max_tokens", "temperature", "seed"},
-    answered by a text. `ask` gets {key: request} and yields {key: answer} as they come. `identity`
+    answered by a text. `ask` gets {key: request} and yields {key: answer} as they come. `depends`
     is what answers depend on beside the request.
     """
 
-    def __init__(self, name, identity):
-        self.name, self.identity = name, identity
+    def __init__(self, name, depends):
+        self.name, self.depends = name, depends
         self.asked, self.absent = 0, 0  # requests answered anew; answers that were not offered
 
     def remember(self, run, memory):
@@ -424,7 +423,7 @@ class Judge:
     def answers(self, requests):
         """The answers of requests, in order. JudgeError where one can't be had, or told to stop."""
         keys = [
-            hashlib.sha256(json.dumps([self.identity, request]).encode()).hexdigest()
+            hashlib.sha256(json.dumps([self.depends, plain(request)]).encode()).hexdigest()
             for request in requests
         ]
         pairs = zip(keys, requests, strict=True)
@@ -461,7 +460,8 @@ class LocalJudge(Judge):
         self.model.to(dtype).requires_grad_(False)
         self.device = run.device
         files = [*weight_files(Path(directory)), Path(directory, "config.json")]
-        super().__init__(directory, f"{' '.join(map(sha256, files))} {dtype}")
+        read_as = identity(self.tokenizer)
+        super().__init__(directory, f"{' '.join(map(sha256, files))} {dtype} {read_as}")
         first = torch.tensor([[self.tokenizer.eot_token]], device=run.device)
         with torch.no_grad():
             self.check_finite(self.model(first))  # sampling would go on with what are no numbers
@@ -483,13 +483,17 @@ class LocalJudge(Judge):
             refuse(f"{self.name}: log-probabilities that are not finite; try --dtype")
 
     def encoded(self, request, room):
-        ids = token_ids(self.tokenizer, request["prompt"]) or [self.tokenizer.eot_token]
-        if len(ids) > room and not request.get("cut"):
+        """The ids of a prompt to a policy, laid out as it reads prompts, from its end; or of a
+        question, a text that goes on in the answer, whole."""
+        if request.get("cut"):
+            return encode(self.tokenizer, request["prompt"], None, room)[0]
+        ids = ids_of_text(self.tokenizer, request["prompt"])
+        if len(ids) > room:
             refuse(f"{self.name}: a question of {len(ids)} tokens; room is for {room}")
-        return ids[-room:]
+        return ids
 
     def next_tokens(self, requests):
-        answers = [token_ids(self.tokenizer, text) for text in requests[0]["answers"]]
+        answers = [self.tokenizer.encode_ordinary(text) for text in requests[0]["answers"]]
         for ids, text in zip(answers, requests[0]["answers"], strict=True):
             if len(ids) != 1:
                 refuse(f"{self.name}: the answer {text!r} is {len(ids)} tokens, not one")
@@ -503,18 +507,18 @@ class LocalJudge(Judge):
         return found.tolist()
 
     def complete(self, requests):
-        first, eos = requests[0], self.tokenizer.eot_token
+        first = requests[0]
         room = self.model.config.n_positions - first["max_tokens"]
         tokens, mask = generate(
             self.model,
             [self.encoded(request, room) for request in requests],
             first["max_tokens"],
             temperature=first["temperature"],
-            eos=eos,
+            eos=self.tokenizer.ends,
             generator=torch.Generator(self.device).manual_seed(first["seed"]),
         )
         rows = [row[inside].tolist() for row, inside in zip(tokens, mask, strict=True)]
-        return [text_of(self.tokenizer, r[:-1] if r[-1] == eos else r) for r in rows]
+        return [response_of(self.tokenizer, ids)[0] for ids in rows]
 
 
 MARKS = " \n\t\rĠĊĉč▁"  # spaces and line breaks, as texts and vocabularies write them
@@ -1061,10 +1065,12 @@ def direct(cfg):
     # Three models: the policy and the value network learn, the reference doesn't. All stay in eval
     # mode: with dropout the log-probabilities would not be those that sampling used.
     policy, tokenizer = load_policy(cfg.init, run)
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    reference = reference_of(policy, cfg)
     value_model = add_scalar_head(policy)
     torch.nn.init.zeros_(value_model.score.weight)
     value_model.eval().to(run.device, run.precision)
+    learn_by_adapters(policy, cfg)
+    learn_by_adapters(value_model, cfg)
 
     # Prompts, and everything else that a resumed run must find unchanged.
     room = policy.config.n_positions - cfg.max_new_tokens
@@ -1186,7 +1192,7 @@ def direct(cfg):
 
     # The finished policy, then what it is worth on held-out prompts.
     run.save_model(policy, tokenizer, stage="rlaif")
-    (asked,) = run.sum([judge.asked])
+    (asked,) = run.sum([judge.asked])  # by this process: a resumed run asks nothing twice
     some = held_out[: cfg.num_prompts]
     samples = respond(run, policy, some, seed=seed + 1, **how)
     others = respond(run, reference, some, seed=seed, **how)

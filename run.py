@@ -53,8 +53,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from model import (
-    check_space, finite, read_json, save_model, weight_files, whole_file, write_json,
+from model import save_model, weight_files
+from tokens import (
+    MESSAGES, TOKENIZER_FILES, Conversation, check_space, plain, read_json, whole_file, write_json,
 )  # fmt: skip
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -97,6 +98,10 @@ class TrainingFlags(RunFlags):
     adam_eps: Annotated[float, "Adam's epsilon (OpenAI 2019, Llama 2: 1e-5)"] = 1e-8
     weight_decay: Annotated[float, "AdamW's, on matrices (Llama 2: 0.1)"] = 0.0
     clip_norm: Annotated[float, "largest gradient norm", "(0, inf)"] = 1.0
+    lora_rank: Annotated[
+        int, "rank of adapters that learn in the place of the weights; 0: none", "[0, inf)"
+    ] = 0
+    lora_alpha: Annotated[float, "alpha / rank scales adapters", "(0, inf)", "lora_rank"] = 16.0
     compile: Annotated[bool, "torch.compile what is trained"] = False
     checkpoint_activations: Annotated[bool, "less memory: blocks computed anew in backward"] = False
     log_every: Annotated[int, "steps between printed lines", "[1, inf)"] = 50
@@ -350,14 +355,20 @@ class Run:
         """The lists of JSON values of all ranks, one after another, on every rank."""
         if self.world == 1:
             return list(records)
-        data = torch.tensor(list(json.dumps(records).encode()), dtype=torch.uint8)
+        text = json.dumps(plain(records, marked=True))
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
         data = F.pad(data, (0, int(max(sizes)) - len(data))).to(self.device)
         padded = [torch.empty_like(data) for _ in sizes]
         dist.all_gather(padded, data)
         texts = [bytes(x[:n].tolist()) for x, n in zip(padded, sizes, strict=True)]
-        return [record for text in texts for record in json.loads(text)]
+
+        def unmarked(found):
+            return Conversation(found[MESSAGES]) if found.keys() == {MESSAGES} else found
+
+        lists = (json.loads(text, object_hook=unmarked) for text in texts)
+        return [record for some in lists for record in some]
 
     def say(self, *text):
         self.spoken = time.time()
@@ -503,7 +514,8 @@ class Run:
     def load(self, path):
         tensors, known = self.read_checkpoint(path)
         for name, module in self.modules.items():
-            module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+            learnt = {key: tensors[f"{name}.{key}"] for key in learnt_by(module)}
+            module.load_state_dict(learnt, strict=False)
         for name, optimizer in self.optimizers.items():
             moments = {}
             for key in [key for key in tensors if key.startswith(f"adam_{name}.")]:
@@ -532,7 +544,7 @@ class Run:
         expected = {
             f"{name}.{key}": value.shape
             for name, module in self.modules.items()
-            for key, value in module.state_dict().items()
+            for key, value in learnt_by(module).items()
         }
         try:
             hashes = read_json(path / "sha256.json")
@@ -569,7 +581,7 @@ class Run:
             return
         tensors = {}
         for name, module in self.modules.items():
-            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+            tensors |= {f"{name}.{key}": value for key, value in learnt_by(module).items()}
         for name, optimizer in self.optimizers.items():
             for index, moments in optimizer.state_dict()["state"].items():
                 tensors |= {f"adam_{name}.{index}.{key}": x for key, x in moments.items()}
@@ -719,22 +731,20 @@ class Run:
 def sources():
     """{name in a run's directory: path} of the sources that run."""
     here = Path(__file__).parent
-    three = {name: here / name for name in ("model.py", "run.py", "feedback.py")}
-    return {"script.py": sys.argv[0]} | {n: path for n, path in three.items() if path.exists()}
+    shared = {name: here / name for name in ("tokens.py", "model.py", "run.py", "feedback.py")}
+    return {"script.py": sys.argv[0]} | {n: path for n, path in shared.items() if path.exists()}
 
 
 def files_of(names):
-    """Files, and the weights, config.json and tokenizer of run directories; of what is neither,
-    none."""
+    """Files, and of directories the weights, config.json and tokenizer."""
     found = []
     for path in [Path(name) for name in names if name]:
-        if (path / "config.json").is_file():
-            others = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
-            others = (path / name for name in others if (path / name).is_file())
-            found += map(str, [*weight_files(path), *others])
-        elif path.is_file():
-            found.append(str(path))
-    return found
+        if path.is_file():
+            found.append(path)
+        elif (path / "config.json").is_file():
+            found += [*weight_files(path), path / "config.json"]
+        found += [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    return list(map(str, found))
 
 
 def with_nan(numbers):
@@ -771,6 +781,15 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def learnt_by(module):
+    """{name: tensor} of what a checkpoint holds of a module: all; but of one with adapters what
+    learns, as the rest is --init's, whose sha256 args.json has."""
+    state = module.state_dict()
+    if not any(name.endswith(".B") for name in state):
+        return state
+    return {name: state[name] for name, p in module.named_parameters() if p.requires_grad}
 
 
 def adam(model, lr, cfg):
@@ -868,6 +887,10 @@ def read_jsonl(path, texts):
                 record = json.loads(text, parse_constant=refuse_constant)
                 if not isinstance(record, dict):
                     refuse(f"{where}: line: expected an object, got {type(record).__name__}")
+                try:
+                    with_conversation(record)
+                except ValueError as error:
+                    refuse(f"{where}: prompt: {error}")
                 for name, may_be_empty in texts.items():
                     if name not in record:
                         refuse(f"{where}: {name}: is missing")
@@ -894,14 +917,21 @@ def refuse_constant(name):
     raise ValueError(f"{name} is not a JSON number")
 
 
+def with_conversation(record):
+    """A JSON object with a prompt of messages as one of text, which knows its messages."""
+    if isinstance(record.get("prompt"), list):
+        record["prompt"] = Conversation(record["prompt"])
+    return record
+
+
 def write_jsonl(path, records):
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(finite(record)) + "\n" for record in records)
+        file.writelines(json.dumps(plain(record, finite=True)) + "\n" for record in records)
 
 
 def append_line(path, record):
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(record)) + "\n")
+            file.write(json.dumps(plain(record, finite=True)) + "\n")
     except OSError as error:
         raise OSError(f"{path}: could not be written: {error}") from error

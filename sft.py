@@ -10,8 +10,8 @@ prompt is plain language modelling, so this script also pre-trains.
 
 The embedded task is data/toy.py's small language; gold is its true reward, which judges samples.
 
-Simplified against the papers: batches are of sequences of like length, padded; several short ones
-are not packed into one row.
+Simplified against the papers: a batch has sequences of like length. Those that fit share a row,
+and don't see each other.
 
     python sft.py --prompt_loss_weight 0.3 --gold data/toy.py          # the embedded task
     torchrun --nproc_per_node=8 sft.py --init gpt2/ --data alpaca.jsonl --validation held.jsonl \
@@ -23,25 +23,28 @@ import math
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 
 from feedback import (
-    batches_from, load_policy, load_python, numbers, one_a_task, read_demonstrations,
-    read_prompts, respond, set_dropout, show,
+    batches_from, learn_by_adapters, load_policy, load_python, numbers, one_a_task, packed,
+    read_demonstrations, read_prompts, respond, set_dropout, show,
 )  # fmt: skip
-from model import GPT, GPTConfig, load_tokenizer, pad, predicts, token_logprobs, tokenizer_files
+from model import PARTS, GPT, GPTConfig, predicts, token_logprobs
 from run import Run, TrainingFlags, adam, flags, guarded, refuse, schedule
+from tokens import load_tokenizer, tokenizer_files
 
 # --- mathematics ----------------------------------------------------------------------------------
 
 
-def loss_weights(tokens, mask, prompt_loss_weight):
-    """w (B, T): 1 on response tokens, prompt_loss_weight on prompt tokens but the first, 0 on pads.
+def loss_weights(mask, segments, prompt_loss_weight):
+    """w (R, T) of rows from `pack`: 1 on response tokens, prompt_loss_weight on prompt tokens but
+    the first of each example, 0 on pads.
 
     The first token has nothing before it to be predicted from.
     """
-    columns = torch.arange(tokens.shape[1], device=tokens.device)
-    begin = mask.int().argmax(1, keepdim=True)  # (B, 1), the response's first column
-    prompt = (columns > 0) & (columns < begin)  # (B, T)
+    example = segments // PARTS  # -1 on pads
+    first = F.pad(example[:, 1:] != example[:, :-1], (1, 0), value=True)
+    prompt = ~mask & ~first & (example >= 0)
     return mask + prompt_loss_weight * prompt
 
 
@@ -51,11 +54,11 @@ def weight_of(prompt, response, prompt_loss_weight):
     return len(response) + prompt_loss_weight * (len(prompt) - 1)
 
 
-def weighted_nll(model, tokens, weights):
-    """sum_t w_t * -log pi(token_t | before) over a (B, T) batch, a scalar, nats. The head runs only
-    where a token is trained."""
+def weighted_nll(model, tokens, weights, segments):
+    """sum_t w_t * -log pi(token_t | before) over a batch of rows (R, T), a scalar, nats. The head
+    runs only where a token is trained."""
     trained = weights > 0
-    logits = model(tokens, at=predicts(trained))  # (N, V)
+    logits = model(tokens, predicts(trained), segments)  # (N, V)
     return (-token_logprobs(logits, tokens, trained) * weights).sum()
 
 
@@ -71,10 +74,19 @@ class Config(TrainingFlags):
     prompts: Annotated[str, "prompts to sample from when evaluating; empty: none"] = (
         "data/toy/prompts_validation.jsonl"
     )
-    init: Annotated[str, "run or Hugging Face GPT-2 directory; empty: random weights"] = ""
+    init: Annotated[str, "run or Hugging Face directory; empty: random weights"] = ""
     tokenizer: Annotated[
         str, "gpt2, FILE.tiktoken or directory; empty: --init's, or data/toy/bpe.tiktoken"
     ] = ""
+    template: Annotated[
+        Literal["", "none", "chatml", "llama3"],
+        "how prompts are laid out; none: as plain text; empty: as --init does, else by its "
+        "tokenizer's special tokens",
+        "init",
+    ] = ""
+    turns: Annotated[
+        Literal["all", "last"], "of a conversation, train all turns of the assistant's, or the last"
+    ] = "all"
     gold: Annotated[str, "Python file whose score(prompt, response, **fields) judges samples"] = ""
     out_dir: Annotated[str, "run directory"] = "runs/sft"
     prompt_loss_weight: Annotated[
@@ -134,9 +146,9 @@ def held_out_loss(model, examples, size, run):
         run.stop_if_told()
         some = mine[begin : begin + size]
         if some:  # a rank may have one less
-            tokens, mask = (x.to(run.device) for x in pad(*zip(*some, strict=True)))
+            tokens, mask, segments = (x.to(run.device) for x in packed(some))
             with torch.no_grad(), run.autocast:
-                nll += weighted_nll(model, tokens, mask.float()).item()
+                nll += weighted_nll(model, tokens, mask.float(), segments).item()
             count += int(mask.sum())
     nll, count = run.sum([nll, count])
     return {"loss": nll / count, "perplexity": math.exp(min(nll / count, 700))}  # exp(710) is inf
@@ -153,15 +165,21 @@ def main():
 
     # The model: an --init directory's, or a new one. Its tokenizer comes with it.
     if cfg.init:
-        policy, tokenizer = load_policy(cfg.init, run, cfg.tokenizer)
+        policy, tokenizer = load_policy(cfg.init, run, cfg.tokenizer, cfg.template or None)
+        learn_by_adapters(policy, cfg)
+    elif cfg.lora_rank:
+        refuse("--lora_rank: only with --init, as the weights don't learn")
     else:
         policy, tokenizer = new_policy(cfg, run)
     set_dropout(policy, cfg.dropout)
 
     # The data, all of it on every rank, so that all agree on every batch.
     longest = min(cfg.max_length or policy.config.n_positions, policy.config.n_positions)
-    examples = read_demonstrations(cfg.data, tokenizer, longest, cfg.overlong, run.say)
-    held_out = read_demonstrations(cfg.validation, tokenizer, longest, cfg.overlong, run.say)
+    if policy.wpe is None:  # RoPE has any number of positions: later stages keep to these
+        policy.config = dataclasses.replace(policy.config, n_positions=longest)
+    how = (tokenizer, longest, cfg.overlong, run.say, cfg.turns)
+    examples = read_demonstrations(cfg.data, *how)
+    held_out = read_demonstrations(cfg.validation, *how)
     room = policy.config.n_positions - cfg.max_new_tokens
     prompts = read_prompts(cfg.prompts, tokenizer, room, run.say)
     gold = load_python(cfg.gold) if cfg.gold else None
@@ -199,10 +217,10 @@ def main():
         size = cfg.micro_batch_size
         for rows, weight in run.micro_batches(mine, most, size, filler=batch[0]):  # 0 of a filler
             some = [examples[i] for i in rows]
-            tokens, mask = (x.to(run.device) for x in pad(*zip(*some, strict=True)))  # (B, T)
-            token_weights = loss_weights(tokens, mask, cfg.prompt_loss_weight)
+            tokens, mask, segments = (x.to(run.device) for x in packed(some))  # (R, T)
+            token_weights = loss_weights(mask, segments, cfg.prompt_loss_weight)
             with run.autocast:
-                nll = weighted_nll(model, tokens, token_weights)
+                nll = weighted_nll(model, tokens, token_weights, segments)
             # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
             run.scaler.scale(nll * weight * run.world / total_weight).backward()
             run.count(nll=weight * nll.item(), cells=tokens.numel())

@@ -9,6 +9,7 @@
     python data/convert.py pairs       rankings.jsonl comparisons.jsonl    # a pair of each, drawn
     python data/convert.py hh          train.jsonl.gz mine --split 0.05    # all files for `make`
     python data/convert.py ours        lines.jsonl    mine --split 0.05    # and of our own formats
+    python data/convert.py hh          train.jsonl.gz turns.jsonl --turns  # prompts of messages
     python data/convert.py check       FILE...                             # what is it? is it good?
 
 Input is JSON Lines or one JSON array, output JSON Lines; either may be plain or .gz. Lines that
@@ -18,6 +19,9 @@ conversion with exit status 2, and then nothing is written.
 With --split the output is a folder with all that `make DATA=folder` wants: demonstrations (the best
 response, where there are several), rankings (or comparisons) and prompts, each for training, for
 validation and for the test. A prompt is on one side alone, by its hash: in all files, of all sets.
+
+With --turns the prompts of hh, ultrafeedback and chat are lists of messages (role, content), for
+models that have a template for them; without it, transcripts as HH-RLHF writes them.
 """
 
 import argparse
@@ -149,10 +153,20 @@ def faults(record, kind):
             yield name, f"expected a string, got {type(record[name]).__name__}"
         elif not may_be_empty and not record[name].strip():
             yield name, "is empty"
-        elif any("\ud800" <= character <= "\udfff" for character in record[name]):
+        elif re.search("[\ud800-\udfff]", record[name]):
             yield name, "holds half of a surrogate pair, which is no text"
 
-    yield from text("prompt", may_be_empty=kind in ("demonstrations", "prompts"))
+    if isinstance(record.get("prompt"), list):
+        try:
+            turns = turns_of(record["prompt"], "prompt")
+            if not turns or turns[-1][0] != "user":
+                yield "prompt", "expected messages of which the last is the user's"
+            elif any(re.search("[\ud800-\udfff]", content) for _, content in turns):
+                yield "prompt", "holds half of a surrogate pair, which is no text"
+        except Unusable as error:
+            yield "prompt", f"{error}".removeprefix("prompt: ")
+    else:
+        yield from text("prompt", may_be_empty=kind in ("demonstrations", "prompts"))
     if kind == "demonstrations":
         yield from text("response")
     if kind == "comparisons":
@@ -334,6 +348,37 @@ def transcript(turns):
     return "".join(f"\n\n{ROLES[role]}: {text}" for role, text in turns)
 
 
+def turns_in(text):
+    """((role, text), ...) of a transcript that ends in "Assistant:"."""
+    roles = {name: role for role, name in ROLES.items()}
+    before, *found = re.split(r"(?:^|\n\n)(System|Human|Assistant):", text.removesuffix(ANSWER))
+    if before.strip() or not found:
+        raise Unusable("no transcript of turns")
+    return tuple((roles[x], said.strip()) for x, said in zip(found[::2], found[1::2], strict=True))
+
+
+def laid_out(line, keep):
+    """A line whose prompt is a tuple of turns as one with messages (`keep`), or with a transcript;
+    a transcript as it is, or with messages."""
+    turns = line.get("prompt")
+    turns = turns_in(turns) if keep and isinstance(turns, str) else turns
+    if not isinstance(turns, tuple):
+        return line
+    if keep and turns[-1][0] != "user":
+        raise Unusable("the turn before the answer is not the user's")
+    prompt = [{"role": role, "content": text} for role, text in turns]
+    prompt = prompt if keep else transcript(turns) + ANSWER
+    before = "" if keep else " "
+    said = {
+        name: before + line[name].strip()
+        for name in ("response", "chosen", "rejected")
+        if name in line
+    }
+    if "responses" in line:
+        said["responses"] = [before + text.strip() for text in line["responses"]]
+    return line | {"prompt": prompt} | said
+
+
 def convert_hh(record):
     """{"chosen": transcript, "rejected": transcript}, alike up to the last assistant turn.
 
@@ -427,8 +472,8 @@ def convert_ultrafeedback(record):
     for _ in range(len(completions) - len(rated)):
         yield "a completion without a text or a score, beside others that have them"
     rated.sort(key=lambda pair: -pair[0])
-    prompt = transcript([*turns_before(record), ("user", instruction)]) + ANSWER
-    line = {"prompt": prompt, "responses": [" " + c["response"].strip() for _, c in rated]}
+    prompt = (*turns_before(record), ("user", instruction))
+    line = {"prompt": prompt, "responses": [c["response"] for _, c in rated]}
     line["scores"] = [score for score, _ in rated]
     policies = [completion.get("model") for _, completion in rated]
     yield line | ({"policy": policies} if all(map(is_text, policies)) else {})
@@ -457,7 +502,7 @@ def conversation(record, name):
         context = before + context
     if not system + context:
         raise Unusable(f"{name}: nothing comes before the answer")
-    return transcript(system + context) + ANSWER, " " + response
+    return (*system, *context), response
 
 
 def convert_chat(record):
@@ -496,13 +541,16 @@ def parts(line, split, seen):
     """Yields (file's name, line) of all that a line becomes in a folder for `make`. seen: the
     prompts before it."""
     # Later turns of a conversation hold its earlier ones, so all are on the side of the first.
-    opening = re.split(r"\n\n(?:Assistant|### Response):", line["prompt"])[0]
+    prompt = line["prompt"]
+    if isinstance(prompt, list):
+        prompt = transcript([(message["role"], message["content"]) for message in prompt])
+    opening = re.split(r"\n\n(?:Assistant|### Response):", prompt)[0]
     place = int.from_bytes(hashlib.sha256(opening.encode()).digest()[:8]) / 2**64
     side = "_validation" if place < split else "_test" if place < 2 * split else "_train"
     kind = kind_of(line)
     best = line if kind == "prompts" else best_of(line)
-    if line["prompt"] not in seen:
-        seen.add(line["prompt"])
+    if prompt not in seen:
+        seen.add(prompt)
         prompt = {name: best[name] for name in best if name not in ("policy", "annotator")}
         if "response" in prompt:
             prompt["reference"] = prompt.pop("response")
@@ -527,13 +575,16 @@ def fault_of(line):
     return "the two responses are equal" if equal else None
 
 
-def lines_of(name, source, counts, dropped, **options):
+def lines_of(name, source, counts, dropped, turns=False, **options):
     """Yields the good lines that a file's records become. counts: what is read, written, and marked
     (see MARKERS); dropped: what is not written, by its reason."""
     for _, record in stream_objects(source):
         counts["read"] += 1
         try:
-            found = list(FORMATS[name](record, **options))
+            found = [
+                x if isinstance(x, str) else laid_out(x, turns)
+                for x in FORMATS[name](record, **options)
+            ]
         except Unusable as error:
             found = [f"{error}"]
         for made in found:
@@ -637,6 +688,8 @@ def main():
         command.add_argument(
             "--split", type=float, default=0.0, help="share of prompts for validation, and for test"
         )
+        if name in ("hh", "ultrafeedback", "chat"):
+            command.add_argument("--turns", action="store_true", help="prompts of messages")
         if name == "pairs":
             command.add_argument("--flip", type=float, default=0.0, help="share of wrong labels")
             command.add_argument("--seed", type=int, default=0, help="of what is drawn")
@@ -649,7 +702,7 @@ def main():
         return
     if not 0 <= args.split < 0.5:
         refuse(f"--split {args.split}: expected a share, 0 to 0.5")
-    options = {}
+    options = {"turns": args.turns} if hasattr(args, "turns") else {}
     if args.command == "pairs":
         if not 0 <= args.flip <= 1:
             refuse(f"--flip {args.flip}: expected a share, 0 to 1")

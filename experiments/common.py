@@ -159,7 +159,7 @@ def flags(doc):
     )
     parser.add_argument("--quick", action="store_true", help="one seed, a tenth of all work")
     parser.add_argument("--seeds", help="by commas (default: 0,1,2; with --quick 0)")
-    parser.add_argument("--jobs", type=int, help="runs at a time, a thread each (default: cores)")
+    parser.add_argument("--jobs", type=int, help="runs at a time, on all cores (default: cores)")
     parser.add_argument("--out", help="folder of runs (default: runs/experiments, or runs/quick)")
     found = parser.parse_args()
     out = Path(found.out or ROOT / "runs" / ("quick" if found.quick else "experiments")).resolve()
@@ -234,7 +234,8 @@ def begin(lab, name, command, anew=False):
     words = words if words[0] == "sh" else [sys.executable, *words]
     print("$", " ".join(words), flush=True)
     with open(log_of(lab, name), "w") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        threads = max(len(os.sched_getaffinity(0)) // lab.jobs, 1)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         return subprocess.Popen(words, stdout=log, stderr=log, env=environment)
 
 
@@ -255,7 +256,8 @@ def state_of(folder, words):
         kept = [word for word in args["command"] if word not in ("--resume", "--overwrite")]
         sums = {file: x for found in args["inputs"].values() for file, x in found.items()}
         sums |= {words[0]: sha256(folder / "script.py")}
-        sums |= {name: sha256(folder / name) for name in ("model.py", "run.py", "feedback.py")}
+        shared = ("tokens.py", "model.py", "run.py", "feedback.py")
+        sums |= {name: sha256(folder / name) for name in shared}
         if kept != words or any(sha256(ROOT / path) != known for path, known in sums.items()):
             return "other"
     except (OSError, ValueError, LookupError):

@@ -40,25 +40,25 @@ import feedback  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
-from model import (  # noqa: E402
-    GPT,
-    GPTConfig,
-    generate,
-    load_model,
-    make_encoding,
-    save_model,
-    tiktoken_file,
-)
+from model import GPT, GPTConfig, generate, load_model, save_model, theirs  # noqa: E402
+from tokens import END_OF_TEXT, Tokenizer, tiktoken_file  # noqa: E402
 
 TOY = GPTConfig(
     vocab_size=1024, n_positions=128, n_embd=128, n_layer=3, n_head=4, initializer_range=0.1
 )
+SMOLLM2 = GPTConfig(  # SmolLM2-135M's shape, but for its vocabulary of 49,152
+    model_type="llama", n_positions=8192, n_embd=576, n_layer=30, n_head=9, n_kv_head=3,
+    n_inner=1536, rope={"rope_type": "default", "rope_theta": 100000.0},
+)  # fmt: skip
 MODULES = {"sft": sft, "reward": reward, "dpo": dpo}
 # {work: the least ratio to the peer that we want}
 TARGETS = {
+    "SFT step, toy, 32 lines as": 2.5,
+    "reward step, toy, 32 lines as": 3.0,
+    "DPO step, toy, 32 lines as": 4.0,
     "SFT step, toy": 1.6,
-    "reward step, toy": 1.6,
-    "DPO step, toy": 2.0,
+    "reward step, toy": 1.8,
+    "DPO step, toy": 2.8,
     "SFT step, 124M": 1.15,
     "reward step, 124M": 1.15,
     "DPO step, 124M": 1.15,
@@ -67,6 +67,8 @@ TARGETS = {
     "sampling, toy, 256": 3.0,
     "sampling, toy, 16": 3.0,
     "sampling, 124M": 1.7,
+    "SFT step, SmolLM2": 1.15,
+    "sampling, SmolLM2": 1.5,
 }
 # Lengths in GPT-2's tokens, deciles from 5% to 95%, of 1,000 comparisons of HH-RLHF (harmless).
 HH_PROMPTS = (16, 20, 28, 58, 80, 106, 134, 168, 225, 349)
@@ -75,7 +77,7 @@ HH_RESPONSES = (6, 11, 16, 22, 28, 38, 48, 61, 83, 135)
 
 def any_tokenizer():
     """Files need one, the timings do not: the weights are random, and what they say is noise."""
-    return make_encoding({bytes([byte]): byte for byte in range(256)}, "bench")
+    return Tokenizer("bench", {bytes([byte]): byte for byte in range(256)}, {END_OF_TEXT: 256})
 
 
 def quietly(function, *args):
@@ -114,13 +116,16 @@ class Machine:
 
 def weights_of(config):
     """Entries of the matrices of all blocks; what a token is multiplied by, but for the head."""
-    return 12 * config.n_layer * config.n_embd**2
+    heads = 2 * config.n_head + 2 * config.n_kv_head
+    mlp = (2 if config.is_gpt2 else 3) * config.n_inner
+    return config.n_layer * config.n_embd * (heads * config.head_dim + mlp)
 
 
 def forward_flops(config, lengths, outputs):
     """FLOPs of a forward pass over rows of these lengths, pads left out, causal attention counted
     as half a square; `outputs` positions go through the head of a language model."""
-    attention = 2 * config.n_layer * config.n_embd * sum(n * n for n in lengths)
+    width = config.n_head * config.head_dim
+    attention = 2 * config.n_layer * width * sum(n * n for n in lengths)
     head = 2 * config.vocab_size * config.n_embd * outputs
     return 2 * weights_of(config) * sum(lengths) + attention + head
 
@@ -131,8 +136,9 @@ def sampling_floor(machine, config, prompts, samples, new_tokens, width=4):
     weights = weights_of(config) + config.vocab_size * config.n_embd
     for step in range(new_tokens):
         columns = samples * sum(prompts) + rows * step
-        flops = 2 * weights * rows + 4 * config.n_layer * config.n_embd * columns
-        cache = 2 * config.n_layer * config.n_embd * columns
+        flops = 2 * weights * rows
+        flops += 4 * config.n_layer * config.n_head * config.head_dim * columns
+        cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * columns
         total += machine.floor(flops, width * (weights + cache))
     return total
 
@@ -351,18 +357,18 @@ def step_gate(kind, folder, name, micro):
     _, trainer = their_step(kind, folder, 1)
     record = json.loads((folder / "ours/metrics.jsonl").read_text().splitlines()[0])
     their_loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
-    before = load_model(folder / "model").state_dict()
-    after = load_model(folder / "ours").state_dict()
-    theirs = trainer.model.state_dict()
+    first = load_model(folder / "model")
+    before, after = first.state_dict(), load_model(folder / "ours").state_dict()
+    trained = {
+        name.removeprefix("transformer.").removeprefix("model."): tensor
+        for name, tensor in trainer.model.state_dict().items()
+    }
     gaps, moves, largest = [], [], 0.0
     for key, ours in after.items():
-        other = theirs[f"transformer.{key}" if f"transformer.{key}" in theirs else key]
-        other = other.t() if other.shape != ours.shape else other
-        # Square matrices can't be told by their shape from their transposes.
-        gap = min(((o - ours) for o in (other, other.t()) if o.shape == ours.shape), key=torch.norm)
-        gaps.append(gap.norm())
+        for name, part in theirs(key, ours, first.config).items():
+            gaps.append((trained[name] - part).norm())
+            largest = max(largest, (trained[name] - part).abs().max().item())
         moves.append((ours - before[key]).norm())
-        largest = max(largest, gap.abs().max().item())
     apart = (torch.stack(gaps).norm() / torch.stack(moves).norm()).item()
     gap = abs(record["loss"] - their_loss)
     if not (gap < 1e-5 * max(1, their_loss) and apart < 0.05 and largest <= 1e-4):
@@ -421,16 +427,28 @@ def bench_step(kind, shape, config, tokenizer, lengths, pairs, machine, micro=0,
             print("  memory above that of the imports: {:,.0f} MiB, TRL {:,.0f}".format(*peaks))
 
 
-def peak_of(kind, side, folder):
-    """MiB that three steps add to the peak of a process of their own."""
-    command = [sys.executable, __file__, "--peak", kind, side, str(folder)]
+def peak_of(kind, side, folder, *more):
+    """MiB that three steps add to the peak of a process of their own; `more`: our flags."""
+    command = [sys.executable, __file__, "--peak", kind, side, str(folder), *more]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
     return float(done.stdout.split("peak ")[1])
 
 
-def print_peak(kind, side, folder):
+def bench_memory(config, tokenizer, lengths):
+    """Peak memory of three SFT steps: all weights, activations computed anew, adapters."""
+    ways = {"all weights": (), "activations anew": ("--checkpoint_activations",)}
+    ways |= {"adapters of rank 16": ("--lora_rank", "16")}
+    ways["both"] = ways["activations anew"] + ways["adapters of rank 16"]
+    with tempfile.TemporaryDirectory() as folder:
+        step_files("sft", Path(folder), config, tokenizer, lines_of(tokenizer, lengths))
+        for way, flags in ways.items():
+            peak = peak_of("sft", "ours", folder, *flags)
+            print(f"  memory above that of the imports, {way}: {peak:,.0f} MiB", flush=True)
+
+
+def print_peak(kind, side, folder, *more):
     """In a process of its own: that of `peak_of`."""
     if side == "theirs":  # what importing costs is no step's memory
         import transformers
@@ -447,7 +465,7 @@ def print_peak(kind, side, folder):
 
     Path("/proc/self/clear_refs").write_text("5")  # a child's peak begins as its parent's
     before = resident("VmRSS")
-    (our_step if side == "ours" else their_step)(kind, Path(folder), 3)
+    (our_step if side == "ours" else their_step)(kind, Path(folder), 3, *more)
     print(f"peak {resident('VmHWM') - before}")
 
 
@@ -817,7 +835,8 @@ def words_of_gpt2():
     """A vocabulary of GPT-2's size that needs no download."""
     pairs = [bytes([32 + i // 256, i % 256]) for i in range(50_000)]
     tokens = [bytes([i]) for i in range(256)] + pairs
-    return make_encoding({token: rank for rank, token in enumerate(tokens)}, "bench")
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return Tokenizer("bench", ranks, {END_OF_TEXT: len(ranks)})
 
 
 def bench_gpu(device, config):
@@ -921,12 +940,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=10, help="pairs of runs at toy size (10)")
     parser.add_argument("--full", action="store_true", help="the 124M shape too (45 minutes)")
-    parts = ["steps", "sampling", "ppo", "growth", "ranks"]
+    parts = ["steps", "sampling", "ppo", "smollm2", "growth", "ranks"]
     parser.add_argument("--only", default="", choices=["", *parts], help="one part (all)")
     parser.add_argument(
         "--gpu", nargs="?", const="cuda", help="GPT-2's shape, no peers; --gpu cpu rehearses it"
     )
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(2)
     if args.peak:
@@ -995,6 +1014,12 @@ def main():
             c |= {"batch_size": 16, "minibatch_size": 4, "max_new_tokens": 64, "steps": 3}
             name = "PPO iteration, 124M, 16 x (32 to 64 + 64), 2 epochs of 4 minibatches"
             bench_ppo(name, GPT2, large, 64, c, 3, machine)
+    if args.only == "smollm2" or (args.full and not args.only):
+        eight = [(40, 48, 48)] * 8
+        bench_step("sft", "SmolLM2-135M, 8 lines of 88", SMOLLM2, large, eight, 3, machine)
+        bench_memory(SMOLLM2, large, eight)
+        name = "sampling, SmolLM2-135M, 16 x (32 + 64)"
+        bench_sampling(name, SMOLLM2, 16, 32, 64, 5, machine)
     if asked("growth"):
         bench_growth(toy)
     if asked("ranks"):

@@ -24,7 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import feedback  # noqa: E402
 import run  # noqa: E402
-from model import GPT, GPTConfig, load_model, load_tokenizer, save_model  # noqa: E402
+from model import GPT, GPTConfig, load_model, save_model  # noqa: E402
+from tokens import load_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="session")

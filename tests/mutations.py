@@ -27,22 +27,132 @@ ROOT = Path(__file__).resolve().parent.parent
 MUTATIONS = {
     "model": [
         (
-            "what a row's positions have before them is left out",
+            "RoPE turns the other way",
             "model.py",
-            "used = at.flip(1).cumsum(1).flip(1) > 0",
-            "used = at.clone()",
+            "torch.cat([a * cos - b * sin, b * cos + a * sin], -1)",
+            "torch.cat([a * cos + b * sin, b * cos - a * sin], -1)",
         ),
         (
-            "a row's pads stand in the wrong places",
+            "RoPE stretches what is fast",
             "model.py",
-            "grid = (used.flatten().cumsum(0) - 1).view(tokens.shape)",
-            "grid = (used.flatten().cumsum(0) - 1).clamp(max=len(cells) - 2).view(tokens.shape)",
+            '(keep + (1 - keep) / rope["factor"])',
+            '(keep / rope["factor"] + (1 - keep))',
+        ),
+        (
+            "a layer without RoPE has it",
+            "model.py",
+            "Block(config, bool(x)) for x in rotated",
+            "Block(config, True) for x in rotated",
+        ),
+        (
+            "heads that share keys are no neighbours in the cache",
+            "model.py",
+            "q = q.reshape(B, k.shape[1], -1, self.dim)",
+            "q = q.reshape(B, -1, k.shape[1], self.dim).transpose(1, 2)",
+        ),
+        (
+            "SwiGLU's halves change places",
+            "model.py",
+            "self.c_proj(F.silu(gate) * x)",
+            "self.c_proj(F.silu(x) * gate)",
+        ),
+        (
+            "a packed example sees the one before it",
+            "model.py",
+            "(example[b, k] == example[b, q])",
+            "(example[b, k] <= example[b, q])",
+        ),
+        (
+            "the last MLP's input is another position's",
+            "model.py",
+            "keep = None if at is None else at.flatten().nonzero().squeeze(1)",
+            "keep = None if at is None else at.flatten().nonzero().squeeze(1).flip(0)",
+        ),
+        (
+            "adapters are not merged into what is saved",
+            "model.py",
+            'weights[f"{name}.weight"] + module.scale * B @ A',
+            'weights[f"{name}.weight"]',
+        ),
+        (
+            "adapters count alpha times",
+            "model.py",
+            "self.scale = alpha / rank",
+            "self.scale = alpha",
+        ),
+        (
+            "the weights under adapters learn too",
+            "model.py",
+            "    model.requires_grad_(False)\n    for module",
+            "    for module",
+        ),
+        (
+            "B begins at random",
+            "model.py",
+            "nn.Parameter(torch.zeros(self.out_features, rank))",
+            "nn.Parameter(torch.randn(self.out_features, rank))",
+        ),
+        (
+            "the reference learns with the adapters",
+            "feedback.py",
+            "return copy.deepcopy(policy, shared).requires_grad_(False)",
+            "return policy if cfg.lora_rank else copy.deepcopy(policy, shared).requires_grad_(False)",
         ),
         (
             "checkpointed though told not to",
             "model.py",
             "if self.checkpoint_activations and torch.is_grad_enabled() and caches is None:",
             "if torch.is_grad_enabled() and caches is None:",
+        ),
+    ],
+    "tokens": [
+        (
+            "a text may spell a special token",
+            "tokens.py",
+            "found += super().encode_ordinary(text[begin:end])",
+            'found += super().encode(text[begin:end], allowed_special="all")',
+        ),
+        (
+            "the system's words are another turn's",
+            "tokens.py",
+            'before = system if i == 0 else ""',
+            "before = system",
+        ),
+        (
+            "the assistant's turn is closed before it is sampled",
+            "tokens.py",
+            "return found[:-1] if special == end else found",
+            "return found",
+        ),
+        (
+            "a turn's end is trained last",
+            "tokens.py",
+            "tokenizer.ends = tuple(dict.fromkeys((end, *tokenizer.ends)))",
+            "tokenizer.ends = tuple(dict.fromkeys((*tokenizer.ends, end)))",
+        ),
+        (
+            "a text's beginning token is left out",
+            "tokens.py",
+            "begin = [] if tokenizer.bos is None else [tokenizer.bos]",
+            "begin = []",
+        ),
+        (
+            "conversations are told apart by their texts alone",
+            "tokens.py",
+            "return isinstance(other, Conversation) and self.messages == other.messages",
+            "return str(self) == str(other)",
+        ),
+        (
+            "tokens in another order than their merges",
+            "tokens.py",
+            "if made != sorted(made) or set(made) != longer:",
+            "if set(made) != longer:",
+        ),
+        (
+            "what a tokenizer puts around texts is ignored",
+            "tokens.py",
+            'elif step["type"] != "ByteLevel":',
+            'elif step["type"] == "ByteLevel" and step.get("never"):',
         ),
     ],
     "run": [
@@ -66,9 +176,9 @@ MUTATIONS = {
         ),
         (
             "NaN in JSON",
-            "model.py",
-            "return None if isinstance(contents, float) and not math.isfinite(contents) else contents",
-            "return contents",
+            "tokens.py",
+            "if finite and isinstance(contents, float) and not math.isfinite(contents):",
+            "if finite and contents == math.inf:",
         ),
         (
             "NaN goes on",
@@ -142,20 +252,32 @@ MUTATIONS = {
         (
             "responses see each other",
             "model.py",
-            "(segments[:, None] == segments[:, :, None])",
-            "(segments[:, None] > 0)",
+            "of_it = (part[b, k] == 0) | (part[b, k] == part[b, q])",
+            "of_it = part[b, k] >= 0",
         ),
         (
             "places counted over all responses",
             "model.py",
-            "positions = (visible.sum(2) - 1) * (segments >= 0)",
-            "positions = (segments >= 0).cumsum(1) - 1",
+            "return (columns - start_of(segments) + prompt) * (segments >= 0)",
+            "return (columns - start_of(example)) * (segments >= 0)",
         ),
         (
             "responses taken for each other",
-            "feedback.py",
+            "model.py",
             "[k] * (len(r) + 1) for k, r",
             "[min(k, 2)] * (len(r) + 1) for k, r",
+        ),
+        (
+            "examples in one row see each other",
+            "model.py",
+            "return (k <= q) & (example[b, k] == example[b, q]) & of_it",
+            "return (k <= q) & of_it",
+        ),
+        (
+            "a sum runs on into the next response",
+            "model.py",
+            "lengths = first.diff(append=first.new_tensor([len(values)]))",
+            "lengths = first.diff(append=first.new_tensor([len(values)])).flip(0)",
         ),
         (
             "prompts of one length taken for one prompt",
@@ -220,8 +342,8 @@ MUTATIONS = {
         (
             "a spelled-out end learnt as letters",
             "feedback.py",
-            'texts = record["prompt"], bare(record["response"])',
-            'texts = record["prompt"], record["response"]',
+            'prompt, response = record["prompt"], bare(record["response"])',
+            'prompt, response = record["prompt"], record["response"]',
         ),
         (
             "k3 of the swapped laws",
@@ -238,8 +360,8 @@ MUTATIONS = {
         (
             "sampling's temperature is 1",
             "feedback.py",
-            "            temperature=temperature,\n            eos=tokenizer.eot_token,",
-            "            temperature=float(temperature > 0),\n            eos=tokenizer.eot_token,",
+            "            temperature=temperature,\n            eos=tokenizer.ends,",
+            "            temperature=float(temperature > 0),\n            eos=tokenizer.ends,",
         ),
         (
             "scores not normalised",
@@ -282,8 +404,8 @@ MUTATIONS = {
         (
             "the first token is trained",
             "sft.py",
-            "prompt = (columns > 0) & (columns < begin)",
-            "prompt = columns < begin",
+            "prompt = ~mask & ~first & (example >= 0)",
+            "prompt = ~mask & (example >= 0)",
         ),
         (
             "each micro-batch's own mean",
@@ -529,7 +651,7 @@ MUTATIONS = {
         (
             "the reference learns",
             "ppo.py",
-            "reference = copy.deepcopy(policy).requires_grad_(False)",
+            "reference = reference_of(policy, cfg)",
             "reference = policy",
         ),
         (
@@ -670,7 +792,7 @@ MUTATIONS = {
         (
             "the reference learns",
             "grpo.py",
-            "reference = copy.deepcopy(policy).requires_grad_(False)",
+            "reference = reference_of(policy, cfg)",
             "reference = policy",
         ),
         (
@@ -720,8 +842,8 @@ MUTATIONS = {
         (
             "mean of log-probabilities in the sum's place",
             "dpo.py",
-            "        return (logprobs * mask).sum(1)\n",
-            "        return (logprobs * mask).sum(1) / mask.sum(1).clamp(min=1)\n",
+            "return response_sums(logprobs[mask], mask)",
+            "return response_sums(logprobs[mask], mask) / response_sums(mask[mask] * 1.0, mask)",
         ),
         (
             "the chosen response's reference in both places",
@@ -756,8 +878,8 @@ MUTATIONS = {
         (
             "end of text not counted",
             "dpo.py",
-            "        return (logprobs * mask).sum(1)\n",
-            "        return (logprobs * (mask & mask.roll(-1, 1))).sum(1)\n",
+            "return response_sums(logprobs[mask], mask)",
+            "return response_sums((logprobs * mask.roll(-1, 1))[mask], mask)",
         ),
         (
             "chosen and rejected swapped",
@@ -846,11 +968,17 @@ MUTATIONS = {
         (
             "a cache of other truncation is used",
             "dpo.py",
-            "[tokenizer_hash(tokenizer), longest, cfg.overlong]",
-            "[tokenizer_hash(tokenizer)]",
+            '"tokens": [*identity(tokenizer), longest, cfg.overlong],',
+            '"tokens": [*identity(tokenizer)],',
         ),
     ],
     "rlaif": [
+        (
+            "who responds to prompts reads them as plain text",
+            "rlaif.py",
+            'if request.get("cut"):',
+            'if request.get("never"):',
+        ),
         (
             "the second order not turned round",
             "rlaif.py",
@@ -1063,7 +1191,7 @@ MUTATIONS = {
         (
             "the reference learns too",
             "rlaif.py",
-            "reference = copy.deepcopy(policy).requires_grad_(False)\n    value_model",
+            "reference = reference_of(policy, cfg)\n    value_model",
             "reference = policy\n    value_model",
         ),
         (
@@ -1316,8 +1444,8 @@ MUTATIONS = {
         (
             "a conversation on two sides",
             "data/convert.py",
-            'opening = re.split(r"\\n\\n(?:Assistant|### Response):", line["prompt"])[0]',
-            'opening = line["prompt"]',
+            'opening = re.split(r"\\n\\n(?:Assistant|### Response):", prompt)[0]',
+            "opening = prompt",
         ),
         (
             "n-grams counted as often as they are said",

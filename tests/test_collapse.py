@@ -19,7 +19,8 @@ import reward
 import run as runs
 from collapse import distance_to_limit, limit_law, optimal_rewards, utility, wasserstein
 from feedback import grouped_batches, row_lengths
-from model import load_config, load_model, load_tokenizer, text_of
+from model import load_config, load_model
+from tokens import load_tokenizer, text_of
 
 SMOOTH = {"log": 0.1, "inverse_power": 0.1, "power": 0.1, "linear": 0.0, "log_sigmoid": 0.0}
 

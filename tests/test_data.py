@@ -14,11 +14,13 @@ import time
 
 import bleu
 import convert
+import one_sentence
 import pytest
 import toy
-from conftest import ROOT, write_jsonl
+from conftest import ROOT, read_lines, write_jsonl
 
 import rlaif
+from tokens import Conversation
 
 # --- gold -----------------------------------------------------------------------------------------
 
@@ -365,6 +367,63 @@ OLDER = {"history": [["When?", "Soon."]], "system": "Be kind."}
 LATER = "\n\nSystem: Be kind.\n\nHuman: When?\n\nAssistant: Soon." + HI
 
 
+def test_turns_are_kept(tmp_path):
+    """With --turns prompts are messages, without it what they always were; best, ours, a split and
+    check take both; the same turns from a transcript and from messages."""
+    history = [["My car is old.", "Sell it."]]
+    talk = "\n\nHuman: My car is old.\n\nAssistant: Sell it.\n\nHuman: Why?\n\nAssistant:"
+    messages = [
+        {"role": "user", "content": "My car is old."},
+        {"role": "assistant", "content": "Sell it."},
+        {"role": "user", "content": "Why?"},
+    ]
+    for name, record in [
+        ("hh", {"chosen": f"{talk} It rusts.", "rejected": f"{talk} No."}),
+        (
+            "chat",
+            {
+                "chosen": [*messages, {"role": "assistant", "content": "It rusts."}],
+                "rejected": [*messages, {"role": "assistant", "content": "No."}],
+            },
+        ),
+        (
+            "ultrafeedback",
+            {
+                "instruction": "Why?",
+                "history": history,
+                "completions": [
+                    {"response": "No.", "overall_score": 1},
+                    {"response": "It rusts.", "overall_score": 2},
+                ],
+            },
+        ),
+    ]:
+        (tmp_path / "in.jsonl").write_text(json.dumps(record) + "\n")
+        for turns, prompt, before in ((True, messages, ""), (False, talk, " ")):
+            convert.convert(name, tmp_path / "in.jsonl", tmp_path / "out.jsonl", turns=turns)
+            (line,) = read_lines(tmp_path / "out.jsonl")
+            said = line.get("responses") or [line["chosen"], line["rejected"]]
+            assert line["prompt"] == prompt and said == [f"{before}It rusts.", f"{before}No."]
+            convert.check(tmp_path / "out.jsonl")
+            convert.convert("best", tmp_path / "out.jsonl", tmp_path / "best.jsonl")
+            (best,) = read_lines(tmp_path / "best.jsonl")
+            assert best == {"prompt": prompt, "response": f"{before}It rusts."}
+    lines = [{"prompt": [*messages[:2], {"role": "user", "content": f"{i}?"}], "response": "Yes."}
+             for i in range(99)]  # fmt: skip
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit):  # of one opening, all are on one side
+        convert.convert("ours", tmp_path / "in.jsonl", tmp_path / "mine", 0.2)
+    for line in lines:
+        line["prompt"] = line["prompt"][2:]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    convert.convert("ours", tmp_path / "in.jsonl", tmp_path / "mine", 0.2)
+    assert len(read_lines(tmp_path / "mine/prompts_train.jsonl")) in range(45, 75)
+    wrong = {"prompt": messages[:2], "response": "Yes."}
+    (tmp_path / "in.jsonl").write_text(json.dumps(wrong) + "\n")
+    with pytest.raises(SystemExit):
+        convert.check(tmp_path / "in.jsonl")
+
+
 @pytest.mark.parametrize(
     "prompt, record",
     [
@@ -644,6 +703,10 @@ MALFORMED = {
     "empty text": (GOOD + b'{"prompt": "p", "response": " "}\n', "2: response: is empty"),
     "bad UTF-8": (GOOD + b'{"prompt": "\xff", "response": "r"}\n', "2: line: not UTF-8"),
     "surrogate": (GOOD + b'{"prompt": "\\ud800", "response": "r"}\n', "2: prompt: holds half"),
+    "surrogate in a message": (
+        GOOD + b'{"prompt": [{"role": "user", "content": "\\ud800"}], "response": "r"}\n',
+        "2: prompt: holds half",
+    ),
     "deep": (GOOD + b'{"prompt": ' + b"[" * 200000 + b"\n", "2: line: not JSON"),
     "empty file": (b"", "0: file: is empty"),
     "truncated gzip": (gzip.compress(GOOD * 99999)[:-9], "line: not a whole gzip file"),
@@ -898,3 +961,54 @@ def test_bleu_at_its_ends():
     assert 0 < shorter < bleu.score("", "To fix a bike, you need logs", reference=text) < 1
     with pytest.raises(TypeError, match="reference"):
         bleu.score("", "x")
+
+
+# --- data/one_sentence.py, data/questions/ --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "response, parts, score",
+    [
+        ("Snow is white because it scatters all light.", {"one": 1, "short": 1, "subject": 1}, 4),
+        ("It scatters all light.", {"one": 1, "short": 1, "subject": 0}, 2),
+        ("Snow is white.", {"one": 1, "short": 1, "subject": 0}, 2),  # nothing of its own
+        ("Why is snow white?", {"one": 0, "short": 1, "subject": 0}, 1),
+        ("Snow scatters light. It is white.", {"one": 0, "short": 1, "subject": 1}, 3),
+        ("White snow scatters light", {"one": 0, "short": 1, "subject": 1}, 3),
+        ("Snow scatters 1.5 times the light!", {"one": 1, "short": 1, "subject": 0.5}, 3),
+        ("As an AI, I know snow is white light.", {"one": 1, "subject": 1, "assistant": 1}, 3),
+        ("Snow scatters:\n- white light.", {"one": 1, "subject": 1, "list": 1}, 3),
+        ("1. Snow scatters white light.", {"one": 0, "subject": 1, "list": 1}, 2),
+        ("snow white light " * 7 + "is it.", {"one": 1, "short": 2 - 23 / 15, "subject": 1}, None),
+        ("", {"one": 0, "short": 0, "subject": 0}, 0),
+    ],
+)
+def test_one_sentence(response, parts, score):
+    prompt = Conversation(
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Why is snow white?"},
+        ]
+    )
+    for asked in (prompt, "Why is snow white?"):
+        found = one_sentence.explain(asked, response, kind="closed")
+        assert found == pytest.approx({"list": 0, "assistant": 0} | found | parts)
+        expected = found["one"] + found["short"] + 2 * found["subject"]
+        expected -= found["list"] + found["assistant"]
+        assert one_sentence.score(asked, response) == pytest.approx(expected)
+        assert score is None or expected == pytest.approx(score)
+
+
+def test_questions():
+    """300 to train on, 40, and 60 for the last run; none twice, all asked alike."""
+    seen = []
+    for name, count in (("train", 300), ("validation", 40), ("test", 60)):
+        lines = (ROOT / "data" / "questions" / f"{name}.jsonl").read_text().splitlines()
+        assert len(lines) == count
+        for line in lines:
+            system, user = json.loads(line)["prompt"]
+            assert system == {"role": "system", "content": "Answer in one short sentence."}
+            assert user["role"] == "user" and user["content"].endswith("?")
+            assert one_sentence.subject_words(user["content"])
+            seen.append(user["content"].lower())
+    assert len(set(seen)) == 400

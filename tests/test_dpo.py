@@ -200,13 +200,14 @@ def test_losses_of_lines(loss):
     assert numbers["margin"] == pytest.approx(sum(margins).item()) and numbers["pairs"] == 3
     assert numbers["accuracy"] == sum(m > 0 for m in margins) and numbers["ordered"] == 3
     assert numbers["chosen"] == -9 - 8 - 7 and numbers["rejected"] == -12 - 12 - 9
-    if loss in ("dpo", "ipo", "hinge"):  # of the first line, whose labels are sure
+    if loss in ("dpo", "ipo", "hinge", "cpl"):  # of the first line, whose labels are sure
         first = dpo.pair_numbers(logprobs[:1], ref[:1], keep[:1], label[:1], c)["weight"]
         h = torch.stack(margins[:2]) / c.beta
         weight = {
             "dpo": (0.9 - torch.sigmoid(c.beta * h)).abs(),
             "ipo": (2 * (h - 1 / (2 * c.beta))).abs() / c.beta,
             "hinge": (c.beta * h < 1).double(),
+            "cpl": torch.sigmoid(c.cpl_bias * r[0, 2] - r[0, :2]),
         }[loss]
         assert first == pytest.approx(weight.sum().item())
 

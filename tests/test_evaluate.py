@@ -17,8 +17,9 @@ from ranks import on_ranks
 
 import evaluate
 from feedback import add_scalar_head
-from model import generate, load_model, load_tokenizer, save_model
+from model import generate, load_model, save_model
 from run import Run
+from tokens import load_tokenizer
 
 STATISTICS = {"reward_mean": 0.1, "reward_std": 1.2, "score_transform": "identity"}
 
@@ -667,7 +668,7 @@ def test_policies_of_other_vocabularies_are_refused(
     save_model(tmp_path / "padded", padded, tokenizer)
     policies = f"{args[args.index('--policies') + 1].split(',')[0]},{tmp_path / 'padded'}"
     assert run(monkeypatch, *args, "--out_dir", tmp_path / "o", "--policies", policies) == 2
-    assert "another tokenizer or vocabulary" in capsys.readouterr().err
+    assert "another tokenizer, template or vocabulary" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 

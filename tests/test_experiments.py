@@ -357,7 +357,7 @@ inputs = [w for w in words if pathlib.Path(w).is_file()]
 sums = {w: {w: hashlib.sha256(open(w, "rb").read()).hexdigest()} for w in inputs}
 args = {"command": sys.argv, "settings": {"seed": 0}, "inputs": sums}
 (out / "args.json").write_text(json.dumps(args))
-for name in ("script.py", "model.py", "run.py", "feedback.py"):
+for name in ("script.py", "tokens.py", "model.py", "run.py", "feedback.py"):
     shutil.copy(sys.argv[0] if name == "script.py" else name, out / name)
 if "--fail" in words:
     print("what went wrong")
@@ -374,7 +374,7 @@ def place(common, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "do.py").write_text(STUB)
-    for name in ("model.py", "run.py", "feedback.py"):
+    for name in ("tokens.py", "model.py", "run.py", "feedback.py"):
         (tmp_path / name).write_text(f"# {name}\n")
     (tmp_path / "started").touch()
 
@@ -468,7 +468,7 @@ def test_an_experiment_from_its_command_line(tmp_path):
     stub += '"eval_kl": s} for s in range(3)]\n'
     stub += '(out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\\n" for x in log))\n'
     stub += '(out / "rankings.jsonl").write_text("{}\\n" * 3)\n'
-    for name in ("sft", "annotate", "reward", "ppo", "model", "run", "feedback"):
+    for name in ("sft", "annotate", "reward", "ppo", "tokens", "model", "run", "feedback"):
         (tmp_path / f"{name}.py").write_text(stub)
     (tmp_path / "data").mkdir()
     task = "import os; os.mkdir('data/toy'); open('data/toy/bpe.tiktoken', 'w')"
@@ -646,6 +646,9 @@ def made_up(folder, name, command):
         rate |= {"position_bias": {"same": 0.3}}
         report = {"labels": 100, "judges": {"E/judge": {"base": rate, "base CoT": rate}}}
         report |= {} if "dpo.py" in words else {"price_of_kl": 0.1 + lift}
+        if "label" in words:
+            line = {"policy": [f"{folder}/real-ppo-{seed}", "runs/smollm2"], "label": 0.9}
+            write_jsonl(folder / name / "comparisons.jsonl", [line])
         report["by_revision"] = {str(n): {"harmless": 0.2 * n} for n in range(5)}
     write_jsonl(folder / name / "metrics.jsonl", lines)
     (folder / name / "report.json").write_text(json.dumps(report))

@@ -21,17 +21,18 @@ from feedback import (
     batches_of_groups, brief, check_ratio, check_rewards, check_start, collate, combine_scores,
     distinct, ended_rows, explained_variance, fit_ratings, group_by_prompt, grouped_batches,
     grouped_rate, held_out_nll, helpful_or_safe, kl_estimate, load_policy, load_python,
-    load_reward_model, logprobs_of, masks_of_responses, normalised, numbers, one_a_task, pad_beside,
+    load_reward_model, logprobs_of, normalised, numbers, one_a_task,
     par_scores, prompts_of_step, punish_missing_eos, rate_interval, read_demonstrations,
     read_examples, read_preferences, read_prompts, read_responses, record_of, respond, rollout_of,
     row_length, row_lengths, sample_rollout, sample_step, score_rows, score_statistics, set_dropout,
     show, token_rewards, totals_of, warnings_of, whiten,
 )  # fmt: skip
 from model import (
-    encode, last_tokens, load_model, make_encoding, pad, predicts, save_model,
+    PARTS, last_tokens, load_model, pack, pad, places, predicts, response_sums, save_model, seen,
     token_logprobs,
 )  # fmt: skip
 from run import Run
+from tokens import END_OF_TEXT, Tokenizer, encode
 
 
 def tensor(*rows):
@@ -298,6 +299,7 @@ def test_prompts_of_step():
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
 RESPONSES = [[[10, 11], [12], [13, 14, 15, 16]], [[17, 18, 19], []], [[20, 21]]]
 ROWS = [(p, r) for p, some in zip(PROMPTS, RESPONSES, strict=True) for r in some]
+RESPONSES_WITH_TOKENS = [response for some in RESPONSES for response in some if response]
 
 
 def test_responses_beside_each_other_are_as_alone(small_gpt):
@@ -316,14 +318,19 @@ def test_responses_beside_each_other_are_as_alone(small_gpt):
     assert batches_of_groups(groups, 3) == [[1, 2], [0]] and batches_of_groups([], 3) == []
     assert batches_of_groups(groups, 1) == [[1], [2], [0]]
     tokens, mask = pad(*zip(*ROWS, strict=True))
-    beside, inside, segments = pad_beside(PROMPTS, RESPONSES)
+    beside, inside, segments = pack(PROMPTS, RESPONSES)
     assert beside[0].tolist() == [1, 2, 3, 10, 11, 3, 12, 3, 13, 14, 15, 16]
     assert segments[0].tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3]
-    assert segments[1].tolist() == [1, 1, 1, 1, 2, -1, -1, -1, -1, -1, -1, -1]
+    second = [PARTS + part for part in (0, 0, 0, 0, 1, 1, 1)]  # fits beside the one before it
+    assert segments[1].tolist() == [1, 1, 1, 1, 2, *second] and len(segments) == 2
     assert inside[0].nonzero().squeeze(1).tolist() == [3, 4, 6, 8, 9, 10, 11]
-    assert torch.equal(beside[inside], tokens[mask])  # the same tokens in the same order
-    beside[segments < 0] = 33
-    for scalar_head in (False, True):
+    for scalar_head, width in itertools.product((False, True), (0, 20, 100)):
+        beside, inside, segments = pack(PROMPTS, RESPONSES, width)
+        assert torch.equal(beside[inside], tokens[mask])  # the same tokens in the same order
+        assert len(beside) == {0: 2, 20: 2, 100: 1}[width]
+        before = seen(segments)[:, 0].sum(-1) - 1
+        assert torch.equal(places(segments), before * (segments >= 0))
+        beside[segments < 0] = 33
         model = small_gpt(scalar_head, torch.float64)
         alone = model(tokens, predicts(mask))
         together = model(beside, predicts(inside), segments)
@@ -334,11 +341,11 @@ def test_responses_beside_each_other_are_as_alone(small_gpt):
         assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) < 1e-11
     together = model(beside, last_tokens(inside), segments)
     assert (together - model(tokens, last_tokens(mask))).abs().max() < 1e-12
-    masks = masks_of_responses(inside, segments)
-    assert masks.any(2).tolist() == [[True] * 3, [True, False, False], [True, False, False]]
+    sums = torch.stack([response.sum() for response in map(torch.tensor, RESPONSES_WITH_TOKENS)])
+    assert torch.equal(response_sums(beside[inside].double(), inside), sums.double())
     # Longer together than the model has positions: it is a response's own places that count.
     long = [1] * 60, [[2] * 30, [3] * 36]
-    beside, inside, segments = pad_beside(*([x] for x in long))
+    beside, inside, segments = pack(*([x] for x in long))
     together = model(beside, predicts(inside), segments)
     tokens, mask = pad([long[0]] * 2, long[1])
     assert (together - model(tokens, predicts(mask))).abs().max() < 1e-12
@@ -357,22 +364,21 @@ def test_collate(width):
     ]:
         responses = [[k + 1] * (1 + k % 3) for k in range(K)]
         examples.append({"prompt": [7, 8], "responses": responses, "pairs": pairs})
-    tokens, mask, segments, rows, keep, margin, label = collate(examples, width)
+    tokens, mask, _, rows, keep, margin, label = collate(examples, width)
     assert rows.shape == (4, 9) and keep.shape == (4, 36) and (len(tokens) > 4) == (width == 1)
-    masks = masks_of_responses(mask, segments)
-    inside = [(row, m) for row in range(len(tokens)) for m in masks[:, row] if m.any()]
+    lengths = response_sums(mask[mask].double(), mask).int().tolist()
+    inside = tokens[mask].split(lengths)
     assert len(inside) == last_tokens(mask).sum()  # so many scores, in this order
     places = torch.triu_indices(9, 9, 1).T.tolist()
     for b, example in enumerate(examples):
         for k, response in enumerate(example["responses"]):
-            row, own = inside[rows[b, k]]
-            assert tokens[row][own].tolist() == response
+            assert inside[rows[b, k]].tolist() == response
         assert set(rows[b, len(example["responses"]) :].tolist()) <= {int(rows[b, 0])}
         pairs = [
             (*places[p], margin[b, p].item(), label[b, p].item()) for p in keep[b].nonzero()[:, 0]
         ]
         assert pairs == sorted(example["pairs"])
-    assert max(row_lengths(examples, width)) == (segments >= 0).sum(1).max()
+    assert max(row_lengths(examples, width)) == tokens.shape[1]
 
 
 def test_score_rows(small_gpt):
@@ -395,10 +401,8 @@ def test_score_rows(small_gpt):
     assert [score for _, some in found for score in some] == pytest.approx(expected)
     policy = small_gpt(dtype=torch.float64)
 
-    def nats(logits, tokens, mask, segments):
-        logprobs = token_logprobs(logits, tokens, mask)
-        sums = (masks_of_responses(mask, segments) * logprobs).sum(2)  # (count, B)
-        return sums.T[masks_of_responses(mask, segments).any(2).T]
+    def nats(logits, tokens, mask):
+        return response_sums(token_logprobs(logits, tokens, mask)[mask], mask)
 
     found = score_rows(policy, rows, 3, new_run(), at=predicts, of=nats)
     for (prompt, response), nll in zip(rows, found, strict=True):
@@ -457,7 +461,7 @@ def test_load_policy(rl_data, tmp_path, tokenizer, small_gpt, capsys):
     assert "nowhere: not a model directory" in refused(capsys, load_policy, "nowhere", new_run())
     said = refused(capsys, load_policy, rl_data / "reward", new_run())
     assert said == f"{rl_data / 'reward'}: has a scalar head, no language model's\n"
-    other = make_encoding({bytes([byte]): byte for byte in range(256)}, "bytes")
+    other = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)}, {END_OF_TEXT: 256})
     save_model(tmp_path / "bytes", small_gpt(vocab_size=257), other)
     said = refused(capsys, load_policy, rl_data / "policy", new_run(), tmp_path / "bytes")
     assert "was trained with the tokenizer" in said
@@ -541,7 +545,7 @@ def test_what_is_no_reward_model(rl_data, tokenizer, capsys):
     said = refused(capsys, Reward, str(rl_data / "policy"), tokenizer, new_run())
     assert f"{rl_data / 'policy'}: a language model, not a reward model" in said
     assert "not a model directory" in refused(capsys, Reward, "nowhere", tokenizer, new_run())
-    other = make_encoding({bytes([byte]): byte for byte in range(256)}, "bytes")
+    other = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)}, {END_OF_TEXT: 256})
     said = refused(capsys, Reward, str(rl_data / "reward"), other, new_run())
     assert "another tokenizer (" in said and "than the policy's (bytes)" in said
 
@@ -648,7 +652,7 @@ def test_parts_of_a_rollout(small_gpt, tokenizer):
 
 def test_sampling_is_at_the_temperature(small_gpt, tokenizer):
     """0 takes the most likely token, 1 gives each token its probability, 2 evens them."""
-    model, marks = small_gpt(vocab_size=6), SimpleNamespace(eot_token=5, n_vocab=0)
+    model, marks = small_gpt(vocab_size=6), SimpleNamespace(ends=(5,), bytes_of=lambda token: b"")
     with torch.no_grad():
         logits = model(torch.tensor([[1, 2]]))[0, -1]
     laws = {0.0: torch.eye(6)[logits.argmax()]}

@@ -27,7 +27,7 @@ import evaluate
 import feedback
 import model
 import rlaif
-from model import load_tokenizer
+from tokens import load_tokenizer
 
 SEED = int(os.environ.get("FAULTS_SEED", 0))
 HANG_S, FLOOD_BYTES = 10, 2 * 2**30

@@ -14,7 +14,7 @@ import ppo
 import reward
 import rlaif
 import sft
-from model import entropy, last_tokens, pad, predicts, token_logprobs
+from model import entropy, last_tokens, pack, predicts, token_logprobs
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha:0.5")
 
@@ -29,7 +29,7 @@ def check(function, *inputs):
     assert gradcheck(function, [x.clone().requires_grad_() for x in inputs], eps=1e-6, atol=1e-6)
 
 
-TOKENS, MASK = pad([[1, 2], [3]], [[4, 0, 2], [1, 1]])
+TOKENS, MASK, SEGMENTS = pack([[1, 2], [3]], [[[4, 0, 2]], [[1, 1]]])
 
 
 class Fixed(torch.nn.Module):
@@ -39,7 +39,7 @@ class Fixed(torch.nn.Module):
         super().__init__()
         self.output = output
 
-    def forward(self, tokens, at=None):
+    def forward(self, tokens, at=None, segments=None):
         return self.output[at]
 
 
@@ -59,8 +59,8 @@ def test_what_losses_are_made_of():
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_supervised_loss(weight):
-    weights = sft.loss_weights(TOKENS, MASK, weight)
-    check(lambda x: sft.weighted_nll(Fixed(x), TOKENS, weights), draw(*TOKENS.shape, 5))
+    weights = sft.loss_weights(MASK, SEGMENTS, weight)
+    check(lambda x: sft.weighted_nll(Fixed(x), TOKENS, weights, SEGMENTS), draw(*TOKENS.shape, 5))
 
 
 def test_reward_losses():

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from test_experiments import check_flags, configs
 
-SCRIPTS = "sft annotate reward ppo dpo evaluate model run feedback".split()
+SCRIPTS = "sft annotate reward ppo dpo evaluate tokens model run feedback".split()
 DATA = "demonstrations demonstrations_validation prompts_train prompts_validation prompts_test "
 DATA = (DATA + "rankings rankings_validation").split()
 STAGES = "sft feedback feedback_validation reward ppo dpo evaluation".split()
@@ -45,7 +45,7 @@ else:
         os.remove(f"{out}/{name}")
     os.makedirs(out, exist_ok=True)
     write(f"{out}/args.json", settings)
-    for name in ("script.py", "model.py", "run.py", "feedback.py"):
+    for name in ("script.py", "tokens.py", "model.py", "run.py", "feedback.py"):
         write(f"{out}/{name}", open(script if name == "script.py" else name).read())
 if stage == os.environ.get("KILLED"):
     write("log", f"{stage} is killed\n", "a")

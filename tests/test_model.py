@@ -1,14 +1,14 @@
-"""model.py against a GPT-2 in NumPy, sampling by hand, and recomputation of the whole."""
+"""model.py against a GPT-2 and a Llama in NumPy, sampling by hand, recomputation of the whole."""
 
 import base64
 import copy
 import io
-import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +17,12 @@ from conftest import ROOT, run_script
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 
+from feedback import learn_by_adapters, reference_of
 from model import (
-    END_OF_TEXT, GPT, GPTConfig, check_tokenizer, decode, encode, entropy, generate, last_tokens,
-    load_config, load_model, load_tokenizer, make_encoding, pad, predicts, read_json, sample,
-    save_model, text_of, token_ids, token_logprobs, tokenizer_hash, whole_file, write_json,
+    PARTS, GPT, GPTConfig, Linear, decode, entropy, generate, last_tokens, load_config, load_model,
+    pack, pad, predicts, sample, save_model, token_logprobs,
 )  # fmt: skip
+from tokens import tokenizer_hash, write_json
 
 # --- the network ----------------------------------------------------------------------------------
 
@@ -78,6 +79,120 @@ def test_forward_is_gpt2(small_gpt):
     scorer.load_state_dict(model.state_dict(), strict=False)
     expected = hidden @ scorer.score.weight.detach().numpy()[0]
     assert np.abs(scorer(tokens)[0].detach().numpy() - expected).max() < 1e-10
+
+
+def turn_in_numpy(x, t, rope):
+    """RoPE of a head at position t: its halves are the parts of complex numbers, which turn."""
+    half, turned = len(x) // 2, []
+    for j in range(half):
+        speed = rope["rope_theta"] ** (-2 * j / len(x))
+        if rope["rope_type"] == "linear":
+            speed /= rope["factor"]
+        if rope["rope_type"] == "llama3":
+            turns = rope["original_max_position_embeddings"] / (2 * math.pi / speed)
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            slow, share = speed / rope["factor"], (turns - low) / (high - low)
+            inside = share * speed + (1 - share) * slow
+            speed = slow if turns < low else speed if turns > high else inside
+        turned.append((x[j] + 1j * x[j + half]) * np.exp(1j * t * speed))
+    return np.concatenate([np.real(turned), np.imag(turned)])
+
+
+def llama_in_numpy(weights, config, tokens):
+    """Hidden states after the last norm of Llama and the like, a position and a head at a time."""
+    w = {name: tensor.double().numpy() for name, tensor in weights.items()}
+
+    def norm(x, name):
+        return x / math.sqrt((x**2).mean() + config.layer_norm_epsilon) * w[f"{name}.weight"]
+
+    def linear(x, name):
+        return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0.0)
+
+    H, G, D, family = config.n_head, config.n_kv_head, config.head_dim, config.model_type
+    stream = [w["wte.weight"][token] for token in tokens]
+    for i in range(config.n_layer):
+        attn, after = f"h.{i}.attn", family == "olmo2"
+        keys, values, queries = [], [], []
+        for t, x in enumerate(stream):
+            qkv = linear(x if after else norm(x, f"h.{i}.ln_1"), f"{attn}.c_attn")
+            q, k, v = np.split(qkv, [H * D, (H + G) * D])
+            if family == "olmo2":
+                q, k = norm(q, f"{attn}.q_norm"), norm(k, f"{attn}.k_norm")
+            q, k, v = (np.split(z, len(z) // D) for z in (q, k, v))
+            if family == "qwen3":
+                q, k = [[norm(x, f"{attn}.{y}_norm") for x in z] for z, y in ((q, "q"), (k, "k"))]
+            if config.no_rope_layers is None or config.no_rope_layers[i]:
+                q, k = [[turn_in_numpy(x, t, config.rope) for x in z] for z in (q, k)]
+            queries.append(q), keys.append(k), values.append(v)
+        for t, x in enumerate(stream):
+            heads = []
+            for h in range(H):
+                g = h * G // H  # neighbours share keys and values
+                scores = [queries[t][h] @ keys[u][g] / math.sqrt(D) for u in range(t + 1)]
+                weight = np.exp(np.array(scores) - max(scores))
+                heads.append(sum(weight[u] * values[u][g] for u in range(t + 1)) / weight.sum())
+            y = linear(np.concatenate(heads), f"{attn}.c_proj")
+            x = x + (norm(y, f"h.{i}.ln_1") if after else y)
+            gate, up = np.split(
+                linear(x if after else norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"), 2
+            )
+            y = linear(gate / (1 + np.exp(-gate)) * up, f"h.{i}.mlp.c_proj")
+            stream[t] = x + (norm(y, f"h.{i}.ln_2") if after else y)
+    return np.stack([norm(x, "ln_f") for x in stream])
+
+
+THETA = {"rope_type": "default", "rope_theta": 100.0}
+STRETCHED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+STRETCHED |= {"rope_type": "llama3", "rope_theta": 500.0, "original_max_position_embeddings": 64}
+LINEAR = THETA | {"rope_type": "linear", "factor": 4.0}
+FAMILIES = {
+    "llama3": {"model_type": "llama", "rope": STRETCHED},
+    "llama-linear": {
+        "model_type": "llama",
+        "rope": LINEAR,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen3": {"model_type": "qwen3", "head_dim": 12},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False},
+}
+
+
+@pytest.fixture
+def family(small_gpt):
+    def make(name):
+        settings = {"n_kv_head": 2, "n_inner": 40, "rope": THETA} | FAMILIES[name]
+        return randomise(small_gpt(dtype=torch.float64, **settings))
+
+    return make
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_forward_of_the_families(family, name):
+    model = family(name)
+    tokens = torch.randint(0, 50, (1, 11), generator=torch.Generator().manual_seed(2))
+    hidden = llama_in_numpy(model.state_dict(), model.config, tokens[0].tolist())
+    head = model.wte if model.lm_head is None else model.lm_head
+    logits = hidden @ head.weight.detach().numpy().T
+    assert np.abs(model(tokens)[0].detach().numpy() - logits).max() < 1e-5  # angles are float32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_decode_by_the_cache_and_in_packed_rows(family, name):
+    """What is sampled greedily has the highest logit in the whole row, and a packed row gives what
+    single ones do."""
+    model, responses = family(name), []
+    tokens, mask = generate(model, RAGGED, 20, temperature=0)
+    logits = model(tokens, predicts(mask))
+    assert torch.equal(logits.argmax(-1), tokens[mask])
+    for row, inside in zip(tokens, mask, strict=True):
+        responses.append([row[inside].tolist(), row[inside][:3].tolist()])
+    packed, inside, segments = pack(RAGGED, responses, 60)
+    assert len(packed) < len(RAGGED)
+    first = segments[inside] % PARTS == 1
+    assert (model(packed, predicts(inside), segments)[first] - logits).abs().max() < 1e-12
 
 
 def test_checkpointed_activations_change_no_gradient_and_keep_less():
@@ -137,8 +252,7 @@ def test_gpt2_sizes():
 
 
 def test_only_what_is_asked_for_is_computed(small_gpt):
-    """`at` changes no output and no gradient, and outside attention nothing runs on what follows a
-    row's last position of `at`."""
+    """`at` changes no output and no gradient, and the last MLP and the head run there alone."""
     tokens = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(0))
     at = torch.zeros(4, 9, dtype=torch.bool)
     at[1, [2, 5]] = at[2, 3] = at[3, [0, 7, 8]] = True  # of the first row nothing
@@ -155,14 +269,13 @@ def test_only_what_is_asked_for_is_computed(small_gpt):
             if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
                 module.register_forward_hook(lambda m, inputs, out: rows.append(len(inputs[0])))
         model(tokens, at)
-    # 1 + 6 + 4 + 9 cells; from the last block's projection on (c_proj, ln_2, c_fc, c_proj, ln_f)
-    # the 6 asked for.
-    assert set(rows) == {20, 6} and rows.count(6) == 2 * 5
+    # 4 rows; from the last block's MLP on (ln_2, c_fc, c_proj, ln_f) the 6 positions asked for.
+    assert set(rows) == {4, 6} and rows.count(6) == 2 * 4
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (2, 9), (4, 9), (3, 8), (9, 3)])
 def test_positions_of_another_shape_are_no_positions(small_gpt, shape):
-    with pytest.raises((RuntimeError, IndexError)):
+    with pytest.raises(ValueError, match="at is"):
         small_gpt()(torch.zeros(3, 9, dtype=torch.int64), torch.ones(shape, dtype=torch.bool))
 
 
@@ -216,6 +329,60 @@ def test_bad_config():
         GPTConfig(n_layer=0)
     with pytest.raises(ValueError, match="dropout"):
         GPTConfig(dropout=1.0)
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def test_adapters_begin_as_the_model_and_are_merged(small_gpt, tmp_path, tokenizer):
+    """Nothing changes before B learns; then the merged weights say the same, and the weights below,
+    which the reference shares, are what they were bit for bit."""
+    tokens = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+    for scalar_head in (False, True):
+        policy, cfg = small_gpt(scalar_head), SimpleNamespace(lora_rank=3, lora_alpha=6.0, seed=0)
+        before, base = policy(tokens).detach(), copy.deepcopy(policy.state_dict())
+        reference = None if scalar_head else reference_of(policy, cfg)
+        learn_by_adapters(policy, cfg)
+        assert torch.equal(policy(tokens), before)
+        learning = {name for name, p in policy.named_parameters() if p.requires_grad}
+        assert len(learning) == 2 * 4 * 2 + scalar_head  # A and B of four matrices in two blocks
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if name in learning:
+                    parameter += 0.1 * torch.randn_like(parameter)
+        after, mlp = policy(tokens), policy.h[1].mlp.c_fc
+        assert (after - before).abs().max() > 0.1
+        if reference:
+            assert torch.equal(reference(tokens), before)
+            ours, others = dict(policy.named_parameters()), dict(reference.named_parameters())
+            assert all(ours[name] is others[name] for name in base)  # no second copy
+        save_model(tmp_path, policy, tokenizer)
+        merged = load_model(tmp_path)
+        assert merged.state_dict().keys() == base.keys()
+        assert (merged(tokens) - after).abs().max() < 1e-5 * after.abs().max()
+        gap = merged.h[1].mlp.c_fc.weight - base["h.1.mlp.c_fc.weight"]
+        assert (gap - 6 / 3 * mlp.B @ mlp.A).abs().max() < 1e-6
+
+
+def test_an_adapter_of_full_rank_reaches_what_the_weights_reach():
+    """A linear map's least squares, by as many steps of the same optimiser."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 6).double(), torch.randn(64, 4).double()
+    best = (x @ torch.linalg.lstsq(x, y).solution - y).square().sum()
+    for rank in (2, 4):
+        module = Linear(6, 4, bias=False).double()
+        module.adapt(rank, rank)
+        module.double().weight.requires_grad_(False)
+        optimizer = torch.optim.LBFGS([module.A, module.B], max_iter=500, tolerance_change=1e-14)
+
+        def loss(module=module, optimizer=optimizer):
+            optimizer.zero_grad()
+            total = (module(x) - y).square().sum()
+            total.backward()
+            return total
+
+        optimizer.step(loss)
+        assert (loss() < best * (1 + 1e-8)) == (rank == 4)  # of rank 2 it is not
 
 
 # --- log-probabilities ----------------------------------------------------------------------------
@@ -288,49 +455,6 @@ def test_last_tokens():
     assert last_tokens(mask).nonzero().tolist() == [[0, 3], [1, 5], [2, 1], [2, 4]]
 
 
-# --- text to tokens -------------------------------------------------------------------------------
-
-
-def test_encode_appends_eos_and_joins_nothing(tokenizer):
-    eos = tokenizer.eot_token
-    prompt, response = encode(tokenizer, "I play go", "lf with my cousin.", 64)
-    assert prompt == tokenizer.encode_ordinary("I play go")
-    assert response == [*tokenizer.encode_ordinary("lf with my cousin."), eos]
-    assert encode(tokenizer, "", "My car.", 64)[0] == [eos]
-    assert encode(tokenizer, "My car.", None, 64)[1] == []
-    # The text of the special token is text, not the token.
-    assert eos not in encode(tokenizer, END_OF_TEXT, None, 64)[0]
-
-
-def test_encode_cuts_the_prompt_first(tokenizer):
-    whole_prompt, whole = encode(tokenizer, "My car. My boat. My tent.", " I feel sad.", 64)
-    prompt, response = encode(tokenizer, "My car. My boat. My tent.", " I feel sad.", 8)
-    assert response == whole and prompt == whole_prompt[-3:]
-    with pytest.raises(ValueError, match="5 tokens leaves no room in 5"):
-        encode(tokenizer, "My car.", " I feel sad.", 5)
-    prompt, response = encode(tokenizer, "My car.", " I feel sad.", 5, cut_response=True)
-    assert response == whole[:4] and len(prompt) == 1 and tokenizer.eot_token not in response
-
-
-def test_the_hash_tells_where_tokens_end():
-    """Two vocabularies whose last two tokens, written one a line, would be the same text."""
-    single = {bytes([byte]): byte for byte in range(256)}
-    ranks = [single | {b"aa\n": 256, b"bb": 257}, single | {b"aa": 256, b"\nbb": 257}]
-    assert len({tokenizer_hash(make_encoding(r, "x")) for r in ranks}) == 2
-
-
-def test_a_model_with_fewer_embeddings_than_the_tokenizer_has_tokens(tokenizer):
-    with pytest.raises(ValueError, match=r"has 1023 embeddings, the tokenizer .* 1024 tokens"):
-        check_tokenizer(tokenizer, "run", {"vocab_size": 1023})
-    check_tokenizer(tokenizer, "run", {"vocab_size": 1030, "tokenizer": tokenizer_hash(tokenizer)})
-    check_tokenizer(tokenizer, "run", {})
-
-
-def test_text_of_ids_that_a_padded_vocabulary_has(tokenizer):
-    ids = [*tokenizer.encode_ordinary("My car"), 1030, *tokenizer.encode_ordinary(".")]
-    assert text_of(tokenizer, ids) == "My car\ufffd."
-
-
 def test_pad():
     tokens, mask = pad([[1, 2], [3]], [[4], [5, 6, 7]])
     assert tokens.tolist() == [[1, 2, 4, 0], [3, 5, 6, 7]]
@@ -341,136 +465,6 @@ def test_pad_token_equal_to_eos_is_still_trained():
     """A response that holds token 0, the filling of the pads, keeps it in the mask."""
     _, mask = pad([[1], [1]], [[0], [2, 0]])
     assert mask.tolist() == [[False, True, False], [False, True, True]]
-
-
-def test_tokenizer_survives_a_run_directory(tokenizer, tmp_path, small_gpt, toy_data):
-    save_model(tmp_path / "run", small_gpt(vocab_size=1024), tokenizer)
-    again = load_tokenizer(tmp_path / "run")
-    assert tokenizer_hash(again) == tokenizer_hash(tokenizer)
-    texts = ["My cousin sold my lamp. TL;DR:", " naïve café 3.14 \n\n  x", "日本 😀", "", "don't"]
-    for text in texts:
-        assert again.encode_ordinary(text) == tokenizer.encode_ordinary(text)
-        assert again.decode(again.encode_ordinary(text)) == text
-    contents = read_json(tmp_path / "run/tokenizer.json")["model"]
-    (tmp_path / "old").mkdir()
-    write_json(tmp_path / "old/vocab.json", contents["vocab"])
-    assert tokenizer_hash(load_tokenizer(tmp_path / "old")) == tokenizer_hash(tokenizer)
-
-
-def test_bad_tokenizers(tmp_path, monkeypatch):
-    bad = tmp_path / "bad.tiktoken"
-    whole = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
-    for lines, message in [
-        (["IQ== 0", "!!! 1"], r"bad.tiktoken:2: expected a token in base64 and its rank"),
-        (["IQ== 0", "IQ=="], r"bad.tiktoken:2: expected"),
-        (["IQ== 5"], r"its 1 tokens and <\|endoftext\|> \(1\) are not numbered 0 to 1"),
-        (["IQ== 0"], r"no token for byte 0"),
-        ([*whole[:-1], "IQ== 255"], r"are not numbered 0 to 255"),
-    ]:
-        bad.write_text("\n".join(lines))
-        with pytest.raises(ValueError, match=message):
-            load_tokenizer(bad)
-    with pytest.raises(ValueError, match="no tokenizer here"):
-        load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="expected gpt2"):
-        load_tokenizer("gpt3")
-    for contents, message in [
-        ("[1]", "expected a JSON object, got list"),
-        ("{", "not JSON"),
-        ('{"model": {"type": "Unigram"}}', "expected a byte-level BPE"),
-        ('{"model": {"vocab": {"a": "b"}}}', "expected an object of token: number"),
-        ('{"model": {"vocab": {"\\u3042": 1}}}', "not a token of a byte-level BPE"),
-    ]:
-        (tmp_path / "tokenizer.json").write_text(contents)
-        with pytest.raises(ValueError, match=message):
-            load_tokenizer(tmp_path)
-
-
-def test_a_tokenizer_is_used_exactly_or_refused_by_name(tokenizer, tmp_path, small_gpt):
-    folder = tmp_path / "run"
-    save_model(folder, small_gpt(vocab_size=1024), tokenizer)
-    whole = read_json(folder / "tokenizer.json")
-    settings = read_json(folder / "tokenizer_config.json")
-
-    def refused(message, change=(), beside=(), **others):
-        write_json(folder / "tokenizer.json", whole | dict(change))
-        write_json(folder / "tokenizer_config.json", settings | dict(beside))
-        for name in ("added_tokens", "special_tokens_map"):
-            write_json(folder / f"{name}.json", others.get(name, {}))
-        with pytest.raises(ValueError, match=message):
-            load_tokenizer(folder)
-
-    start = {"id": 1024, "content": "<|im_start|>"}
-    lower = {"type": "Lowercase"}
-    template = {"type": "TemplateProcessing", "special_tokens": {"<s>": {"ids": [0]}}}
-    words = {"type": "Sequence", "pretokenizers": []}
-    refused("added token '<|im_start|>'", {"added_tokens": [*whole["added_tokens"], start]})
-    refused("tokenizer.json: normalizer: not GPT-2's", {"normalizer": lower})
-    refused("tokenizer.json: post_processor: not", {"post_processor": template})
-    roberta = {"type": "RobertaProcessing"}
-    refused("tokenizer.json: post_processor: not", {"post_processor": roberta})
-    nothing = template | {"special_tokens": {}}  # as transformers 5 writes GPT-2's
-    write_json(folder / "tokenizer.json", whole | {"post_processor": nothing})
-    assert tokenizer_hash(load_tokenizer(folder)) == tokenizer_hash(tokenizer)
-    refused("tokenizer.json: pre_tokenizer: not GPT-2's", {"pre_tokenizer": words})
-    for name, value, message in [
-        ("add_prefix_space", True, "tokenizer.json: add_prefix_space: not GPT-2's"),
-        ("use_regex", False, "tokenizer.json: pre_tokenizer's use_regex false: not"),
-    ]:
-        refused(message, {"pre_tokenizer": whole["pre_tokenizer"] | {name: value}})
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        refused(f"json: model.{name}: not GPT-2's", {"model": whole["model"] | {name: "x"}})
-    refused("added_tokens.json: the added|the added token '<s>'", added_tokens={"<s>": 1024})
-    refused("map.json: eos_token: not GPT-2's", special_tokens_map={"eos_token": "<|im_end|>"})
-    for name, value in [
-        ("eos_token", {"content": "</s>"}),
-        ("add_prefix_space", True),
-        ("add_bos_token", True),
-        ("added_tokens_decoder", {"1024": start}),
-    ]:
-        refused(f"tokenizer_config.json: {name}: not GPT-2's", beside={name: value})
-    refused("its tokenizer's files are damaged", {"added_tokens": [3]})
-    # The end of text at another place than the last: as Hugging Face's course trains them.
-    vocab = whole["model"]["vocab"]
-    first = {token: (rank + 1) % 1024 for token, rank in vocab.items()}  # which was the last
-    added = [whole["added_tokens"][0] | {"id": 0}]
-    first_last = {"model": whole["model"] | {"vocab": first}, "added_tokens": added}
-    for merges in (whole["model"]["merges"][::-1], whole["model"]["merges"][:9]):
-        change = {"model": whole["model"] | {"merges": merges}}
-        refused("tokens are not numbered in the order of their merges", change)
-    write_json(folder / "tokenizer.json", whole | first_last)
-    for name in ("tokenizer_config", "added_tokens", "special_tokens_map"):
-        write_json(folder / f"{name}.json", {})
-    with pytest.raises(ValueError, match=r"json: eos_token_id: 1023 is not <\|endoftext\|>, whi"):
-        load_tokenizer(folder)
-    write_json(folder / "config.json", {"eos_token_id": [0, 50256]})  # no token has that number
-    other, text = load_tokenizer(folder), "How do I fix a bike?"
-    assert other.eot_token == 0
-    assert other.encode_ordinary(text) == [i + 1 for i in tokenizer.encode_ordinary(text)]
-    save_model(tmp_path / "again", small_gpt(vocab_size=1024), other)
-    again = load_tokenizer(tmp_path / "again")
-    assert again.eot_token == 0 and tokenizer_hash(again) == tokenizer_hash(other)
-
-
-def test_a_million_spaces_are_tokens_too(tokenizer):
-    text = "a" + " " * 1_000_000 + "\n" * 250_000 + "b"
-    ids = token_ids(tokenizer, text)
-    assert tokenizer.decode(ids) == text
-    text = "a  b\n\n" * 30_000 + " " * 99_999 + "c"  # nothing here has to be taken apart
-    assert token_ids(tokenizer, text) == tokenizer.encode_ordinary(text)
-
-
-def test_gpt2_vocabulary_without_cache_or_network(tmp_path):
-    """In a process of its own, since tiktoken keeps what it has loaded."""
-    code = (
-        "import tiktoken.load\n"
-        "def offline(*args, **kwargs): raise ConnectionError('no network')\n"
-        f"os.environ['TIKTOKEN_CACHE_DIR'] = {str(tmp_path)!r}\n"
-        "tiktoken.load.read_file = offline\n"
-        "model.load_tokenizer('gpt2')"
-    )
-    done = on_ranks("model", code, 1)
-    assert "Set TIKTOKEN_CACHE_DIR to a folder" in done.stderr.splitlines()[-1]
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -538,7 +532,7 @@ def test_decode_stops_when_all_rows_have_ended(small_gpt):
     with torch.no_grad():
         model.ln_f.weight.zero_()
         model.ln_f.bias.copy_(50 * model.wte.weight[7])
-    steps = list(decode(model, RAGGED, 64, eos=7))
+    steps = list(decode(model, RAGGED, 64, 1, 1.0, 0, 1.0, 7, None))
     assert len(steps) == 8
     tokens, mask = generate(model, RAGGED, 64, eos=7)
     assert mask.sum(1).tolist() == [1, 1, 1, 1] and tokens.shape[1] == 8
@@ -662,19 +656,48 @@ def test_bad_checkpoints(small_gpt, tokenizer, tmp_path):
 
     without = {n: t for n, t in tensors.items() if n != "transformer.h.1.ln_2.bias"}
     refused("weight h.1.ln_2.bias is missing", weights=without)
-    refused("weight extra is not GPT-2's", weights=tensors | {"extra": torch.zeros(1)})
+    refused("weight extra is none of a gpt2's", weights=tensors | {"extra": torch.zeros(1)})
     other = {"transformer.wpe.weight": torch.zeros(3, 32)}
     refused(r"wpe.weight has shape \(3, 32\), config.json says \(96, 32\)", weights=tensors | other)
-    refused("GPT-2 ties them", weights=tensors | {"lm_head.weight": torch.zeros(1024, 32)})
-    refused("activation_function: 'relu' is not GPT-2's", {"activation_function": "relu"})
-    refused("model_type: 'llama'", {"model_type": "llama"})
-    refused("n_inner: 7", {"n_inner": 7})
+    refused(
+        "lm_head.weight is not the embeddings, and config.json ties it",
+        weights=tensors | {"lm_head.weight": torch.zeros(1024, 32)},
+    )
+    refused("activation_function: 'relu' is not known here", {"activation_function": "relu"})
+    refused("model_type: 'gemma2' is none of gpt2, llama", {"model_type": "gemma2"})
+    refused(r"c_fc.weight has shape \(32, 128\), config.json says \(32, 7\)", {"n_inner": 7})
+    llama = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "rope_theta": 1e4}
+    llama |= {"max_position_embeddings": 96, "num_hidden_layers": 2, "intermediate_size": 64}
+    llama |= {"rms_norm_eps": 1e-6}
+    refused("n_head 4 is not a multiple of 3 key heads", llama | {"num_key_value_heads": 3})
+    refused("config.json: rms_norm_eps: is missing", llama | {"rms_norm_eps": None})
+    refused("config.json: head_dim: is missing", llama | {"model_type": "qwen3"})
+    refused("config.json: no_rope_layers: is missing", llama | {"model_type": "smollm3"})
+    refused("rope_theta: expected a number above 0, got None", llama | {"rope_theta": None})
+    stretched = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+    refused("high_freq_factor: expected a number", llama | {"rope_scaling": stretched})
+    refused("rope_type: 'yarn' is none of default", llama | {"rope_scaling": {"type": "yarn"}})
+    for layers in (["sliding_attention"], 5):
+        refused("layer_types: other than full_attention", llama | {"layer_types": layers})
+    refused("model_type: .'llama'. is none of", llama | {"model_type": ["llama"]})
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        refused(f"{name}: expected true or false, got 'false'", llama | {name: "false"})
+    for layers in ([1], [1, 2], "11", 2):
+        refused("no_rope_layers: expected 2 numbers, 0 or 1", llama | {"no_rope_layers": layers})
+    for rope in (["default"], "default", 3):
+        refused("rope_parameters: expected an object", llama | {"rope_parameters": rope})
+    refused("rope_type: .'linear'. is none of", llama | {"rope_scaling": {"type": ["linear"]}})
+    by_layer = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    refused("rope_parameters: full_attention is not", llama | {"rope_parameters": by_layer})
+    stretched |= {"high_freq_factor": 1.0, "original_max_position_embeddings": 64}
+    refused("high_freq_factor: expected more than", llama | {"rope_parameters": stretched})
+    refused("quantization_config is not known", llama | {"quantization_config": {"bits": 4}})
     refused("config.json: n_layer: expected an integer", {"n_layer": "two"})
     for bad in (math.nan, math.inf):
         norm = tensors["transformer.ln_f.weight"].clone()
         norm[3] = bad
         diverged = tensors | {"transformer.ln_f.weight": norm}
-        refused("run: weight ln_f.weight holds numbers that are not finite", weights=diverged)
+        refused("run: weight ln_f.weight has numbers that are not finite", weights=diverged)
     two_labels = tensors | {"score.weight": torch.zeros(2, 32)}
     refused(r"score.weight has shape \(2, 32\)", weights=two_labels)
     data = (run / "model.safetensors").read_bytes()
@@ -689,19 +712,6 @@ def test_bad_checkpoints(small_gpt, tokenizer, tmp_path):
         load_model(run)
     with pytest.raises(FileNotFoundError, match="not a model directory"):
         load_model(tmp_path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file.json"
-    write_json(path, {"old": 1})
-    with pytest.raises(RuntimeError), whole_file(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("interrupted")
-    message = r"file.json: could not be written: .*No space"
-    with pytest.raises(OSError, match=message), whole_file(path):
-        raise OSError(28, "No space left on device")
-    assert json.loads(path.read_text()) == {"old": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
 
 
 def test_files_may_be_read_as_the_umask_says(small_gpt, tokenizer, tmp_path):
@@ -753,7 +763,7 @@ def test_sampler_refuses(run, monkeypatch, capsys):
     for args, message in [
         ((run / "nothing",), "not a model directory"),
         ((run.with_name("scorer"), "--prompt", "x"), "has a scalar head"),
-        ((run, "--prompt", "x", "--max_new_tokens", 64), "leaves no room for a prompt"),
+        ((run, "--prompt", "x", "--max_new_tokens", 64), "64 new ones exceed"),
         ((run, "--top_p", 0), "expected --temperature >= 0"),
         (
             (run, "--prompt", "x", "--tokenizer", run.with_name("bytes.tiktoken")),

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import reward
 from feedback import load_reward_model
-from model import GPT, GPTConfig, generate, load_model, load_tokenizer, pad, save_model
+from model import GPT, GPTConfig, generate, load_model, pad, save_model
+from tokens import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.peers

@@ -14,9 +14,11 @@ from conftest import (
     rl_flags, run_script, same_parameters, same_run, terminate_at, words_of, write_jsonl,
 )  # fmt: skip
 from ranks import on_ranks
+from safetensors.torch import load_file
 
 import feedback
 import ppo
+from model import load_model
 
 
 def run(monkeypatch, *args):
@@ -402,6 +404,29 @@ def test_kill_and_resume(rl_data, tmp_path, monkeypatch, uninterrupted):
     assert first.returncode == -signal.SIGKILL, first.stderr
     assert run(monkeypatch, *args) == 0
     same_run(tmp_path / "run", uninterrupted)
+
+
+def test_adapters_learn_and_go_on(rl_data, tmp_path, monkeypatch, capsys):
+    """With --lora_rank: a checkpoint has the adapters and the value's head alone; a run that was
+    killed ends bit for bit as another, and is a plain directory; the wide weights are --init's."""
+    more = [*LONG, "--lora_rank", 2, "--value_init", "policy", "--trainable_layers", 0]
+    assert run(monkeypatch, *rl_flags(rl_data, tmp_path / "whole", *more)) == 0
+    args = rl_flags(rl_data, tmp_path / "run", *more, "--resume")
+    kill = at_call("ppo", "gae", 4, "os.kill(os.getpid(), 9)")
+    first = on_ranks("ppo", f"{kill}sys.argv = {['ppo.py', *args]!r}\nppo.main()\n", 1)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    kept = {name for name in load_file(checkpoint / "tensors.safetensors") if "adam" not in name}
+    assert {name.rsplit(".", 1)[1] for name in kept} == {"A", "B", "weight"}
+    assert [name for name in kept if name.endswith("weight")] == ["value.score.weight"]
+    assert run(monkeypatch, *args) == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+    begun, ended = load_model(rl_data / "policy"), load_model(tmp_path / "run")
+    assert torch.equal(begun.wte.weight, ended.wte.weight)
+    gap = ended.h[0].attn.c_attn.weight - begun.h[0].attn.c_attn.weight
+    assert 0 < torch.linalg.matrix_rank(gap, rtol=1e-4) <= 2
+    assert run(monkeypatch, *args, "--trainable_layers", 1) == 2
+    assert "--lora_rank: all blocks learn by adapters" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

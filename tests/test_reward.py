@@ -22,9 +22,9 @@ import reward
 import run as runs
 from feedback import collate, grouped_batches, load_reward_model, read_examples, row_lengths
 from model import (
-    GPT, GPTConfig, encode, generate, last_tokens, load_config, load_model, load_tokenizer,
-    make_encoding, save_model, text_of,
+    GPT, GPTConfig, generate, last_tokens, load_config, load_model, save_model,
 )  # fmt: skip
+from tokens import END_OF_TEXT, Tokenizer, encode, load_tokenizer, text_of
 
 SMALL, LARGE = [0, 1 / 3, 2 / 3, 1], [0, 1, 2, 3]
 
@@ -629,7 +629,7 @@ def test_a_reward_model_must_be_normalised(data, tmp_path, monkeypatch, capsys):
 def test_another_tokenizer_is_refused(data, tmp_path, monkeypatch, capsys, small_gpt):
     """A policy that writes in other tokens can't be who the scores are normalised on."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256}
-    other = make_encoding(ranks, "other")
+    other = Tokenizer("other", ranks, {END_OF_TEXT: 257})
     save_model(tmp_path / "other", small_gpt(vocab_size=258), other, {"stage": "sft"})
     args = flags(data, tmp_path / "run", "--normalise_with", tmp_path / "other")
     assert run(monkeypatch, *args) == 2

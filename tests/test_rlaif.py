@@ -27,7 +27,8 @@ from conftest import (
 from ranks import on_ranks
 
 import rlaif
-from model import load_model, load_tokenizer, save_model
+from model import load_model, save_model
+from tokens import END_OF_TEXT, Conversation, Tokenizer, encode, lay_out, load_tokenizer
 
 TEMPLATES = sorted((ROOT / "data/prompts").glob("*.txt"))
 VARIANT = rlaif.Variant()
@@ -381,6 +382,25 @@ def test_what_a_critic_is_asked(data, tmp_path, monkeypatch):
         principles[record["prompt"]].append(record["principle"])
     assert len({tuple(drawn) for drawn in principles.values()}) > 3
     assert any(len(set(drawn)) > 1 for drawn in principles.values())
+
+
+def test_who_responds_reads_prompts_as_it_learnt_to(tokenizer, small_gpt, tmp_path):
+    """A policy that revise asks for responses: by its template. Questions to a judge, which go on
+    in their answer, are texts, after what every text begins with."""
+    ranks = {tokenizer.decode_single_token_bytes(rank): rank for rank in range(1023)}
+    special = {"<|im_start|>": 1024, "<|im_end|>": 1025, END_OF_TEXT: 1023}
+    talking = lay_out(Tokenizer("talking", ranks, special))
+    judge = rlaif.LocalJudge.__new__(rlaif.LocalJudge)
+    judge.name, judge.tokenizer = "judge", talking
+    turns = [{"role": "user", "content": "Hi."}]
+    asked = judge.encoded({"prompt": Conversation(turns), "cut": True}, 99)
+    assert asked == encode(talking, "Hi.", None, 99)[0] and asked[0] == 1024
+    assert judge.encoded({"prompt": "Hi.", "cut": True}, 4) == asked[-4:]
+    assert judge.encoded({"prompt": "Hi."}, 99) == tokenizer.encode_ordinary("Hi.")
+    talking.bos = 1023
+    assert judge.encoded({"prompt": "Hi."}, 99) == [1023, *tokenizer.encode_ordinary("Hi.")]
+    with pytest.raises(SystemExit):
+        judge.encoded({"prompt": "Hi."}, 1)
 
 
 def killed(out, into, files, keep):

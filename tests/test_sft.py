@@ -15,7 +15,9 @@ from ranks import on_ranks
 
 import run as run_file
 import sft
-from model import generate, load_model, load_tokenizer, pad
+from feedback import packed
+from model import GPT, GPTConfig, generate, load_model, save_model
+from tokens import Conversation, encode, load_tokenizer, read_json, response_of, write_json
 
 
 def run(monkeypatch, *args):
@@ -30,30 +32,32 @@ class FixedLogits(torch.nn.Module):
         super().__init__()
         self.logits = logits
 
-    def forward(self, tokens, at):
+    def forward(self, tokens, at, segments):
         return self.logits.expand(len(tokens), -1, -1)[at]
 
 
 def test_response_only_loss_vector():
     """Four positions, three tokens, a prompt of two: 1.304774 on the response, .950287 on all."""
     logits = torch.tensor([[[0.5, -1, 2], [1, 0, -1], [0.2, 0.3, 0.1], [2, -2, 0]]])
-    tokens, mask = pad([[0, 2]], [[1, 2]])
+    tokens, mask, segments = packed([([0, 2], [1, 2])])
     for weight, expected in [(0.0, 1.304774), (1.0, 0.950287)]:
-        w = sft.loss_weights(tokens, mask, weight)
-        total = sft.weighted_nll(FixedLogits(logits), tokens, w)
+        w = sft.loss_weights(mask, segments, weight)
+        total = sft.weighted_nll(FixedLogits(logits), tokens, w, segments)
         assert total.item() / w.sum().item() == pytest.approx(expected, abs=1e-6)
-    w = sft.loss_weights(tokens, mask, 0.5)
-    total = sft.weighted_nll(FixedLogits(logits), tokens, w)
+    w = sft.loss_weights(mask, segments, 0.5)
+    total = sft.weighted_nll(FixedLogits(logits), tokens, w, segments)
     assert total.item() == pytest.approx(2.609549 + 0.5 * 0.241311, abs=1e-5)
 
 
 def test_loss_weights():
     """Of each token; and of a line altogether, by its lengths alone."""
-    prompts, responses = [[5, 5, 5], [5]], [[6, 7], [6, 7, 8]]
-    weights = sft.loss_weights(*pad(prompts, responses), 0.25)
-    assert weights.tolist() == [[0, 0.25, 0.25, 1, 1], [0, 1, 1, 1, 0]]
-    for row, prompt, response in zip(weights, prompts, responses, strict=True):
-        assert sft.weight_of(prompt, response, 0.25) == row.sum()
+    examples = [([5, 5, 5], [6, 7]), ([5], [6, 7, 8]), ([5, 5], [6]), ([5], [6])]
+    _, mask, segments = packed(examples)
+    weights = sft.loss_weights(mask, segments, 0.25)
+    of_each = [0, 0.25, 0.25, 1, 1], [0, 1, 1, 1], [0, 0.25, 1], [0, 1]
+    assert weights.tolist() == [of_each[0], [*of_each[1], 0], of_each[2] + of_each[3]]
+    for (prompt, response), expected in zip(examples, of_each, strict=True):
+        assert sft.weight_of(prompt, response, 0.25) == sum(expected)
 
 
 def test_held_out_loss(small_gpt, tmp_path):
@@ -293,3 +297,58 @@ def test_alpaca_on_gpt2s_tokenizer(shared, gpt2_tokenizer, tmp_path, monkeypatch
     assert run(monkeypatch, *args) == 0
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert losses[-1] < losses[0] - 1
+
+
+@pytest.fixture
+def talker(tokenizer, tmp_path):
+    """A small Llama of random weights that reads ChatML."""
+    folder = tmp_path / "talker"
+    save_model(folder, GPT(GPTConfig(1024, 96, 32, 2, 2)), tokenizer)
+    whole = read_json(folder / "tokenizer.json")
+    marks = ("<|im_start|>", "<|im_end|>")
+    whole["added_tokens"] += [{"content": x, "id": 1024 + i} for i, x in enumerate(marks)]
+    write_json(folder / "tokenizer.json", whole)
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {n: x for n, x in config.items() if n != "template"})
+    torch.manual_seed(0)
+    rope = {"rope_theta": 1e4, "rope_type": "default"}
+    sizes = {"n_kv_head": 2, "n_inner": 48, "tie_word_embeddings": False}
+    llama = GPT(GPTConfig(1026, 8192, 32, 2, 4, model_type="llama", rope=rope, **sizes))
+    save_model(folder, llama, load_tokenizer(folder))
+    return folder
+
+
+def test_conversations_with_a_llama(talker, tmp_path, monkeypatch, capsys):
+    """All turns of the assistant's are trained, or the last; the run keeps template and positions,
+    and its samples end where a turn does."""
+    turns = [
+        {"role": "user", "content": "My car is old."},
+        {"role": "assistant", "content": "I feel sad."},
+        {"role": "user", "content": "My boat."},
+    ]
+    lines = [{"prompt": turns, "response": "My cousin sold it."}]
+    lines.append({"prompt": "My car.", "response": "My boat."})
+    data = write_jsonl(tmp_path / "turns.jsonl", lines)
+    flags = ["--init", talker, "--data", data, "--validation", data, "--prompts", data]
+    flags += ["--steps", 60, "--batch_size", 3, "--warmup", 2, "--lr", 1e-2, "--max_length", 90]
+    flags += ["--device", "cpu", "--num_prompts", 2, "--max_new_tokens", 12]
+    assert run(monkeypatch, *flags, "--out_dir", tmp_path / "run") == 0
+    assert "turns.jsonl: 3 lines" in capsys.readouterr().out
+    tokenizer, fields = load_tokenizer(tmp_path / "run"), read_json(tmp_path / "run/config.json")
+    assert tokenizer.template == "chatml" and tokenizer.ends == (1025, 1023)
+    assert fields["model_type"] == "llama" and fields["max_position_embeddings"] == 90
+    assert fields["architectures"] == ["LlamaForCausalLM"]
+    model = load_model(tmp_path / "run")
+    asked = [(Conversation(turns), "My cousin sold it."), (Conversation(turns[:1]), "I feel sad.")]
+    for prompt, response in [*asked, ("My car.", "My boat.")]:
+        ids = encode(tokenizer, prompt, None, 90)[0]
+        tokens, mask = generate(model, [ids], 12, temperature=0, eos=tokenizer.ends)
+        assert response_of(tokenizer, tokens[mask].tolist()) == (response, True)
+    (shown, *_) = read_lines(tmp_path / "run/samples.jsonl")
+    assert shown["prompt"] == turns
+    flags += ["--turns", "last", "--template", "none", "--steps", 1]
+    assert run(monkeypatch, *flags, "--out_dir", tmp_path / "plain") == 0
+    assert "turns.jsonl: 2 lines" in capsys.readouterr().out
+    assert load_tokenizer(tmp_path / "plain").template is None
+    assert run(monkeypatch, *flags, "--template", "llama3", "--out_dir", tmp_path / "no") == 2
+    assert "--template llama3" in capsys.readouterr().err
