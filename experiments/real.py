@@ -21,8 +21,9 @@ TRAIN = f"--prompts {QUESTIONS}/train.jsonl"
 HELD = f"--validation {QUESTIONS}/validation.jsonl"
 LORA = "--lora_rank 16 --warmup 2"
 # Longest responses: people judge those that end; a policy pays for not ending.
-JUDGED, LEARNT = "--max_new_tokens 64", "--max_new_tokens 40"
-EPISODES = "--steps 15 --batch_size 32 --minibatch_size 16 --eval_every 0 --num_prompts 40"
+JUDGED, LEARNT = "--max_new_tokens 48", "--max_new_tokens 32"
+EPISODES = "--steps 12 --batch_size 32 --minibatch_size 16 --micro_batch_size 8"
+LATER = "--eval_every 0 --num_prompts 40"
 MODEL = "runs/smollm2"
 METHODS = {"SmolLM2": MODEL, "best of 4": f"{MODEL}@best_of=4:E/real-reward-*"}
 METHODS |= {name: f"E/real-{name.lower()}-*" for name in ("GRPO", "PPO", "DPO")}
@@ -33,7 +34,7 @@ def runs(seed):
     people = f"E/real-feedback-{seed}/rankings.jsonl"
     held = f"E/real-feedback-validation-{seed}/rankings.jsonl"
     begin = f"{GOLD} --init {MODEL} --seed {seed} {LORA}"
-    learn = f"{begin} --reward E/real-reward-{seed} {TRAIN} {HELD} {LEARNT} {EPISODES}"
+    learn = f"{begin} --reward E/real-reward-{seed} {TRAIN} {HELD} {LEARNT} {EPISODES} {LATER}"
     names = ",".join(METHODS.values()).replace("*", str(seed))
     asked = f"--template data/prompts/helpful.txt --seed {seed}"
     samples = f"E/real-evaluation-{seed}/samples"
@@ -41,12 +42,12 @@ def runs(seed):
         f"real-feedback-{seed}": f"{ask} {TRAIN}",
         f"real-feedback-validation-{seed}": f"{ask} --prompts {QUESTIONS}/validation.jsonl",
         f"real-reward-{seed}": f"reward.py {begin} --data {people} --validation {held} {TRAIN} "
-        f"--num_prompts 256 {JUDGED} --batch_size 16 --micro_batch_size 8 --lr 5e-4",
-        f"real-grpo-{seed}": f"grpo.py {learn} --lr 3e-4",
-        f"real-ppo-{seed}": f"ppo.py {learn} --lr 3e-4 --value_lr 3e-4",
+        f"--num_prompts 256 {JUDGED} --batch_size 8 --lr 1e-3",
+        f"real-grpo-{seed}": f"grpo.py {learn} --lr 1e-3",
+        f"real-ppo-{seed}": f"ppo.py {learn} --lr 1e-3 --value_lr 1e-3",
         f"real-dpo-{seed}": f"dpo.py {begin} --data {people} --validation {held} --beta 0.1 "
-        f"--prompts {QUESTIONS}/validation.jsonl {LEARNT} --batch_size 16 --micro_batch_size 4 "
-        f'--lr 3e-4 --eval_every 0 --num_prompts 40 --cache ""',
+        f"--prompts {QUESTIONS}/validation.jsonl {LEARNT} --batch_size 8 --micro_batch_size 4 "
+        f'--lr 5e-4 {LATER} --cache ""',
         f"real-evaluation-{seed}": f"evaluate.py {GOLD} --prompts {QUESTIONS}/test.jsonl {LEARNT} "
         f"--policies {names} --judges E/real-reward-{seed} --show one,short,subject,list "
         f"--num_shown 12 --micro_batch_size 32 --seed {seed}",
