@@ -27,6 +27,7 @@ LATER = "--eval_every 0 --num_prompts 40"
 MODEL = "runs/smollm2"
 METHODS = {"SmolLM2": MODEL, "best of 4": f"{MODEL}@best_of=4:E/real-reward-*"}
 METHODS |= {name: f"E/real-{name.lower()}-*" for name in ("GRPO", "PPO", "DPO")}
+POLICIES = METHODS | {"SmolLM2, greedy": f"{MODEL}@temperature=0"}
 
 
 def runs(seed):
@@ -35,7 +36,7 @@ def runs(seed):
     held = f"E/real-feedback-validation-{seed}/rankings.jsonl"
     begin = f"{GOLD} --init {MODEL} --seed {seed} {LORA}"
     learn = f"{begin} --reward E/real-reward-{seed} {TRAIN} {HELD} {LEARNT} {EPISODES} {LATER}"
-    names = ",".join(METHODS.values()).replace("*", str(seed))
+    names = ",".join(POLICIES.values()).replace("*", str(seed))
     asked = f"--template data/prompts/helpful.txt --seed {seed}"
     samples = f"E/real-evaluation-{seed}/samples"
     found = {
@@ -77,12 +78,18 @@ def preferred(lab, run, name):
 
 
 def results(lab):
-    groups = {label: policies(lab, "E/real-evaluation-*", name) for label, name in METHODS.items()}
+    groups = {label: policies(lab, "E/real-evaluation-*", name) for label, name in POLICIES.items()}
     columns = ["gold", "wins", "kl", "words", "eos", "one", "short", "subject", "list"]
-    rows(lab, "real", groups, columns, "SmolLM2-135M learns to answer in one short sentence")
-    table = {"reward model agrees with gold": []}
-    for report in reports(lab, "E/real-reward-*"):
-        table["reward model agrees with gold"].append(report["gold_accuracy"])
+    title = "SmolLM2-135M learns to answer in one short sentence"
+    rows(lab, "real", groups, columns, title, differences=False)
+    table, found = {}, reports(lab, "E/real-evaluation-*")
+    over = {f"{label}: gold over SmolLM2's": name for label, name in list(POLICIES.items())[1:]}
+    for label, name in over.items():
+        names = [path_of(lab, name, seed) for seed in lab.seeds]
+        of = zip(names, (report["difference"]["gold"] for report in found), strict=True)
+        table[label] = [differences[name][MODEL] for name, differences in of]
+    label = "reward model agrees with gold"
+    table[label] = [report["gold_accuracy"] for report in reports(lab, "E/real-reward-*")]
     for report in reports(lab, "E/real-agreement-*"):
         found = next(iter(report["judges"].values()))["base"]
         for label, value in (("both orders", found["all"]), ("one order", found["one_order"])):
@@ -93,7 +100,7 @@ def results(lab):
     for label, name in list(METHODS.items())[1:]:
         run = f"real-judged-{label.lower().replace(' ', '_')}"
         table[f"{label}: preferred by SmolLM2 to its own"] = preferred(lab, run, name)
-    by_seed(lab, "real_seeds", table)
+    by_seed(lab, "real_seeds", table, differences=over)
 
 
 if __name__ == "__main__":

@@ -568,6 +568,7 @@ def an_evaluation(policies, lift=0.0):
     """An evaluation's report: gold 1, 2, ... of the policies in order."""
     first, parts = policies[0], ("harmless", "helpful", "refused", "made_up")
     report = {"policies": {}, "win_rate": {"gold": {}}, "by_task": {"gold": {}}}
+    report["difference"] = {"gold": {}}
     report["parts_by_task"] = {p: {t: {} for t in ("all", "benign", "harmful")} for p in parts}
     report["by_task"]["gold"] = {t: {} for t in ("summary", "benign", "harmful", "open", "closed")}
     names = ["distinct_1", "distinct_2", "entropy_2", "training_seconds"]
@@ -585,6 +586,7 @@ def an_evaluation(policies, lift=0.0):
         report["policies"][name] |= dict.fromkeys(names, 0.3)
         report["policies"][name]["scores"] = {"gold": value, "data/bleu.py": value}
         report["win_rate"]["gold"][name] = {} if name == first else {first: [0.7, 0.6, 0.8]}
+        report["difference"]["gold"][name] = {} if name == first else {first: [n, n - 1.0, n + 1.0]}
         for table in report["by_task"]["gold"].values():
             table[name] = {"score": value, "over_first": value}
         for tasks in report["parts_by_task"].values():
