@@ -21,21 +21,22 @@ TRAIN = f"--prompts {QUESTIONS}/train.jsonl"
 HELD = f"--validation {QUESTIONS}/validation.jsonl"
 LORA = "--lora_rank 16 --warmup 2"
 # Longest responses: people judge those that end; a policy pays for not ending.
-JUDGED, LEARNT = "--max_new_tokens 48", "--max_new_tokens 32"
-EPISODES = "--steps 12 --batch_size 32 --minibatch_size 16 --micro_batch_size 8"
+JUDGED, LEARNT = "--max_new_tokens 64", "--max_new_tokens 32"
+EPISODES = "--steps 10 --batch_size 32 --minibatch_size 16 --micro_batch_size 8"
 LATER = "--eval_every 0 --num_prompts 40"
-MODEL = "runs/smollm2"
-METHODS = {"SmolLM2": MODEL, "best of 4": f"{MODEL}@best_of=4:E/real-reward-*"}
-METHODS |= {name: f"E/real-{name.lower()}-*" for name in ("GRPO", "PPO", "DPO")}
+MODEL, WARM = "runs/smollm2", "@temperature=0.7"  # at 1 a model as small as this is hard to follow
+METHODS = {"SmolLM2": MODEL + WARM, "best of 4": f"{MODEL}{WARM}@best_of=4:E/real-reward-*"}
+METHODS |= {name: f"E/real-{name.lower()}-*{WARM}" for name in ("GRPO", "PPO", "DPO")}
 POLICIES = METHODS | {"SmolLM2, greedy": f"{MODEL}@temperature=0"}
 
 
 def runs(seed):
-    ask = f"annotate.py {GOLD} --policy {MODEL} {JUDGED} --micro_batch_size 16 --seed {seed}"
+    ask = f"annotate.py {GOLD} --policy {MODEL}{WARM} {JUDGED} --micro_batch_size 16 --seed {seed}"
     people = f"E/real-feedback-{seed}/rankings.jsonl"
     held = f"E/real-feedback-validation-{seed}/rankings.jsonl"
     begin = f"{GOLD} --init {MODEL} --seed {seed} {LORA}"
-    learn = f"{begin} --reward E/real-reward-{seed} {TRAIN} {HELD} {LEARNT} {EPISODES} {LATER}"
+    how = f"{LEARNT} --temperature 0.7 {LATER}"
+    learn = f"{begin} --reward E/real-reward-{seed} {TRAIN} {HELD} {EPISODES} {how}"
     names = ",".join(POLICIES.values()).replace("*", str(seed))
     asked = f"--template data/prompts/helpful.txt --seed {seed}"
     samples = f"E/real-evaluation-{seed}/samples"
@@ -47,11 +48,11 @@ def runs(seed):
         f"real-grpo-{seed}": f"grpo.py {learn} --lr 1e-3",
         f"real-ppo-{seed}": f"ppo.py {learn} --lr 1e-3 --value_lr 1e-3",
         f"real-dpo-{seed}": f"dpo.py {begin} --data {people} --validation {held} --beta 0.1 "
-        f"--prompts {QUESTIONS}/validation.jsonl {LEARNT} --batch_size 8 --micro_batch_size 4 "
-        f'--lr 5e-4 {LATER} --cache ""',
+        f"--prompts {QUESTIONS}/validation.jsonl {how} --batch_size 8 --micro_batch_size 4 "
+        f'--lr 5e-4 --cache ""',
         f"real-evaluation-{seed}": f"evaluate.py {GOLD} --prompts {QUESTIONS}/test.jsonl {LEARNT} "
         f"--policies {names} --judges E/real-reward-{seed} --show one,short,subject,list "
-        f"--num_shown 12 --micro_batch_size 32 --seed {seed}",
+        f"--num_shown 12 --num_samples 2 --micro_batch_size 32 --seed {seed}",
         # The model as a judge: against gold, and of what its training made of it.
         f"real-agreement-{seed}": f"rlaif.py agree {GOLD} --judges {MODEL} --variants base "
         f"--data {people} --num_prompts 100 {asked}",
@@ -87,7 +88,7 @@ def results(lab):
     for label, name in over.items():
         names = [path_of(lab, name, seed) for seed in lab.seeds]
         of = zip(names, (report["difference"]["gold"] for report in found), strict=True)
-        table[label] = [differences[name][MODEL] for name, differences in of]
+        table[label] = [differences[name][MODEL + WARM] for name, differences in of]
     label = "reward model agrees with gold"
     table[label] = [report["gold_accuracy"] for report in reports(lab, "E/real-reward-*")]
     for report in reports(lab, "E/real-agreement-*"):
