@@ -744,8 +744,8 @@ LESS_IS_BETTER = ("nll", "kl")
 IN_POINTS = ("gold", "_over")
 TITLES = {
     "step": "iteration",
-    "kl": "KL to SFT (nats a sequence)",
-    "sqrt_kl": "square root of KL to SFT (nats a sequence)",
+    "kl": "KL to the start (nats a sequence)",
+    "sqrt_kl": "square root of KL to the start (nats a sequence)",
     "gold": "gold score (points)",
     "greedy_gold": "gold of greedy responses",
     "entropy": "entropy of a response (nats)",
@@ -757,7 +757,7 @@ TITLES = {
     "entropy_2_a_prompt": "entropy of pairs of words,\nto a prompt (nats)",
     "training_seconds": "training (seconds)",
     "proxy": "score that was optimised",
-    "wins": "wins against SFT by gold",
+    "wins": "wins against the start by gold",
     "greedy_wins": "wins of greedy responses",
     "corpus_bleu": "BLEU, all as one corpus",
     "data/bleu.py": "smoothed BLEU of sentences",

@@ -1,5 +1,5 @@
 """RLHF of a real language model on two cores: SmolLM2-135M-Instruct learns to answer everyday
-questions in one short sentence, which its prompts ask for and it does half of the time.
+questions in one short sentence, which its prompts ask for and it does a quarter of the time.
 
 The truth, data/one_sentence.py, reads form alone. Simulated people see it through noise, a quarter
 of their judgements are wrong, and a reward model learns from them; GRPO, PPO, DPO and best-of-4
@@ -92,7 +92,7 @@ def results(lab):
     label = "reward model agrees with gold"
     table[label] = [report["gold_accuracy"] for report in reports(lab, "E/real-reward-*")]
     for report in reports(lab, "E/real-agreement-*"):
-        found = next(iter(report["judges"].values()))["base"]
+        found = next(iter(next(iter(report["judges"].values())).values()))  # of its one variant
         for label, value in (("both orders", found["all"]), ("one order", found["one_order"])):
             label = f"SmolLM2, asked in {label}, agrees with gold"
             table[label] = [*table.get(label, []), value["rate"]]
