@@ -493,7 +493,8 @@ class Reward:
             refuse(error)
         if identity(theirs) != identity(tokenizer):
             refuse(
-                f"{name}: another tokenizer ({theirs.name}) than the policy's ({tokenizer.name})"
+                f"{name}: another tokenizer or template ({theirs.name}) than the policy's "
+                f"({tokenizer.name})"
             )
         self.statistics = RAW if raw else statistics
         self.model = model.eval().to(run.device, run.precision).requires_grad_(False)
@@ -1204,8 +1205,8 @@ def load_yardstick(cfg, tokenizer, max_length, run):
     policy, theirs = load_policy(name, run, cfg.tokenizer if name == cfg.init else "")
     if identity(theirs) != identity(tokenizer):
         refuse(
-            f"--normalise_with {name}: another tokenizer ({theirs.name}) than {cfg.init}'s "
-            f"({tokenizer.name})"
+            f"--normalise_with {name}: another tokenizer or template ({theirs.name}) than "
+            f"{cfg.init}'s ({tokenizer.name})"
         )
     if cfg.max_new_tokens >= max_length:
         refuse(f"--max_new_tokens: leaves a prompt no room in {max_length} tokens")

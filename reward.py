@@ -319,7 +319,7 @@ def load_old(cfg, tokenizer, max_length, run):
     except (OSError, ValueError) as error:
         refuse(error)
     if identity(theirs) != identity(tokenizer):
-        refuse(f"--old {cfg.old}: another tokenizer ({theirs.name}) than {cfg.init}'s")
+        refuse(f"--old {cfg.old}: another tokenizer or template ({theirs.name}) than {cfg.init}'s")
     if model.config.n_positions < max_length:
         refuse(f"--old {cfg.old}: has fewer positions than {cfg.init}: give a --max_length")
     return model.to(run.precision)

@@ -547,7 +547,7 @@ def test_what_is_no_reward_model(rl_data, tokenizer, capsys):
     assert "not a model directory" in refused(capsys, Reward, "nowhere", tokenizer, new_run())
     other = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)}, {END_OF_TEXT: 256})
     said = refused(capsys, Reward, str(rl_data / "reward"), other, new_run())
-    assert "another tokenizer (" in said and "than the policy's (bytes)" in said
+    assert "another tokenizer or template (" in said and "than the policy's (bytes)" in said
 
 
 def test_a_file_scores(rl_data, tmp_path, tokenizer):
