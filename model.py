@@ -550,8 +550,8 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """One token a row from softmax(logits / temperature), by inverting its distribution function.
 
     Args:
-        logits: (B, V). uniform: (B,) in [0, 1), the only randomness: one number a row, where the
-            Gumbel trick or multinomial draw one for each of the V tokens.
+        logits: (B, V). uniform: (B,) float64 in [0, 1), the only randomness: one number a row,
+            where the Gumbel trick or multinomial draw one for each of the V tokens.
         temperature: 0 takes the most likely token. top_k: 0 is off. top_p: 1 is off; the smallest
             set of tokens that holds this probability, after temperature.
 
@@ -572,11 +572,17 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         before = sorted_p.cumsum(-1) - sorted_p  # the probability of all tokens that rank higher
         sorted_p = sorted_p.masked_fill(before >= top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, sorted_p)
-    cumulative = probabilities.cumsum(-1)
+    # In float64: next to 1, float32 has no room for the tails of a large vocabulary.
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     # 1 - uniform is in (0, 1]: the first token whose cumulative probability reaches it has a
     # probability above 0, and there always is one.
     threshold = (1 - uniform)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold).squeeze(-1)
+    drawn = torch.searchsorted(cumulative, threshold)  # (B, 1)
+    if top_k or top_p < 1:
+        # A GPU sums in parallel, so that the sums may fall by a rounding, which a draw can hit.
+        taken_out = probabilities.gather(1, drawn) == 0
+        drawn = torch.where(taken_out, probabilities.argmax(-1, keepdim=True), drawn)
+    return drawn.squeeze(-1)
 
 
 @torch.inference_mode()
@@ -634,8 +640,8 @@ def decode(model, prompts, max_new_tokens, num_samples, temperature, top_k, top_
         positions = positions + 1
         # Every row has its number at every step, so that retiring others changes no sample.
         source = generator.device if generator else device
-        uniform = torch.rand(N * K, generator=generator, device=source).to(device)
-        next_tokens = sample(logits, uniform[rows], temperature, top_k, top_p)
+        uniform = torch.rand(N * K, generator=generator, device=source, dtype=torch.float64)
+        next_tokens = sample(logits, uniform.to(device)[rows], temperature, top_k, top_p)
         if eos is None:
             yield next_tokens
             continue

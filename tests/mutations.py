@@ -33,6 +33,18 @@ MUTATIONS = {
             "torch.cat([a * cos + b * sin, b * cos - a * sin], -1)",
         ),
         (
+            "a sum over the vocabulary in float32",
+            "model.py",
+            "probabilities.cumsum(-1, dtype=torch.float64)",
+            "probabilities.cumsum(-1).double()",
+        ),
+        (
+            "a token that top-p took out can be drawn",
+            "model.py",
+            "torch.where(taken_out, probabilities.argmax(-1, keepdim=True), drawn)",
+            "drawn",
+        ),
+        (
             "RoPE stretches what is fast",
             "model.py",
             '(keep + (1 - keep) / rope["factor"])',

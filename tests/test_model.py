@@ -499,12 +499,13 @@ def test_cached_equals_uncached(small_gpt, temperature, eos):
         model, RAGGED, n, num_samples=K, temperature=temperature, eos=eos, generator=generator
     )
     draws = torch.Generator().manual_seed(5)
-    uniforms = torch.stack([torch.rand(len(RAGGED) * K, generator=draws) for _ in range(n)], 1)
+    how = {"generator": draws, "dtype": torch.float64}
+    uniforms = torch.stack([torch.rand(len(RAGGED) * K, **how) for _ in range(n)], 1)
     lengths = set()
     for b in range(len(RAGGED) * K):
         prompt = RAGGED[b // K]
         response = tokens[b][mask[b]].tolist()
-        expected = uncached(model, prompt, response, uniforms[b].double().tolist(), temperature)
+        expected = uncached(model, prompt, response, uniforms[b].tolist(), temperature)
         assert response == expected
         assert len(response) == n or response[-1] == eos
         assert eos not in response[:-1]
@@ -565,7 +566,7 @@ def test_sampling_frequencies(settings):
         p[order[kept:]] = 0
         p /= p.sum()
     n = 200_000
-    uniform = torch.rand(n, generator=torch.Generator().manual_seed(4))
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     counts = np.bincount(sample(logits.expand(n, 12), uniform, **settings).numpy(), minlength=12)
     assert (counts[p == 0] == 0).all()
     inside = p > 0
@@ -577,9 +578,29 @@ def test_sampling_frequencies(settings):
 
 def test_the_ends_of_the_uniform_never_pick_an_impossible_token():
     logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]] * 3)
-    uniform = torch.tensor([0.0, 1 - 2**-24, 0.5])
+    uniform = torch.tensor([0.0, 1 - 2**-53, 0.5], dtype=torch.float64)
     assert set(sample(logits, uniform).tolist()) <= {1, 2}
     assert sample(logits, uniform)[1] == 1 and sample(logits, uniform)[0] == 2
+
+
+def test_tails_of_a_large_vocabulary_can_be_drawn():
+    """A token of half the mass, and 50,000 after it of 1e-8 each: summed in float32 they all stay
+    at the same number, and none but the first is ever drawn."""
+    tail = 50_000
+    p = torch.tensor([1 - 1e-8 * tail] + [1e-8] * tail, dtype=torch.float64)
+    places = torch.tensor([1, tail // 3, tail // 2, tail])
+    uniform = 1 - p.cumsum(0)[places] + 5e-9  # in the middle of each one's share
+    found = sample(p.log().float().expand(4, -1), uniform)
+    assert (found - places).abs().max() <= 2  # by float32's rounding of 1e-8
+
+
+def test_a_token_that_was_taken_out_is_not_drawn_whatever_the_sums(monkeypatch):
+    """As on a GPU, where sums of zeros may differ by a rounding."""
+    honest = torch.Tensor.cumsum
+    rounded = torch.tensor([0.0, 1e-15, 0.0, 0.0])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, *a, **k: honest(x, *a, **k) + rounded)
+    logits, uniform = torch.tensor([[1.0, 0.5, 3.0, 2.0]]), torch.tensor([1 - 2**-53]).double()
+    assert sample(logits, uniform, top_k=2).tolist() == [2]
 
 
 # --- files ----------------------------------------------------------------------------------------
