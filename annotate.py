@@ -304,7 +304,7 @@ def sample_chunk(run, policies, prompts, chunk, number):
         count = len(range((p + number) % len(policies), cfg.num_responses, len(policies)))
         room = model.config.n_positions - cfg.max_new_tokens
         whole = [encode(tokenizer, prompts[i]["prompt"], None, sys.maxsize)[0] for i in chunk]
-        tokens, mask = generate(
+        responses = generate(
             model,
             [ids[-room:] for ids in whole],
             cfg.max_new_tokens,
@@ -313,9 +313,9 @@ def sample_chunk(run, policies, prompts, chunk, number):
             eos=tokenizer.ends,
             generator=generator,
         )
-        for n, (row, inside) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
-            new, cut = row[inside].tolist(), len(whole[n // count]) > room
+        for n, new in enumerate(responses):
             text, ended = response_of(tokenizer, new)
+            cut = len(whole[n // count]) > room
             found[chunk[n // count]].append([text, name, ended, cut])
     return list(found.items())
 

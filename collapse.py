@@ -42,7 +42,7 @@ from feedback import (
     load_yardstick, read_responses, row_lengths, score_examples, statistics_of,
 )  # fmt: skip
 from model import last_tokens, pack
-from run import Run, adam, flags, guarded, read_jsonl, refuse, schedule
+from run import Run, adam, flags, guarded, onto, read_jsonl, refuse, schedule
 from tokens import encode, whole_file, write_json
 
 # --- mathematics: the loss ------------------------------------------------------------------------
@@ -510,9 +510,9 @@ def main():
         yardstick = ended_rows(run, reference, prompts, tokenizer, many, max_length)
     del reference
 
+    model = run.parallel(reward_model)  # losses go through it: compiled, under DDP
     optimizer = adam(reward_model, cfg.lr, cfg)
     now = run.resume({"reward": reward_model}, {"reward": optimizer}, interpolated=None)
-    model = run.parallel(reward_model)  # losses go through it: compiled, under DDP
     width, report = reward_model.config.n_embd, {}
     lengths = row_lengths(examples, width)
     batches = batches_from(run.step, lengths, cfg.batch_size, cfg.seed)
@@ -542,8 +542,7 @@ def main():
         mine, most = batch[run.rank :: run.world], math.ceil(len(batch) / run.world)
         for lines, weight in run.micro_batches(mine, most, cfg.micro_batch_size, filler=batch[0]):
             some = [examples[i] for i in lines]
-            tensors = (x.to(run.device) for x in collate_kinds(some, width))
-            tokens, mask, segments, closed = tensors
+            tokens, mask, segments, closed = onto(run.device, *collate_kinds(some, width))
             with run.autocast:
                 output = model(tokens, last_tokens(mask), segments)  # (N,), one a response
             raw = output.view(-1, n)  # (B, n), best response first
@@ -551,10 +550,10 @@ def main():
             loss = (losses + penalty * raw.square().mean(1)).sum()
             # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
             run.scaler.scale(loss * weight * run.world / len(batch)).backward()
-            run.count(loss=weight * loss.item(), prompts=weight * len(lines))
-            read = mask.sum().item() + n * sum(len(example["prompt"]) for example in some)
+            run.count(loss=weight * loss, prompts=weight * len(lines))
+            read = mask.sum() + n * sum(len(example["prompt"]) for example in some)
             run.count(tokens=weight * read, cells=tokens.numel())
-            run.count(filled=weight * (segments >= 0).sum().item())
+            run.count(filled=weight * (segments >= 0).sum())
         norm = run.clip(optimizer, reward_model, batch)  # ends the run if it is not finite
         run.scaler.step(optimizer)
         run.scaler.update()

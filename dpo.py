@@ -42,8 +42,8 @@ from feedback import (
     prompts_of_step, punish_missing_eos, read_examples, read_prompts, respond, row_lengths,
     sample_rollout, score_rows, show,
 )  # fmt: skip
-from model import predicts, response_sums, token_logprobs
-from run import Run, TrainingFlags, adam, files_of, flags, guarded, refuse, schedule, sha256
+from model import places_of, predicts, response_sums, token_logprobs
+from run import Run, TrainingFlags, adam, files_of, flags, guarded, onto, refuse, schedule, sha256
 from tokens import identity, whole_file
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def discounted(logprobs, mask, gamma):
         columns = torch.arange(mask.shape[1], device=mask.device)
         outside = (columns * ~mask).cummax(1).values  # the last column before that is in none
         logprobs = logprobs.new_tensor(gamma) ** (columns - outside - 1) * logprobs
-    return response_sums(logprobs[mask], mask)
+    return response_sums(logprobs.flatten().index_select(0, places_of(mask)), mask)
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def collate_pairs(examples, n_embd, run):
     found = {"tokens": tokens, "mask": mask, "segments": segments, "rows": rows, "keep": keep}
     found |= {"label": label.to(run.precision)}
     found |= {"ref_logprobs": torch.tensor(refs, dtype=torch.float64).to(run.precision)}
-    return SimpleNamespace(**{name: x.to(run.device) for name, x in found.items()})
+    return SimpleNamespace(**dict(zip(found, onto(run.device, *found.values()), strict=True)))
 
 
 def preference_loss(logprobs, ref_logprobs, keep, label, cfg):
@@ -306,17 +306,17 @@ def preference_loss(logprobs, ref_logprobs, keep, label, cfg):
 
 
 def pair_numbers(logprobs, ref_logprobs, keep, label, cfg):
-    """What is logged of a batch, as sums over its pairs: {name: number}. See `preference_loss`."""
+    """What is logged of a batch, as sums over its pairs: {name: tensor of one number}. See
+    `preference_loss`."""
     K = logprobs.shape[1]
     i, j = torch.triu_indices(K, K, 1, device=logprobs.device)
-    logprobs, label = logprobs.detach(), label[keep]
+    logprobs = logprobs.detach()
     log_ratios = logprobs - ref_logprobs
     rewards = cfg.beta * f_derivative(log_ratios, cfg.divergence)  # but for a prompt's constant
-    margin = (rewards[:, i] - rewards[:, j])[keep]
-    ordered = label > 0.5  # at 0.5 neither is the better one
+    margin = rewards[:, i] - rewards[:, j]  # (B, P)
+    ordered = keep & (label > 0.5)  # at 0.5 neither is the better one
     if cfg.loss == "cpl":
-        chosen, rejected = rewards[:, i][keep], rewards[:, j][keep]
-        weight = torch.sigmoid(cfg.cpl_bias * rejected - chosen)
+        weight = torch.sigmoid(cfg.cpl_bias * rewards[:, j] - rewards[:, i])
     else:  # |dL/dh| / beta: sigmoid(-beta h) for dpo, and for a ranking as if of its pairs
         kind = "dpo" if cfg.loss == "plackett_luce" else cfg.loss
         with torch.enable_grad():
@@ -324,20 +324,20 @@ def pair_numbers(logprobs, ref_logprobs, keep, label, cfg):
             losses = dpo_loss(h, 0.0, 0.0, 0.0, cfg.beta, kind, cfg.label_smoothing, label)
             weight = torch.autograd.grad(losses.sum(), h)[0].abs() / cfg.beta
     return {
-        "accuracy": (0.5 + 0.5 * margin.sign())[ordered].sum().item(),
-        "margin": margin.sum().item(),
-        "weight": weight.sum().item(),
-        "chosen": logprobs[:, i][keep].sum().item(),
-        "rejected": logprobs[:, j][keep].sum().item(),
-        "pairs": float(keep.sum()),
-        "ordered": float(ordered.sum()),
+        "accuracy": ((0.5 + 0.5 * margin.sign()) * ordered).sum(),
+        "margin": (margin * keep).sum(),
+        "weight": (weight * keep).sum(),
+        "chosen": (logprobs[:, i] * keep).sum(),
+        "rejected": (logprobs[:, j] * keep).sum(),
+        "pairs": keep.sum(),
+        "ordered": ordered.sum(),
     }
 
 
 def sums_of(losses, logprobs, b, weight, cfg):
     """`pair_numbers` of a batch, its `loss` and how many `prompts`; all 0 where its weight is."""
     found = pair_numbers(logprobs, b.ref_logprobs, b.keep, b.label, cfg)
-    found |= {"loss": losses.sum().item(), "prompts": len(losses)}
+    found |= {"loss": losses.detach().sum(), "prompts": len(losses)}
     return {name: weight * x for name, x in found.items()}
 
 
@@ -366,7 +366,7 @@ def held_out_numbers(policy, examples, run):
         logprobs = logprobs[b.rows]  # (B, K)
         losses = preference_loss(logprobs, b.ref_logprobs, b.keep, b.label, cfg)
         sums.update(sums_of(losses, logprobs, b, weight, cfg))
-    return means_of(run.sum(dict(sums)))
+    return means_of(run.sum(run.in_numbers(sums)))
 
 
 # --- the reference --------------------------------------------------------------------------------
@@ -377,6 +377,7 @@ def load_reference(run, tokenizer):
     log-probabilities of the responses: they are computed once, and the memory is free again."""
     name = run.cfg.reference or run.cfg.init
     reference, theirs = load_policy(name, run)
+    reference = run.parallel(reference.requires_grad_(False))
     if identity(theirs) != identity(tokenizer):
         refuse(f"--reference {name}: another tokenizer or template than {run.cfg.init}'s")
     return reference
@@ -485,11 +486,11 @@ def sample_round(run, policy, prompts, judge, tokenizer, number, size):
     order = prompts_of_step(len(prompts), cfg.round_prompts, number, cfg.seed)
     mine = sorted(order[run.rank :: run.world], key=lambda i: len(prompts[i][1]))
     sampler, many = run.sampler(policy), max(size // K, 1)
-    for begin in range(0, math.ceil(cfg.round_prompts / run.world), many):
-        run.stop_if_told()  # the rank with fewest prompts looks as often as that with most
-        some = [prompts[i] for i in mine[begin : begin + many] for _ in range(K)]
-        if not some:
-            continue
+    most = math.ceil(cfg.round_prompts / run.world)  # prompts of the rank with most
+    along = order[: most - len(mine)]  # as the others wait
+    for begin in range(0, most, many):
+        run.stop_if_told()
+        some = [prompts[i] for i in (mine + along)[begin : begin + many] for _ in range(K)]
         seed = ((cfg.seed * 1_000_003 + number) * 4096 + run.rank) * 4096 + begin // many
         generator = torch.Generator(run.device).manual_seed(seed)
         batch = sample_rollout(sampler, some, tokenizer, cfg, cfg.temperature, generator)
@@ -499,6 +500,7 @@ def sample_round(run, policy, prompts, judge, tokenizer, number, size):
             samples.append(sample | {"ended": ended, "score": score})
     # Gumbel noise makes a person of the judge: choices by it follow Bradley and Terry's law. What
     # did not end has its score after the noise, as that is a rule, and nobody's judgement.
+    samples = samples[: len(mine) * K]
     scores = torch.tensor([sample["score"] for sample in samples], dtype=torch.float64)
     noise = np.random.default_rng([cfg.seed, number, run.rank]).gumbel(size=len(samples))
     ended = torch.tensor([sample["ended"] for sample in samples], dtype=torch.bool)
@@ -603,9 +605,9 @@ def main():
         parts[n] = refer(path, parts[n], longest, many, tokenizer, run)
     data = list(itertools.chain(*parts))
     held_out = refer(cfg.validation, held_out, longest, many, tokenizer, run)
+    model = run.parallel(policy)  # losses go through it: compiled, under DDP
     optimizer, modules = adam(policy, cfg.lr, cfg), {"policy": policy}
     now = run.resume(modules, {"policy": optimizer}, labels=len(pairs), round=-1, examples=[])
-    model = run.parallel(policy)  # losses go through it: compiled, under DDP
     run.say(
         "what to expect: both log-probabilities fall, the chosen one's too; it is the margin "
         "between them that is trained"

@@ -46,12 +46,12 @@ import numpy as np
 import torch
 
 from feedback import (
-    Reward, batches_of_groups, check_field, connected, distinct, fit_ratings, group_by_prompt,
-    load_policy, load_python, normalised, read_preferences,
-    read_responses, score_rows, told,
+    batches_of_groups, check_field, connected, distinct, fit_ratings, group_by_prompt,
+    load_policy, load_python, normalised, read_preferences, read_responses, reward_model_for,
+    score_rows, told,
 )  # fmt: skip
 from model import entropy, generate, pack, predicts, response_sums
-from run import Run, RunFlags, flags, guarded, read_jsonl, refuse, write_jsonl
+from run import Run, RunFlags, flags, guarded, onto, read_jsonl, refuse, write_jsonl
 from tokens import encode, identity, load_tokenizer, read_json, response_of, whole_file
 
 ELO = 400 / math.log(10)  # points of Elo's scale in one nat of log-odds
@@ -487,7 +487,7 @@ def draw_responses(model, tokenizer, prompts, temperature, count, seed, run):
         if number >= len(chunks):
             continue
         generator = torch.Generator(run.device).manual_seed((seed * 1_000_003 + number) % 2**63)
-        tokens, mask = generate(
+        responses = generate(
             model,
             [prompts[i][1] for i in chunks[number]],
             run.cfg.max_new_tokens,
@@ -496,8 +496,7 @@ def draw_responses(model, tokenizer, prompts, temperature, count, seed, run):
             eos=tokenizer.ends,
             generator=generator,
         )
-        for n, (row, inside) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
-            found.append([chunks[number][n // count], row[inside].tolist()])
+        found += [[chunks[number][n // count], ids] for n, ids in enumerate(responses)]
     drawn = [[] for _ in prompts]
     for i, ids in run.gather(found):
         drawn[i].append(ids)
@@ -521,7 +520,7 @@ def divergences(policy, reference, samples, temperature, run):
         run.progress("batches of responses with their KL", begin, len(batches))
         for numbers in batches[begin + run.rank : begin + run.rank + 1]:
             some = [groups[n] for n in numbers]
-            tokens, mask, segments = (x.to(run.device) for x in pack(*zip(*some, strict=True)))
+            tokens, mask, segments = onto(run.device, *pack(*zip(*some, strict=True)))
             with torch.no_grad():
                 at = predicts(mask)
                 hidden = policy.states(tokens, at, segments)  # (N, C)
@@ -555,8 +554,7 @@ class Judge:
         if name.endswith(".py"):
             self.file = load_python(name, needs=("score", "compare"))
         else:
-            self.reward = Reward(name, tokenizer, run)
-            self.model = self.reward.model
+            self.model, self.statistics = reward_model_for(name, tokenizer, run)
         self.scores = self.model is not None or hasattr(self.file, "score")
         self.compares = hasattr(self.file, "compare")
 
@@ -572,7 +570,7 @@ class Judge:
             raw = score_rows(self.model, new, size, self.run, name=self.name)
             self.known.update(zip(new, raw, strict=True))
         raw = torch.tensor([self.known[row] for row in rows], dtype=torch.float64)
-        return normalised(raw, self.reward.statistics).numpy().reshape(len(samples), -1)
+        return normalised(raw, self.statistics).numpy().reshape(len(samples), -1)
 
     def explain(self, lines, samples):
         """{part: (prompts, K)} of what the file's `explain` says, NaN where it doesn't."""

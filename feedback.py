@@ -35,7 +35,7 @@ from model import (
     GPT, add_adapters, generate, last_tokens, load_config, load_model, pack, pad, predicts,
     token_logprobs,
 )  # fmt: skip
-from run import TrainingFlags, read_jsonl, refuse
+from run import TrainingFlags, onto, read_jsonl, refuse
 from tokens import (
     END_OF_TEXT, Conversation, check_tokenizer, encode, identity, kept_template, load_tokenizer,
     response_of, tokenizer_files,
@@ -363,14 +363,16 @@ def score_rows(model, rows, size, run, at=last_tokens, of=None, name="the model"
     for begin in range(0, len(batches), run.world):
         run.stop_if_told()
         run.progress("scored batches of responses", begin, len(batches))
-        for indices in batches[begin + run.rank : begin + run.rank + 1]:
-            some = [groups[i] for i in indices]
-            tokens, mask, segments = (x.to(run.device) for x in pack(*zip(*some, strict=True)))
-            with torch.no_grad(), run.autocast:
-                output = model(tokens, at(mask), segments)  # (N,), one a response
-            output = of(output, tokens, mask) if of else output
-            found = output.split([len(responses) for _, responses in some])
-            scores += [(i, row.tolist()) for i, row in zip(indices, found, strict=True)]
+        mine = batches[begin + run.rank : begin + run.rank + 1]
+        indices = mine[0] if mine else batches[0]  # just to go along
+        some = [groups[i] for i in indices]
+        tokens, mask, segments = onto(run.device, *pack(*zip(*some, strict=True)))
+        with torch.no_grad(), run.autocast:
+            output = model(tokens, at(mask), segments)  # (N,), one a response
+        output = (of(output, tokens, mask) if of else output).tolist()
+        found = iter(output)
+        for i in indices if mine else ():
+            scores.append((i, list(itertools.islice(found, len(groups[i][1])))))
     scores = [score for _, row in sorted(run.gather(scores)) for score in row]
     check_scores(scores, name)
     return scores
@@ -394,7 +396,7 @@ def load_policy(name, run, tokenizer="", template=None):
         refuse(error)
     if model.score is not None:
         refuse(f"{name}: has a scalar head, no language model's")
-    return model.eval().to(run.device, run.precision), tokenizer
+    return model.eval().to(run.place(), run.precision), tokenizer
 
 
 def load_reward_model(directory, device="cpu"):
@@ -478,6 +480,21 @@ def check_scores(scores, name):
             refuse(f"{name}: a response's score is {score}: not finite")
 
 
+def reward_model_for(name, tokenizer, run):
+    """-> a reward model in eval mode on the run's device, and its statistics; or the script ends,
+    also where it reads other tokens than a policy of this tokenizer writes."""
+    try:
+        model, theirs, statistics = load_reward_model(name)
+    except (OSError, ValueError) as error:
+        refuse(error)
+    if identity(theirs) != identity(tokenizer):
+        refuse(
+            f"{name}: another tokenizer or template ({theirs.name}) than the policy's "
+            f"({tokenizer.name})"
+        )
+    return model.to(run.place(), run.precision), statistics
+
+
 class Reward:
     """Scores responses: a Python file's score(prompt, response, **fields), or a reward model."""
 
@@ -487,28 +504,20 @@ class Reward:
         if name.endswith(".py"):
             self.file = load_python(name)
             return
-        try:
-            model, theirs, statistics = load_reward_model(name)
-        except (OSError, ValueError) as error:
-            refuse(error)
-        if identity(theirs) != identity(tokenizer):
-            refuse(
-                f"{name}: another tokenizer or template ({theirs.name}) than the policy's "
-                f"({tokenizer.name})"
-            )
+        model, statistics = reward_model_for(name, tokenizer, run)
         self.statistics = RAW if raw else statistics
-        self.model = model.eval().to(run.device, run.precision).requires_grad_(False)
+        self.model = run.parallel(model.requires_grad_(False))
 
     def __call__(self, rollout, size):
         """Scores (B,), float64; of a model's, `size` rows a forward (0: all)."""
         if self.model is None:
             pairs = zip(rollout.lines, rollout.texts, strict=True)
             scores = [told(self.file, "score", line, text) for line, text in pairs]
-            return rollout.tokens.new_tensor(scores, dtype=torch.float64)
+            return torch.tensor(scores, dtype=self.run.wide, device=self.run.device)
         raw = []
         for tokens, mask in rollout.parts(size):
             with torch.no_grad(), self.run.autocast:
-                raw.append(self.model(tokens, last_tokens(mask)).double())
+                raw.append(self.model(tokens, last_tokens(mask)).to(self.run.wide))
         raw = torch.cat(raw)
         check_scores(raw.tolist(), self.name)
         return normalised(raw, self.statistics)
@@ -595,6 +604,10 @@ class Rollout:
     texts: list  # without the EOS
     ended: torch.Tensor  # (B,) bool
 
+    def counted(self, real):
+        """The mask, (B, T), of the `real` first rows alone."""
+        return self.mask & (torch.arange(len(self.mask), device=self.mask.device) < real)[:, None]
+
     def parts(self, size):
         """Tokens and mask of `size` rows at a time (0: all), without columns of pads."""
         for i in range(0, len(self.lines), size or len(self.lines)):
@@ -615,18 +628,18 @@ class Rollout:
 def rollout_of(prompts, responses, tokenizer, device):
     """Prompts (line, ids) and responses (ids) as a Rollout."""
     lines, ids = (list(some) for some in zip(*prompts, strict=True))
-    tokens, mask = (x.to(device) for x in pad(ids, responses))
     lengths = [len(p) + len(r) for p, r in zip(ids, responses, strict=True)]
     texts, ended = zip(*(response_of(tokenizer, response) for response in responses), strict=True)
-    ended = torch.tensor(ended, device=device)
+    tokens, mask, ended = onto(device, *pad(ids, responses), torch.tensor(ended))
     return Rollout(lines, tokens, mask, lengths, responses, list(texts), ended)
 
 
 def sample_rollout(sampler, prompts, tokenizer, cfg, temperature, generator):
     """A response to each prompt, from the full softmax: truncated, its KL would be another's."""
-    responses, size = [], 8 * cfg.micro_batch_size or len(prompts)  # no more cache at once
+    few = 8 * cfg.micro_batch_size or len(prompts)  # no more cache at once
+    responses, size = [], sampled_at_once(sampler, prompts, cfg, few)
     for i in range(0, len(prompts), size):
-        tokens, mask = generate(
+        responses += generate(
             sampler,
             [ids for _, ids in prompts[i : i + size]],
             cfg.max_new_tokens,
@@ -634,19 +647,29 @@ def sample_rollout(sampler, prompts, tokenizer, cfg, temperature, generator):
             eos=tokenizer.ends,
             generator=generator,
         )
-        responses += [row[inside].tolist() for row, inside in zip(tokens, mask, strict=True)]
     return rollout_of(prompts, responses, tokenizer, sampler.wte.weight.device)
+
+
+def sampled_at_once(sampler, prompts, cfg, few):
+    """For how many prompts: `few`; but on a GPU, where a step takes about as long for one row as
+    for hundreds, for as many as have 8 GiB of keys and values."""
+    if not sampler.wte.weight.is_cuda:
+        return few
+    c, longest = sampler.config, max(len(ids) for _, ids in prompts) + cfg.max_new_tokens
+    width = sampler.wte.weight.element_size()
+    return max(2**33 // (2 * c.n_layer * c.n_kv_head * c.head_dim * longest * width), 1)
 
 
 def sample_step(run, policy, prompts, tokenizer, num_samples=1):
     """-> the rollout of this rank's share of an iteration's batch_size episodes, num_samples to a
-    prompt, and how many of its rows count: a rank without prompts goes along with rows of weight 0,
-    as the others wait for its gradients. Prompts in the order of their lengths: in one forward rows
-    should be alike, as pads cost as much as tokens."""
+    prompt, and how many of its rows count, the first ones: a rank with a prompt less than others
+    goes along with rows of weight 0, as they wait for it. Prompts in the order of their lengths: in
+    one forward rows should be alike, as pads cost as much as tokens."""
     cfg, groups = run.cfg, run.cfg.batch_size // num_samples
     order = prompts_of_step(len(prompts), groups, run.step, cfg.seed)
     mine = sorted(order[run.rank :: run.world], key=lambda i: len(prompts[i][1]))
-    some = [prompts[i] for i in mine or order[:1] for _ in range(num_samples)]
+    along = order[: math.ceil(groups / run.world) - len(mine)]
+    some = [prompts[i] for i in mine + along for _ in range(num_samples)]
     seed = (cfg.seed * 1_000_003 + run.step) * 4096 + run.rank
     generator = torch.Generator(run.device).manual_seed(seed)
     sampler = run.sampler(policy)
@@ -893,8 +916,8 @@ class Rewards:
         most = self.cfg.max_new_tokens + 1
         texts = [line["reference"] for line in rollout.lines]
         known = [encode(self.tokenizer, "", text, most, True)[1] for text in texts]
-        begin = rollout.mask.int().argmax(1).tolist()
-        ids = [row[:n].tolist() for row, n in zip(rollout.tokens, begin, strict=True)]
+        begin = [n - len(r) for n, r in zip(rollout.lengths, rollout.responses, strict=True)]
+        ids = [row[:n] for row, n in zip(rollout.tokens.tolist(), begin, strict=True)]
         prompts = list(zip(rollout.lines, ids, strict=True))
         found = rollout_of(prompts, known, self.tokenizer, self.run.device)
         return dataclasses.replace(found, texts=texts)
@@ -990,7 +1013,7 @@ def warnings_of(record, before, cfg):
 
 def nll_sum(model, examples, run):
     """Sum of -log pi over the response tokens of demonstrations, nats, and their number."""
-    tokens, mask, segments = (x.to(run.device) for x in packed(examples))
+    tokens, mask, segments = onto(run.device, *packed(examples))
     with run.autocast:
         logits = model(tokens, predicts(mask), segments)  # (N, V)
     return -token_logprobs(logits, tokens, mask).sum(), mask.sum()
@@ -1004,11 +1027,11 @@ def add_ptx_gradient(model, ptx, update, size, cfg, run):
     lines = sorted(lines, key=lambda i: sum(map(len, ptx[i])))
     mine, most = lines[run.rank :: run.world], math.ceil(len(lines) / run.world)
     (total,) = run.sum([sum(len(ptx[i][1]) for i in mine)])
-    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+    sums = run.zeros(2)
     for rows, weight in run.micro_batches(mine, most, size, filler=lines[0]):
         nll, count = nll_sum(model, [ptx[i] for i in rows], run)
         run.scaler.scale(nll * (cfg.ptx_coef * weight * run.world / total)).backward()
-        sums += weight * torch.stack([nll.detach().double(), count])
+        sums += weight * torch.stack([nll.detach().to(run.wide), count])
     return sums
 
 
@@ -1017,11 +1040,11 @@ def held_out_nll(model, examples, size, run):
     if not examples:
         return {}
     mine = sorted(examples[run.rank :: run.world], key=lambda example: sum(map(len, example)))
-    total = torch.zeros(2, dtype=torch.float64, device=run.device)
-    for i in range(0, len(mine), size or max(len(mine), 1)):
+    most, total = math.ceil(len(examples) / run.world), run.zeros(2)
+    for some, weight in run.micro_batches(mine, most, size, filler=examples[0]):
         with torch.no_grad():
-            nll, count = nll_sum(model, mine[i : i + (size or len(mine))], run)
-        total += torch.stack([nll.double(), count])
+            nll, count = nll_sum(model, some, run)
+        total += weight * torch.stack([nll.to(run.wide), count])
     nll, count = run.sum(total.tolist())
     return {"nll": nll / count}
 
@@ -1038,23 +1061,24 @@ def respond(
     sampler, found = run.sampler(model), []
     generator = torch.Generator(run.device).manual_seed(seed * run.world + run.rank)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]))  # few pads in a batch
-    for begin in range(0, len(order), rows * run.world):
+    at_once = sampled_at_once(sampler, prompts, run.cfg, rows) if prompts else 1
+    for begin in range(0, len(order), at_once * run.world):
         run.stop_if_told()
         run.progress("sampled held-out prompts", begin, len(order))
-        mine = order[begin : begin + rows * run.world][run.rank :: run.world]
-        if not mine:
-            continue
-        some = [prompts[i] for i in mine]
+        of_all = order[begin : begin + at_once * run.world]
+        mine = of_all[run.rank :: run.world]
+        along = of_all[: math.ceil(len(of_all) / run.world) - len(mine)]  # as others wait
+        some = [prompts[i] for i in mine + along]
         batch = sample_rollout(sampler, some, tokenizer, run.cfg, temperature, generator)
         scores = score(batch, rows).tolist() if score else []
-        gaps = []
+        gaps, ended = [], batch.ended.tolist()
         if kl_to and temperature:  # greedy samples say nothing of the KL
             ours, theirs = (
                 batch.each(rows, run, logprobs_of, m, temperature) for m in (model, kl_to)
             )
             gaps = (ours - theirs).sum(1).tolist()
         for n, i in enumerate(mine):
-            parts = {"words": float(len(batch.texts[n].split())), "eos": float(batch.ended[n])}
+            parts = {"words": float(len(batch.texts[n].split())), "eos": float(ended[n])}
             parts |= judged(gold, batch.lines[n], batch.texts[n])
             parts |= {"proxy": scores[n]} if score else {}
             parts |= {"kl": gaps[n]} if gaps else {}
@@ -1191,7 +1215,7 @@ def load_trunk(cfg, run):
     set_dropout(model, 0.0)
     positions = model.config.n_positions
     max_length = min(cfg.max_length or positions, positions)
-    model = model.to(run.device, run.precision)
+    model = model.to(run.place(), run.precision)
     learn_by_adapters(model, cfg)
     return model, tokenizer, max_length
 

@@ -43,7 +43,7 @@ from feedback import (
     sample_step, show, token_rewards, totals_of, warnings_of, whiten,
 )  # fmt: skip
 from model import entropy, predicts, token_logprobs
-from run import Run, adam, flags, guarded, refuse, schedule
+from run import Run, adam, flags, guarded, onto, refuse, schedule
 
 # --- mathematics ----------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ def main():
     # The policy learns; the reference, which is where it starts, and the rewards don't. In eval
     # mode for good: dropout would make the ratio differ from 1.
     policy, tokenizer = load_policy(cfg.init, run)
-    reference = reference_of(policy, cfg)
+    reference = run.parallel(reference_of(policy, cfg))
     learn_by_adapters(policy, cfg)
     reward = Rewards(cfg, tokenizer, run)  # one, or several combined
     room = min(m.config.n_positions for m in (policy, *reward.models)) - cfg.max_new_tokens
@@ -167,10 +167,10 @@ def main():
     inputs = [cfg.prompts, cfg.validation, cfg.ptx_data, cfg.ptx_validation, cfg.gold]
     run.open([*inputs, cfg.init, *cfg.reward], total=cfg.steps)
 
+    model = run.parallel(policy)  # losses go through it: compiled, under DDP
     optimizer = adam(policy, cfg.lr, cfg)
     # What changes from iteration to iteration; `first`: the first one's numbers, to warn by.
     now = run.resume({"policy": policy}, {"policy": optimizer}, baseline=None, first=None)
-    model = run.parallel(policy)  # losses go through it: compiled, under DDP
     # Every rank deals its episodes out to the same number of minibatches.
     share = math.ceil(cfg.batch_size // cfg.num_samples / run.world) * cfg.num_samples
     minibatches = min(math.ceil(cfg.batch_size / cfg.minibatch_size), share)
@@ -195,11 +195,11 @@ def main():
             break
 
         # 1. Rollout: num_samples responses to each of this rank's prompts, a prompt's adjacent.
-        #    `real` rows count: all; or none, where the rank has no prompt and just goes along.
+        #    The `real` first rows count: all, but where the rank has a prompt less than others, and
+        #    goes along as they wait for it.
         begun = time.time()
         rollout, real = sample_step(run, policy, prompts, tokenizer, cfg.num_samples)
-        mask = rollout.mask
-        counted = mask if real else torch.zeros_like(mask)
+        mask, counted = rollout.mask, rollout.counted(real)
         sampled = time.time()
 
         # 2. Scores of whole responses, the least of them for those that did not end;
@@ -230,8 +230,7 @@ def main():
             group["lr"] = lr
         old = {"tokens": rollout.tokens, "mask": mask, "logprobs": logprobs}
         old |= {"ref_logprobs": ref_logprobs, "advantages": advantages}
-        sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=run.device)
-        ptx_sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+        sums, ptx_sums = run.zeros(len(SUMMED)), run.zeros(2)
         norm, updates = 0.0, 0
         for epoch in range(cfg.update_epochs):
             before = sums.clone()
@@ -242,6 +241,7 @@ def main():
                 (total,) = run.sum([sum(len(rollout.responses[i]) for i in minibatch)])  # tokens
                 for rows, weight in run.micro_batches(minibatch, largest, size, filler=0):
                     columns = slice(max(rollout.lengths[i] for i in rows))
+                    (rows,) = onto(run.device, torch.tensor(rows))
                     b = SimpleNamespace(**{name: x[rows, columns] for name, x in old.items()})
                     with run.autocast:
                         logits = model(b.tokens, at=predicts(b.mask))  # (N, V)
@@ -251,18 +251,20 @@ def main():
                         known = new_logprobs, b.ref_logprobs, cfg.kl_estimator
                         losses = losses + cfg.beta * kl_estimate(*known)
                     policy_sum = (losses * b.mask).sum()
-                    with torch.set_grad_enabled(cfg.entropy_coef > 0):
+                    # Exact where it is learnt from, else of the samples: on average the same.
+                    bonus = -b.logprobs.sum()
+                    if cfg.entropy_coef:
                         bonus = entropy(logits, cfg.temperature).sum()
                     loss = policy_sum - cfg.entropy_coef * bonus
                     # One mean over micro-batches and ranks; DDP averages: undo it.
                     run.scaler.scale(loss * (weight * run.world / total)).backward()
-                    ratio = (new_logprobs - b.logprobs).detach().exp()[b.mask]
+                    ratio = (new_logprobs - b.logprobs).detach().exp()  # 1 outside the mask
                     if updates == 0 and run.step == run.first:
                         check_ratio(ratio, run)
                     clipped = ((ratio - 1).abs() > cfg.clip).sum()
                     drift = (ratio - 1 - ratio.log()).sum()  # KL of old and new policy, by k3
                     found = [policy_sum, clipped, drift, bonus, b.mask.sum()]
-                    sums += weight * torch.stack([x.detach().double() for x in found])
+                    sums += weight * torch.stack([x.detach().to(run.wide) for x in found])
                 if ptx:
                     update = (run.step * cfg.update_epochs + epoch) * minibatches + number
                     ptx_sums += add_ptx_gradient(model, ptx, update, size, cfg, run)

@@ -40,6 +40,9 @@ from tokens import (
 # issue 188792; in 7% of forked processes here, a loss 1e-5 off). One thread makes it now, or no run
 # would be sure to repeat bit for bit.
 torch.ones(1).exp()
+# cuDNN's attention is torch's first choice on Hopper, and makes a plan, some 30 ms, for each length
+# of keys that it has not met: every step of sampling, every longest row of a batch.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 # --- the network ----------------------------------------------------------------------------------
 
@@ -151,15 +154,16 @@ def rotate(x, cos, sin):
 
 
 @functools.cache
-def compiled_flex_attention():
-    return torch.compile(flex_attention)
+def compiled(function):
+    return torch.compile(function)
 
 
 def attend(q, k, v, visible=None, causal=True, dropout=0.0):
     """Softmax attention of queries (B, H, T, D) to keys and values (B, G, columns, D): to those
     that `visible` allows, a mask or from `seen`; without it to those not after them, or to all."""
     if isinstance(visible, BlockMask):
-        return compiled_flex_attention()(q, k, v, block_mask=visible, enable_gqa=True)
+        flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+        return flex(q, k, v, block_mask=visible, enable_gqa=True)
     causal, shared = causal and visible is None, q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, visible, dropout, causal, enable_gqa=shared)
 
@@ -254,7 +258,7 @@ class Attention(nn.Module):
     def forward(self, x, angles=None, cache=None, start=0, visible=None):
         """x (B, T, C) -> (B, T, C). `cache` (2, B, G, columns, D) takes keys and values at
         start..start+T. From start > 0, one new token a row sees all that `visible` (B, 1, 1,
-        columns) allows of what is there."""
+        columns) allows of what is there; where start is a tensor, of all the cache."""
         B, T = x.shape[:2]
         q, k, v = self.c_attn(x).split([n * self.dim for n in self.heads], 2)
         if self.qk_norm == "all":
@@ -265,14 +269,18 @@ class Attention(nn.Module):
         if angles is not None and self.rotated:
             q, k = rotate(q, *angles), rotate(k, *angles)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        if cache is not None:
+        decoding = torch.is_tensor(start) or start > 0
+        if torch.is_tensor(start):
+            k, v = (c.index_copy_(2, start, new) for c, new in zip(cache, (k, v), strict=True))
+        elif cache is not None:
             cache[0, :, :, start : start + T] = k
             cache[1, :, :, start : start + T] = v
-        if start > 0:
-            k, v = cache[:, :, :, : start + 1]
-            visible = None if visible is None else visible[..., : start + 1]
+            if decoding:
+                k, v = cache[:, :, :, : start + 1]
+                visible = None if visible is None else visible[..., : start + 1]
+        if decoding:
             q = q.reshape(B, k.shape[1], -1, self.dim)  # heads that share keys are as more queries
-        y = attend(q, k, v, visible, start == 0, self.dropout if self.training else 0.0)
+        y = attend(q, k, v, visible, not decoding, self.dropout if self.training else 0.0)
         return self.c_proj(y.reshape(B, -1, T, self.dim).transpose(1, 2).flatten(2))
 
 
@@ -367,7 +375,7 @@ class GPT(nn.Module):
         x, angles = self.embed(tokens, positions)
         if at is not None and at.shape != tokens.shape:
             raise ValueError(f"at is {tuple(at.shape)}, tokens are {tuple(tokens.shape)}")
-        keep = None if at is None else at.flatten().nonzero().squeeze(1)
+        keep = None if at is None else places_of(at)
         for i, block in enumerate(self.h):
             some = keep if i == len(self.h) - 1 else None
             if self.checkpoint_activations and torch.is_grad_enabled() and caches is None:
@@ -381,11 +389,15 @@ class GPT(nn.Module):
         if self.score is not None:
             # In float32 under autocast too: it is differences between scores that count.
             return (at_least_float32(hidden) * self.score.weight[0]).sum(-1)
-        return F.linear(hidden, self.head_weight())
+        return self.logits(hidden, self.head_weight())
+
+    def logits(self, hidden, head_weight):
+        return F.linear(hidden, head_weight)[..., : self.config.vocab_size]
 
     def head_weight(self):
         """The head, (V, C), which may be the embeddings; in half precision less its mean, which
-        shifts all logits alike.
+        shifts all logits alike, and with rows of 0 to a multiple of 64: a GPU's products are slow
+        where rows are not aligned.
 
         Softmax does not see the shift. GPT-2's logits lie near -100, where bfloat16's numbers are
         0.5 apart: centred, log-probabilities come five times nearer to float32's (0.08 off on
@@ -394,7 +406,7 @@ class GPT(nn.Module):
         weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
         half = weight.dtype in (torch.bfloat16, torch.float16)
         if half or torch.is_autocast_enabled(weight.device.type):
-            weight = weight - weight.mean(0)
+            weight = F.pad(weight - weight.mean(0), (0, 0, 0, -len(weight) % 64))
         return weight
 
     def states(self, tokens, at=None, segments=None):
@@ -451,25 +463,56 @@ def token_logprobs(logits, tokens, mask, temperature=1.0):
     Returns:
         (B, T), 0 outside the mask; float32 at least, whatever the logits' type.
     """
+    where = places_of(mask)  # (N,)
+    targets = tokens.flatten().index_select(0, where)
+    return spread(fused(logprob_of, logits)(logits, targets, temperature), mask, where)
+
+
+def places_of(mask):
+    """Where a mask of any shape is True, (N,), when flattened. Whoever asks waits for a GPU."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def spread(values, mask, where=None):
+    """values (N,) at the places of mask (B, T), in their order, and 0 elsewhere: (B, T)."""
+    where = places_of(mask) if where is None else where
+    return values.new_zeros(mask.numel()).index_copy(0, where, values).view(mask.shape)
+
+
+def logprob_of(logits, targets, temperature):
+    """log softmax(logits / temperature) of each row's target, (N,)."""
     logits = at_least_float32(logits)
     if temperature != 1:  # dividing would hold a second (N, V) tensor
         logits = logits / temperature
-    targets = tokens[mask.bool()]  # (N,)
     # Gather, then subtract: log_softmax would hold a second (N, V) tensor for the backward pass.
-    logprobs = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)  # (N,)
-    return logprobs.new_zeros(mask.shape).masked_scatter(mask.bool(), logprobs)
+    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
 def entropy(logits, temperature=1.0):
     """Entropy (N,) in nats of the softmax of each row of logits (N, V) / temperature."""
+    return fused(entropy_of, logits)(logits, temperature)
+
+
+def entropy_of(logits, temperature):
     logits = at_least_float32(logits)
     logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
     # A token that was filtered out has log-probability -inf and adds 0, not 0 * -inf = NaN.
     return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
+def fused(function, logits):
+    """The function; on a GPU compiled, as one by one its steps would read and write all of (N, V),
+    float32, some twenty times."""
+    return compiled(function) if logits.is_cuda else function
+
+
 def at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
+
+
+def widest(device):
+    """The type for long sums: float64, but that Apple's GPUs have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def last_tokens(mask):
@@ -497,9 +540,9 @@ def response_sums(values, mask):
     """values (N,) or (N, numbers), at the tokens of `mask` (B, T), summed over each of its
     responses, in their order: (M,) or (M, numbers)."""
     mask = mask.bool()
-    first = (mask & ~F.pad(mask[:, :-1], (1, 0)))[mask].nonzero().squeeze(1)  # (M,)
-    lengths = first.diff(append=first.new_tensor([len(values)]))
-    return torch.segment_reduce(values, "sum", lengths=lengths)
+    begins = (mask & ~F.pad(mask[:, :-1], (1, 0))).flatten().index_select(0, places_of(mask))
+    lengths = F.pad(places_of(begins), (0, 1), value=len(values)).diff()  # (M,)
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
 def pack(prompts, responses, width=0):
@@ -573,7 +616,7 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         sorted_p = sorted_p.masked_fill(before >= top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, sorted_p)
     # In float64: next to 1, float32 has no room for the tails of a large vocabulary.
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    cumulative = probabilities.cumsum(-1, dtype=widest(logits.device))
     # 1 - uniform is in (0, 1]: the first token whose cumulative probability reaches it has a
     # probability above 0, and there always is one.
     threshold = (1 - uniform)[:, None] * cumulative[:, -1:]
@@ -585,11 +628,58 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     return drawn.squeeze(-1)
 
 
+class Replayed:
+    """What a step of `decode` computes, always in the same places of memory, so that a GPU can be
+    told once and do it again: a small model's kernels take less time than Python needs to start
+    them. Attention goes over up to 256 columns more than there are yet."""
+
+    def __init__(self, model, head_weight, caches, visible, column):
+        """`column`: the first that is still empty."""
+        self.model, self.head_weight, self.caches = model, head_weight, caches
+        (_, B, _, columns, _), device = caches[0].shape, caches[0].device
+        self.tokens, self.positions = torch.zeros(2, B, 1, dtype=torch.int64, device=device)
+        self.column = torch.zeros(1, dtype=torch.int64, device=device)
+        if visible is None:
+            visible = torch.ones(B, 1, 1, columns, dtype=torch.bool, device=device)
+        self.visible, self.size = visible.clone(), 0
+        self.visible[..., column:] = False
+
+    def __call__(self, tokens, positions, column):
+        """Logits (B, V) of tokens (B,) at positions (B,), which are written to the column."""
+        self.tokens.copy_(tokens[:, None])
+        self.positions.copy_(positions[:, None])
+        self.column.fill_(column)
+        self.visible[..., column] = True
+        if column >= self.size:
+            self.size = column + 256
+            self.again = recorded(self.compute) if tokens.is_cuda else self.compute
+        self.again()
+        return self.logits
+
+    def compute(self):
+        caches = [cache[:, :, :, : self.size] for cache in self.caches]
+        inputs = self.tokens, self.positions, caches, self.column, self.visible[..., : self.size]
+        self.logits = self.model.logits(self.model.trunk(*inputs)[:, 0], self.head_weight)
+
+
+def recorded(step):
+    """What has a GPU do all kernels of step() again."""
+    step()  # libraries set up what they need when they are first called: not while recording
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
 @torch.inference_mode()
-def decode(model, prompts, max_new_tokens, num_samples, temperature, top_k, top_p, eos, generator):
+def decode(
+    model, prompts, max_new_tokens, num_samples, temperature, top_k, top_p, eos, generator,
+    static=None,
+):  # fmt: skip
     """`generate`, one step at a time: yields the next token of every row, (B,), at most
     max_new_tokens times; an `eos` again for rows that have ended. Stops when all have. Inference
-    mode spares bookkeeping: 6% of the time of 16 toy rows."""
+    mode spares bookkeeping: 6% of the time of 16 toy rows. static: whether steps are `Replayed`;
+    None: on a GPU."""
     N, K = len(prompts), num_samples
     longest = max((len(prompt) for prompt in prompts), default=0)
     if not prompts or min(len(prompt) for prompt in prompts) == 0:
@@ -602,6 +692,7 @@ def decode(model, prompts, max_new_tokens, num_samples, temperature, top_k, top_
     if model.training and model.config.dropout > 0:
         raise ValueError("dropout is on: call model.eval() before sampling")
     device, dtype = model.wte.weight.device, model.wte.weight.dtype
+    static = device.type == "cuda" if static is None else static
     G, D = model.config.n_kv_head, model.config.head_dim
     ends = torch.tensor([] if eos is None else eos, dtype=torch.int64, device=device).flatten()
     P = longest - 1  # the last token of a prompt is read by the first step, as a sampled one is
@@ -612,7 +703,9 @@ def decode(model, prompts, max_new_tokens, num_samples, temperature, top_k, top_
     # tokens at a time (which fit into a CPU's caches: 1.4 times the speed), and its K samples get
     # copies.
     columns = P + max_new_tokens
-    caches = torch.empty(len(model.h), 2, N, K, G, columns, D, device=device, dtype=dtype)
+    columns += -columns % 64 if static else 0  # GPUs like rows that are aligned
+    make = torch.zeros if static else torch.empty  # 0 times what is hidden should be 0
+    caches = make(len(model.h), 2, N, K, G, columns, D, device=device, dtype=dtype)
     if P > 0:
         tokens = pad([prompt[:-1] for prompt in prompts], [[]] * N)[0].to(device)  # (N, P)
         places, nowhere = torch.arange(P, device=device)[None], torch.zeros_like(tokens).bool()
@@ -631,16 +724,20 @@ def decode(model, prompts, max_new_tokens, num_samples, temperature, top_k, top_
         visible = (column < positions[:, None]) | (column >= P)  # (B, columns)
         visible = visible[:, None, None]
 
-    head_weight = model.head_weight()
+    head_weight, replayed = model.head_weight(), None
     rows = torch.arange(N * K, device=device)  # those still computed
     ended = torch.zeros(N * K, dtype=torch.bool, device=device)  # of those rows, whether done
     for step in range(max_new_tokens):
-        hidden = model.trunk(next_tokens[:, None], positions[:, None], caches, P + step, visible)
-        logits = F.linear(hidden[:, 0], head_weight)  # (rows, V)
+        if static:
+            replayed = replayed or Replayed(model, head_weight, caches, visible, P + step)
+            logits = replayed(next_tokens, positions, P + step)  # (rows, V)
+        else:
+            inputs = next_tokens[:, None], positions[:, None], caches, P + step, visible
+            logits = model.logits(model.trunk(*inputs)[:, 0], head_weight)
         positions = positions + 1
         # Every row has its number at every step, so that retiring others changes no sample.
         source = generator.device if generator else device
-        uniform = torch.rand(N * K, generator=generator, device=source, dtype=torch.float64)
+        uniform = torch.rand(N * K, generator=generator, device=source, dtype=widest(source))
         next_tokens = sample(logits, uniform.to(device)[rows], temperature, top_k, top_p)
         if eos is None:
             yield next_tokens
@@ -659,6 +756,7 @@ def decode(model, prompts, max_new_tokens, num_samples, temperature, top_k, top_
                 positions = positions[going]
                 caches = [cache[:, going] for cache in caches]
                 visible = None if visible is None else visible[going]
+                replayed = None
 
 
 def generate(
@@ -683,8 +781,7 @@ def generate(
         generator: torch.Generator; the same one gives the same tokens.
 
     Returns:
-        tokens (B, T) int64 and mask (B, T) bool, B = len(prompts) * K, a prompt's samples adjacent,
-        padded on the right, T the longest row's length.
+        lists of token ids, len(prompts) * K of them, a prompt's adjacent.
 
     Raises:
         ValueError: an empty prompt, or more positions than the model has.
@@ -695,8 +792,7 @@ def generate(
     for row in torch.stack(list(steps), 1).tolist():
         length = next((t for t, token in enumerate(row, 1) if token in ends), len(row))
         responses.append(row[:length])
-    tokens, mask = pad([prompt for prompt in prompts for _ in range(num_samples)], responses)
-    return tokens.to(model.wte.weight.device), mask.to(model.wte.weight.device)
+    return responses
 
 
 # --- files ----------------------------------------------------------------------------------------

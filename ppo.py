@@ -34,14 +34,14 @@ import numpy as np
 import torch
 
 from feedback import (
-    RAW, Reward, RewardFlags, Rewards, add_ptx_gradient, add_scalar_head, brief, check_ratio,
+    RAW, RewardFlags, Rewards, add_ptx_gradient, add_scalar_head, brief, check_ratio,
     check_rewards, check_start, explained_variance, held_out_nll, kl_estimate, learn_by_adapters,
     load_policy, load_python, logprobs_of, normalised, numbers, punish_missing_eos,
-    read_demonstrations, read_prompts, record_of, reference_of, respond, sample_step, show,
-    token_rewards, totals_of, warnings_of, whiten,
+    read_demonstrations, read_prompts, record_of, reference_of, respond, reward_model_for,
+    sample_step, show, token_rewards, totals_of, warnings_of, whiten,
 )  # fmt: skip
-from model import GPT, entropy, predicts, token_logprobs
-from run import Run, adam, flags, guarded, refuse, schedule
+from model import GPT, entropy, predicts, spread, token_logprobs
+from run import Run, adam, flags, guarded, onto, refuse, schedule
 
 # --- mathematics ----------------------------------------------------------------------------------
 
@@ -202,19 +202,19 @@ def value_network(cfg, policy, reward, tokenizer, run):
     if start not in ("policy", "random"):
         # It starts knowing what a finished response scores (Stiennon et al. 2020); a model of its
         # own, as it will learn.
-        start = Reward(start, tokenizer, run, raw=cfg.combine == "llama2")
-        return start.model.requires_grad_(True), start.statistics
+        model, statistics = reward_model_for(start, tokenizer, run)
+        return model, RAW if cfg.combine == "llama2" else statistics
     torch.manual_seed(cfg.seed)
     model = add_scalar_head(policy) if start == "policy" else GPT(policy.config, scalar_head=True)
     torch.nn.init.zeros_(model.score.weight)
-    return model.eval().to(run.device, run.precision), RAW
+    return model.eval().to(run.place(), run.precision), RAW
 
 
 def values_of(tokens, mask, model, statistics):
     """The value network's values, (B, T), on the scale of the scores: column t is of the state
     before token t is chosen. 0 outside the mask."""
     values = normalised(model(tokens, at=predicts(mask)), statistics)  # (N,)
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    return spread(values, mask)
 
 
 def policy_losses(new_logprobs, old, now, cfg):
@@ -240,7 +240,7 @@ def main():
     # Four models, all in eval mode for good: dropout would make the ratio differ from 1. The
     # reference is --init's policy, also in a run that is resumed below.
     policy, tokenizer = load_policy(cfg.init, run)
-    reference = reference_of(policy, cfg)
+    reference = run.parallel(reference_of(policy, cfg))
     reward = Rewards(cfg, tokenizer, run)  # one, or several combined
     value_model, statistics = value_network(cfg, policy, reward, tokenizer, run)
     freeze(policy, cfg.trainable_layers)
@@ -263,10 +263,10 @@ def main():
 
     modules = {"policy": policy, "value": value_model}
     peaks = {"policy": cfg.lr, "value": cfg.value_lr}
+    forward = {name: run.parallel(model) for name, model in modules.items()}  # compiled, under DDP
     optimizers = {name: adam(model, peaks[name], cfg) for name, model in modules.items()}
     # What changes from iteration to iteration; `first`: the first one's numbers, to warn by.
     now = run.resume(modules, optimizers, beta=cfg.beta, step_coef=1.0, first=None)
-    forward = {name: run.parallel(model) for name, model in modules.items()}  # compiled, under DDP
     # Every rank deals its episodes out to the same number of minibatches.
     share = math.ceil(cfg.batch_size // cfg.num_samples / run.world) * cfg.num_samples
     minibatches = min(math.ceil(cfg.batch_size / cfg.minibatch_size), share)
@@ -291,12 +291,11 @@ def main():
         if run.step == cfg.steps:
             break
 
-        # 1. Rollout: responses to this rank's prompts. `real` rows count: all; or none, where the
-        #    rank has no prompt, and goes along as the others wait for it.
+        # 1. Rollout: responses to this rank's prompts. The `real` first rows count: all, but where
+        #    the rank has a prompt less than others, and goes along as they wait for it.
         times = [time.time()]
         rollout, real = sample_step(run, policy, prompts, tokenizer, cfg.num_samples)
-        mask = rollout.mask
-        counted = mask if real else torch.zeros_like(mask)
+        mask, counted = rollout.mask, rollout.counted(real)
         times.append(time.time())
 
         # 2. Scores of whole responses, the least of them for those that did not end;
@@ -327,8 +326,7 @@ def main():
                 group["lr"] = rate * peaks[name]
         old = {"tokens": rollout.tokens, "mask": mask, "logprobs": logprobs, "values": values}
         old |= {"ref_logprobs": ref_logprobs, "advantages": advantages, "returns": returns}
-        sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=run.device)
-        ptx_sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+        sums, ptx_sums = run.zeros(len(SUMMED)), run.zeros(2)
         norms, updates = dict.fromkeys(modules, 0.0), 0
         for epoch in range(cfg.update_epochs):
             shuffle = np.random.default_rng([cfg.seed, run.step, epoch, run.rank])
@@ -338,6 +336,7 @@ def main():
                 (total,) = run.sum([sum(len(rollout.responses[i]) for i in minibatch)])  # tokens
                 for rows, weight in run.micro_batches(minibatch, largest, size, filler=0):
                     columns = slice(max(rollout.lengths[i] for i in rows))
+                    (rows,) = onto(run.device, torch.tensor(rows))
                     b = SimpleNamespace(**{name: x[rows, columns] for name, x in old.items()})
                     with run.autocast:
                         logits = forward["policy"](b.tokens, at=predicts(b.mask))  # (N, V)
@@ -347,18 +346,20 @@ def main():
                         new_values = values_of(b.tokens, b.mask, forward["value"], statistics)
                     value_losses = value_loss(new_values, b.values, b.returns, cfg.value_clip)
                     value_sum = (value_losses * b.mask).sum()
-                    with torch.set_grad_enabled(cfg.entropy_coef > 0):
+                    # Exact where it is learnt from, else of the samples: on average the same.
+                    bonus = -b.logprobs.sum()
+                    if cfg.entropy_coef:
                         bonus = entropy(logits, cfg.temperature).sum()
                     loss = policy_sum + value_sum - cfg.entropy_coef * bonus
                     # One mean over micro-batches and ranks; DDP averages: undo it.
                     run.scaler.scale(loss * (weight * run.world / total)).backward()
-                    ratio = (new_logprobs - b.logprobs).detach().exp()[b.mask]
+                    ratio = (new_logprobs - b.logprobs).detach().exp()  # 1 outside the mask
                     if updates == 0 and run.step == run.first:
                         check_ratio(ratio, run)
                     clipped = ((ratio - 1).abs() > cfg.clip).sum()
                     drift = (ratio - 1 - ratio.log()).sum()  # KL of old and new policy, by k3
                     found = [policy_sum, value_sum, clipped, drift, bonus, b.mask.sum()]
-                    sums += weight * torch.stack([x.detach().double() for x in found])
+                    sums += weight * torch.stack([x.detach().to(run.wide) for x in found])
                 if ptx:
                     update = (run.step * cfg.update_epochs + epoch) * minibatches + number
                     ptx_sums += add_ptx_gradient(forward["policy"], ptx, update, size, cfg, run)

@@ -40,7 +40,7 @@ from feedback import (
 )  # fmt: skip
 from model import last_tokens
 from run import (
-    ProcessFlags, Run, adam, flags, guarded, read_jsonl, refuse, schedule, write_jsonl,
+    ProcessFlags, Run, adam, flags, guarded, onto, read_jsonl, refuse, schedule, write_jsonl,
 )  # fmt: skip
 from tokens import encode, identity
 
@@ -435,9 +435,9 @@ def main():
     accuracy = accuracy_of_old(old, cfg.data, files, many, run)
     del reference, old
 
+    model = run.parallel(reward_model)  # losses go through it: compiled, under DDP
     optimizer = adam(reward_model, cfg.lr, cfg)
     run.resume({"reward": reward_model}, {"reward": optimizer})
-    model = run.parallel(reward_model)  # losses go through it: compiled, under DDP
     width = reward_model.config.n_embd
     lengths, report = row_lengths(examples, width), {}
     batches = batches_of_files(run.step, sizes, weights, lengths, cfg)
@@ -459,7 +459,7 @@ def main():
         mine, most = batch[run.rank :: run.world], math.ceil(len(batch) / run.world)
         for lines, weight in run.micro_batches(mine, most, cfg.micro_batch_size, filler=batch[0]):
             some = [examples[i] for i in lines]
-            tensors = (x.to(run.device) for x in collate(some, width))
+            tensors = onto(run.device, *collate(some, width))
             tokens, mask, segments, rows, keep, margins, labels = tensors
             with run.autocast:
                 output = model(tokens, last_tokens(mask), segments)  # (N,), one a response
@@ -469,13 +469,13 @@ def main():
             loss = ranking_loss(scores, margin=margin, label=label, keep=keep).sum()
             # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
             run.scaler.scale(loss * weight * run.world / len(batch)).backward()
-            i, j = torch.triu_indices(rows.shape[1], rows.shape[1], 1)
-            signs = (scores[:, i] - scores[:, j]).detach().sign()[keep]
-            run.count(loss=weight * loss.item(), prompts=weight * len(lines))
-            run.count(hits=weight * (0.5 + 0.5 * signs).sum().item(), pairs=weight * len(signs))
+            i, j = torch.triu_indices(rows.shape[1], rows.shape[1], 1, device=run.device)
+            hits = (0.5 + 0.5 * (scores[:, i] - scores[:, j]).detach().sign()) * keep
+            run.count(loss=weight * loss, prompts=weight * len(lines))
+            run.count(hits=weight * hits.sum(), pairs=weight * keep.sum())
             read = sum(len(e["prompt"]) + len(r) for e in some for r in e["responses"])
             run.count(tokens=weight * read, cells=tokens.numel())
-            run.count(filled=weight * (segments >= 0).sum().item())
+            run.count(filled=weight * (segments >= 0).sum())
         norm = run.clip(optimizer, reward_model, batch)  # ends the run if it is not finite
         run.scaler.step(optimizer)
         run.scaler.update()

@@ -55,10 +55,10 @@ from feedback import (
     respond, sample_step, show, told, totals_of, warnings_of,
 )  # fmt: skip
 from model import (
-    at_least_float32, entropy, generate, pad, predicts, token_logprobs, weight_files,
+    at_least_float32, generate, pad, predicts, spread, token_logprobs, weight_files, widest,
 )  # fmt: skip
 from run import (
-    Run, RunFlags, adam, append_line, flags, guarded, read_jsonl, refuse, schedule, sha256,
+    Run, RunFlags, adam, append_line, flags, guarded, onto, read_jsonl, refuse, schedule, sha256,
     stop_signals, write_jsonl,
 )  # fmt: skip
 from tokens import byte_alphabet, encode, identity, ids_of_text, plain, response_of
@@ -509,7 +509,7 @@ class LocalJudge(Judge):
     def complete(self, requests):
         first = requests[0]
         room = self.model.config.n_positions - first["max_tokens"]
-        tokens, mask = generate(
+        responses = generate(
             self.model,
             [self.encoded(request, room) for request in requests],
             first["max_tokens"],
@@ -517,8 +517,7 @@ class LocalJudge(Judge):
             eos=self.tokenizer.ends,
             generator=torch.Generator(self.device).manual_seed(first["seed"]),
         )
-        rows = [row[inside].tolist() for row, inside in zip(tokens, mask, strict=True)]
-        return [response_of(self.tokenizer, ids)[0] for ids in rows]
+        return [response_of(self.tokenizer, ids)[0] for ids in responses]
 
 
 MARKS = " \n\t\rĠĊĉč▁"  # spaces and line breaks, as texts and vocabularies write them
@@ -1002,7 +1001,7 @@ def state_values(model, tokens, mask):
     """The value network's values, (B, T): column t is of the state before token t is chosen. 0
     outside the mask."""
     output = model(tokens, at=predicts(mask))  # (N,)
-    return output.new_zeros(mask.shape).masked_scatter(mask, output)
+    return spread(output, mask)
 
 
 def ratings(judge, template, lines, texts):
@@ -1031,7 +1030,7 @@ class Rater:
                 scores = ratings(self.judge, self.template, rollout.lines, rollout.texts)
             except JudgeError as error:
                 self.failed = f"{error}"
-        return rollout.tokens.new_tensor(scores, dtype=torch.float64)
+        return rollout.tokens.new_tensor(scores, dtype=widest(rollout.tokens.device))
 
     def end_if_failed(self, run):
         """Ends all ranks together, saved, where the judge of one has no answers."""
@@ -1065,10 +1064,10 @@ def direct(cfg):
     # Three models: the policy and the value network learn, the reference doesn't. All stay in eval
     # mode: with dropout the log-probabilities would not be those that sampling used.
     policy, tokenizer = load_policy(cfg.init, run)
-    reference = reference_of(policy, cfg)
+    reference = run.parallel(reference_of(policy, cfg))
     value_model = add_scalar_head(policy)
     torch.nn.init.zeros_(value_model.score.weight)
-    value_model.eval().to(run.device, run.precision)
+    value_model.eval().to(run.place(), run.precision)
     learn_by_adapters(policy, cfg)
     learn_by_adapters(value_model, cfg)
 
@@ -1087,9 +1086,9 @@ def direct(cfg):
 
     modules = {"policy": policy, "value": value_model}
     peaks = {"policy": cfg.lr, "value": cfg.value_lr}
+    forward = {name: run.parallel(model) for name, model in modules.items()}  # compiled, under DDP
     optimizers = {name: adam(model, peaks[name], cfg) for name, model in modules.items()}
     now = run.resume(modules, optimizers, first=None)
-    forward = {name: run.parallel(model) for name, model in modules.items()}  # compiled, under DDP
     share = math.ceil(cfg.batch_size / run.world)  # episodes of the rank with most
     size = cfg.micro_batch_size or share
     if not run.checkpoint:  # without a checkpoint --resume would begin anew, and answers be lost
@@ -1138,28 +1137,28 @@ def direct(cfg):
             for group in optimizer.param_groups:
                 group["lr"] = rate * peaks[name]
         (total,) = run.sum([sum(map(len, rollout.responses[:real]))])  # tokens
-        sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=run.device)
+        sums = run.zeros(len(SUMMED))
         gaps, expected = torch.zeros_like(ref_logprobs), torch.zeros_like(ref_logprobs)  # (B, T)
         for rows, weight in run.micro_batches(list(range(real)), share, size, filler=0):
             columns = slice(max(rollout.lengths[i] for i in rows))
+            (rows,) = onto(run.device, torch.tensor(rows))
             tokens, mask = rollout.tokens[rows, columns], rollout.mask[rows, columns]
             with run.autocast:
                 logits = forward["policy"](tokens, at=predicts(mask))  # (N, V)
                 values = state_values(forward["value"], tokens, mask)
             new_logprobs = token_logprobs(logits, tokens, mask, cfg.temperature)
             gap = new_logprobs.detach() - ref_logprobs[rows, columns]
-            worth = penalised(scores[rows], gap.sum(1).double(), cfg.beta).to(values.dtype)
+            worth = penalised(scores[rows], gap.sum(1).to(run.wide), cfg.beta).to(values.dtype)
             policy_losses, value_losses = reinforce(new_logprobs, values, worth, mask)
             loss = policy_losses.sum() + value_losses.sum()
             # One mean over micro-batches and ranks; DDP averages: undo it.
             run.scaler.scale(loss * (weight * run.world / total)).backward()
             if run.step == run.first:
-                ratio = (new_logprobs.detach() - logprobs[rows, columns]).exp()[mask]
+                ratio = (new_logprobs.detach() - logprobs[rows, columns]).exp()
                 check_ratio(ratio, run)
-            with torch.no_grad():
-                bonus = entropy(logits / cfg.temperature).sum()
-            found = [policy_losses.sum(), value_losses.sum(), bonus]
-            sums += weight * torch.stack([x.detach().double() for x in found])
+            # The samples' mean -log pi is on average the entropy.
+            found = [policy_losses.sum(), value_losses.sum(), -new_logprobs.sum()]
+            sums += weight * torch.stack([x.detach().to(run.wide) for x in found])
             gaps[rows, columns], expected[rows, columns] = gap, values.detach()
         norms = {name: run.clip(optimizers[name], modules[name]) for name in modules}
         for optimizer in optimizers.values():
@@ -1176,10 +1175,9 @@ def direct(cfg):
         record["objective"] = penalised(record["score"], record["kl"], cfg.beta)
         record["rating"] = 5.5 + 4.5 * record["score"]
         record["absent"] /= 10  # ratings not among a server's likely tokens
-        worth = penalised(scores, gaps.sum(1).double(), cfg.beta).to(gaps.dtype)
-        counted = rollout.mask if real else torch.zeros_like(rollout.mask)
+        worth = penalised(scores, gaps.sum(1).to(run.wide), cfg.beta).to(gaps.dtype)
         returns = worth[:, None] * rollout.mask  # (B, T)
-        explained = explained_variance(returns, expected, counted, run.sum_tensor)
+        explained = explained_variance(returns, expected, rollout.counted(real), run.sum_tensor)
         record |= {"explained_variance": explained, "lr": rate * cfg.lr}
         record |= {f"{name}_norm": norm for name, norm in norms.items()}
         now.first = now.first or {name: record[name] for name in ("eos", "value_loss")}

@@ -20,7 +20,6 @@ optimiser; what a loop's arithmetic rests on are its `micro_batches`, `parallel`
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import datetime
@@ -50,10 +49,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from model import save_model, weight_files
+from model import GPT, save_model, weight_files, weights_of, widest
 from tokens import (
     MESSAGES, TOKENIZER_FILES, Conversation, check_space, plain, read_json, whole_file, write_json,
 )  # fmt: skip
@@ -66,7 +68,7 @@ class ProcessFlags:
     """What a command has that computes, but makes no run directory."""
 
     group = "run"
-    device: Annotated[str, "cpu or cuda; empty: cuda where there is one"] = ""
+    device: Annotated[str, "cpu, cuda, or mps (not tried); empty: cuda where there is one"] = ""
     dtype: Annotated[
         Literal["", "float32", "bfloat16", "float16", "float64"],
         "empty: bfloat16 on cuda, float32 on the cpu",
@@ -102,7 +104,10 @@ class TrainingFlags(RunFlags):
         int, "rank of adapters that learn in the place of the weights; 0: none", "[0, inf)"
     ] = 0
     lora_alpha: Annotated[float, "alpha / rank scales adapters", "(0, inf)", "lora_rank"] = 16.0
-    compile: Annotated[bool, "torch.compile what is trained"] = False
+    compile: Annotated[bool, "torch.compile the blocks of what is trained and scored by"] = False
+    shard: Annotated[
+        bool, "weights, gradients and Adam's numbers cut over the ranks, by FSDP", "not lora_rank"
+    ] = False
     checkpoint_activations: Annotated[bool, "less memory: blocks computed anew in backward"] = False
     log_every: Annotated[int, "steps between printed lines", "[1, inf)"] = 50
     eval_every: Annotated[int, "steps between evaluations; 0: only at the end"] = 250
@@ -279,10 +284,11 @@ class Run:
         """torchrun sets the world; without it, a world of one."""
         signal.signal(signal.SIGTERM, lambda *_: stop_signals.append(1))
         self.cfg, self.out_dir = cfg, Path(getattr(cfg, "out_dir", ""))
-        self.device = self.choose_device(cfg.device)
         self.rank, self.world = (
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
         )
+        self.device = self.choose_device()
+        self.wide = widest(self.device)  # for sums
         if self.world > 1:
             self.join(datetime.timedelta(seconds=cfg.timeout_s))
         cuda = self.device.type == "cuda"
@@ -294,6 +300,9 @@ class Run:
             torch.autocast(self.device.type, self.dtype) if self.mixed else contextlib.nullcontext()
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.shards = self.world > 1 and getattr(cfg, "shard", False)
+        if self.shards and self.dtype == torch.float16:
+            refuse("--shard: not in float16, whose scaling of losses FSDP does not know")
         self.modules, self.optimizers, self.state = {}, {}, SimpleNamespace()
         self.step, self.total = 0, None  # steps done, and in all
         self.first = 0  # the step that this process began with
@@ -305,17 +314,27 @@ class Run:
         self.spoken = time.time()  # when `progress` last said something
         self.wrapped = []  # models under DDP
 
-    @staticmethod
-    def choose_device(name):
-        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-        if name.split(":")[0] not in ("cpu", "cuda"):
-            refuse(f"--device {name}: expected cpu or cuda")
-        device = torch.device(name)
-        if device.type == "cuda":
-            if (device.index or 0) >= torch.cuda.device_count():
-                refuse(f"--device {name}: there is no such CUDA device here")
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-            torch.cuda.set_device(device)
+    def choose_device(self):
+        name, there = self.cfg.device, torch.cuda.is_available()
+        if not (name or there) and torch.version.cuda and self.rank == 0:
+            print(
+                f"warning: on the CPU: torch is built for CUDA {torch.version.cuda}, but finds no "
+                f"GPU or no driver; --device cpu, if that is meant",
+                file=sys.stderr,
+            )
+        kind, _, index = (name or ("cuda" if there else "cpu")).partition(":")
+        if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+            refuse(f"--device {name}: expected cpu, cuda or mps")
+        if kind == "mps" and not torch.backends.mps.is_available():
+            refuse(f"--device {name}: there is no such device here")
+        if kind == "mps" and (self.world > 1 or self.cfg.dtype not in ("", "float32")):
+            refuse(f"--device {name}: expected one process, in float32")
+        if kind != "cuda":
+            return torch.device(kind)
+        if int(index or 0) >= torch.cuda.device_count():
+            refuse(f"--device {name}: there is no such CUDA device here")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", index or 0)))
+        torch.cuda.set_device(device)
         return device
 
     def join(self, limit):
@@ -327,7 +346,8 @@ class Run:
             # nodes count restarts each for itself, so that there such a name would part them.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         stores.append(store)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        # Numbers of the CPU go between CPUs: a GPU is not waited for.
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=store, rank=self.rank, world_size=self.world, timeout=limit
         )
@@ -338,8 +358,7 @@ class Run:
         """Numbers, a list or a dict of them -> their sums over the ranks. A dict's order counts."""
         if isinstance(values, dict):
             return dict(zip(values, self.sum(values.values()), strict=True))
-        sums = torch.tensor(list(values), dtype=torch.float64, device=self.device)
-        return self.sum_tensor(sums).tolist()
+        return self.sum_tensor(torch.tensor(list(values), dtype=torch.float64)).tolist()
 
     def sum_tensor(self, tensor):
         """In place."""
@@ -357,9 +376,9 @@ class Run:
             return list(records)
         text = json.dumps(plain(records, marked=True))
         data = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
-        data = F.pad(data, (0, int(max(sizes)) - len(data))).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(data)]))
+        data = F.pad(data, (0, int(max(sizes)) - len(data)))
         padded = [torch.empty_like(data) for _ in sizes]
         dist.all_gather(padded, data)
         texts = [bytes(x[:n].tolist()) for x, n in zip(padded, sizes, strict=True)]
@@ -514,14 +533,18 @@ class Run:
     def load(self, path):
         tensors, known = self.read_checkpoint(path)
         for name, module in self.modules.items():
-            learnt = {key: tensors[f"{name}.{key}"] for key in learnt_by(module)}
+            learnt = {
+                key: cut_as(x, tensors[f"{name}.{key}"]) for key, x in learnt_by(module).items()
+            }
             module.load_state_dict(learnt, strict=False)
         for name, optimizer in self.optimizers.items():
             moments = {}
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for key in [key for key in tensors if key.startswith(f"adam_{name}.")]:
                 _, index, moment = key.split(".")
                 # A copy, as load_file maps the file, whose room on the disk would not become free.
-                moments.setdefault(int(index), {})[moment] = tensors[key].clone()
+                x = cut_as(parameters[int(index)], tensors[key].clone())
+                moments.setdefault(int(index), {})[moment] = x
             optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         generators = [torch.tensor(list(bytes.fromhex(g))).byte() for g in known["rng"][self.rank]]
         torch.set_rng_state(generators[0])
@@ -576,15 +599,17 @@ class Run:
         if self.device.type == "cuda":
             generators.append(torch.cuda.get_rng_state(self.device))
         rng = self.gather([[bytes(g.tolist()).hex() for g in generators]])
-        window = self.sum(dict(self.window))
-        if self.rank > 0:
-            return
+        window = self.sum(self.in_numbers(self.window))
         tensors = {}
         for name, module in self.modules.items():
             tensors |= {f"{name}.{key}": value for key, value in learnt_by(module).items()}
         for name, optimizer in self.optimizers.items():
             for index, moments in optimizer.state_dict()["state"].items():
                 tensors |= {f"adam_{name}.{index}.{key}": x for key, x in moments.items()}
+        if self.shards:  # every rank has a part of each
+            tensors = {name: whole(x).to(self.host()) for name, x in tensors.items()}
+        if self.rank > 0:
+            return
         final = self.out_dir / f"checkpoint-{self.step}"
         temporary = final.with_name(".checkpoint.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # what a kill left of an earlier save
@@ -634,10 +659,22 @@ class Run:
     # Training.
 
     def parallel(self, model):
-        """What losses go through: compiled, and under DDP, which averages gradients over ranks."""
+        """What a model is called through: its blocks compiled; with --shard cut over the ranks;
+        else, where something learns, under DDP. Both average gradients over the ranks. What does
+        not learn goes through it too, so that equal weights give equal numbers.
+
+        Optimizers come after it, as cut weights are other tensors.
+        """
         model.checkpoint_activations = self.cfg.checkpoint_activations
-        model = torch.compile(model) if self.cfg.compile else model
-        if self.world > 1:
+        if self.cfg.compile:
+            for block in model.h:
+                block.compile()
+        if self.shards:
+            half = {"param_dtype": self.dtype, "reduce_dtype": torch.float32} if self.mixed else {}
+            mesh = init_device_mesh(self.device.type, (self.world,))
+            for part in (*model.h, model):  # gathered when it is called, and freed after
+                fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**half))
+        elif self.world > 1 and any(p.requires_grad for p in model.parameters()):
             where = [self.device] if self.device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=where)
             self.wrapped.append(model)
@@ -664,7 +701,8 @@ class Run:
         scaler then skips the step and halves its scale.
         """
         self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.cfg.clip_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.cfg.clip_norm)
+        norm = whole(norm).item()
         if not math.isfinite(norm) and self.scaler.get_scale() <= 1:
             which = ", ".join(str(i + 1) for i in lines[:8])
             which = f" on lines {which}, ... (as numbered among those kept)" if lines else ""
@@ -679,21 +717,51 @@ class Run:
         return norm
 
     def count(self, **numbers):
-        """Adds to the sums that the next printed line is about."""
-        self.window.update(numbers)
+        """Adds to the sums that the next printed line is about: numbers, or tensors of one, which
+        stay on the device until then."""
+        for name, x in numbers.items():
+            self.window[name] += x.detach().to(self.wide) if torch.is_tensor(x) else x
+
+    def in_numbers(self, window):
+        """{name: number or tensor of one} -> {name: number}: the device is waited for once."""
+        tensors = {name: x for name, x in window.items() if torch.is_tensor(x)}
+        values = torch.stack(list(tensors.values())).tolist() if tensors else []
+        return dict(window) | dict(zip(tensors, values, strict=True))
 
     def counted(self):
         """-> sums over all ranks of what was counted since the last call, and the seconds since."""
-        sums, now = self.sum(dict(self.window)), time.time()
+        sums, now = self.sum(self.in_numbers(self.window)), time.time()
         seconds, self.window, self.last = now - self.last, Counter(), now
         return sums, seconds
 
     def sampler(self, model):
-        """What to sample with, in eval mode: a copy in bfloat16 where that is faster, since
-        sampling is bound by reading the weights."""
-        if self.device.type == "cuda" and self.mixed:
-            return copy.deepcopy(model).bfloat16().eval()
-        return model.eval()
+        """What to sample with, in eval mode: a copy where weights are cut, or blocks compiled, and
+        on a GPU in bfloat16, unless --dtype says otherwise, as sampling is bound by reading the
+        weights."""
+        half = self.device.type == "cuda" and self.mixed
+        if not (half or self.shards or getattr(self.cfg, "compile", False)):
+            return model.eval()
+        return self.copied(model, torch.bfloat16 if half else self.precision, self.device)
+
+    def copied(self, model, dtype, device):
+        """A copy of a model, whole and with its adapters merged, in eval mode."""
+        with torch.device("meta"):
+            copy = GPT(model.config, model.score is not None)
+        weights = {name: whole(x).to(device, dtype) for name, x in weights_of(model).items()}
+        copy.load_state_dict(weights, assign=True)
+        return copy.eval().requires_grad_(False)
+
+    def host(self):
+        """Where whole weights of cut ones go to be saved: on rank 0 alone they are something."""
+        return "cpu" if self.rank == 0 else "meta"
+
+    def place(self):
+        """Where a model goes that was loaded: one that is cut goes on from there in its parts."""
+        return "cpu" if self.shards else self.device
+
+    def zeros(self, n):
+        """Sums that begin, (n,)."""
+        return torch.zeros(n, dtype=self.wide, device=self.device)
 
     def seconds(self):
         return round(self.earlier + time.time() - self.started, 1)
@@ -706,6 +774,8 @@ class Run:
         return f"{minutes}:{seconds:02} left"
 
     def save_model(self, model, tokenizer, **extra):
+        if self.shards:
+            model = self.copied(model, self.precision, self.host())
         if self.rank == 0:
             save_model(self.out_dir, model, tokenizer, extra)
 
@@ -792,15 +862,33 @@ def learnt_by(module):
     return {name: state[name] for name, p in module.named_parameters() if p.requires_grad}
 
 
+def onto(device, *tensors):
+    """Tensors of the CPU on a device, which is not waited for."""
+    device = torch.device(device)
+    pinned = (x.pin_memory() for x in tensors) if device.type == "cuda" else tensors
+    return [x.to(device, non_blocking=True) for x in pinned]
+
+
+def whole(x):
+    """A tensor; of one that is cut over the ranks, its parts together: all ranks must ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def cut_as(like, x):
+    """x, cut over the ranks as `like` is, if that is and has its shape."""
+    if not isinstance(like, DTensor) or x.shape != like.shape:
+        return x
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
+
+
 def adam(model, lr, cfg):
     """AdamW of what learns; weight decay on matrices."""
     learning = [p for p in model.parameters() if p.requires_grad]
     matrices, others = ([p for p in learning if (p.dim() == 2) == two] for two in (True, False))
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others}]
-    betas = (0.9, cfg.adam_beta2)
-    return torch.optim.AdamW(
-        groups, lr=lr, betas=betas, eps=cfg.adam_eps, weight_decay=0.0, fused=True
-    )
+    how = {"betas": (0.9, cfg.adam_beta2), "eps": cfg.adam_eps, "weight_decay": 0.0}
+    how["fused"] = learning[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=lr, **how)
 
 
 def schedule(step, total, cfg, peak=1.0):

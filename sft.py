@@ -30,7 +30,7 @@ from feedback import (
     read_demonstrations, read_prompts, respond, set_dropout, show,
 )  # fmt: skip
 from model import PARTS, GPT, GPTConfig, predicts, token_logprobs
-from run import Run, TrainingFlags, adam, flags, guarded, refuse, schedule
+from run import Run, TrainingFlags, adam, flags, guarded, onto, refuse, schedule
 from tokens import load_tokenizer, tokenizer_files
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def new_policy(cfg, run):
         policy = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **sizes))
     except (OSError, ValueError) as error:
         refuse(error)
-    return policy.to(run.device, run.precision), tokenizer
+    return policy.to(run.place(), run.precision), tokenizer
 
 
 def held_out_loss(model, examples, size, run):
@@ -139,18 +139,16 @@ def held_out_loss(model, examples, size, run):
     if not examples:
         return {}
     model.eval()
-    nll = count = 0
+    total = run.zeros(2)
     mine = sorted(examples[run.rank :: run.world], key=lambda example: sum(map(len, example)))
-    # As often on every rank, as all ask at the same places whether to stop.
-    for begin in range(0, math.ceil(len(examples) / run.world), size):
+    most = math.ceil(len(examples) / run.world)
+    for some, weight in run.micro_batches(mine, most, size, filler=examples[0]):
         run.stop_if_told()
-        some = mine[begin : begin + size]
-        if some:  # a rank may have one less
-            tokens, mask, segments = (x.to(run.device) for x in packed(some))
-            with torch.no_grad(), run.autocast:
-                nll += weighted_nll(model, tokens, mask.float(), segments).item()
-            count += int(mask.sum())
-    nll, count = run.sum([nll, count])
+        tokens, mask, segments = onto(run.device, *packed(some))
+        with torch.no_grad(), run.autocast:
+            nll = weighted_nll(model, tokens, mask.float(), segments)
+        total += weight * torch.stack([nll.to(run.wide), mask.sum()])
+    nll, count = run.sum(total.tolist())
     return {"loss": nll / count, "perplexity": math.exp(min(nll / count, 700))}  # exp(710) is inf
 
 
@@ -189,12 +187,12 @@ def main():
     inputs = [cfg.data, cfg.validation, cfg.prompts, cfg.gold, cfg.init, vocabulary]
     run.open(inputs, total)
 
+    model = run.parallel(policy)  # training losses go through it: compiled, under DDP
     optimizer = adam(policy, cfg.lr, cfg)
     torch.manual_seed(cfg.seed * run.world + run.rank)  # dropout differs between the ranks
     # A run that goes on gets its step and generators, and so its batches and dropout, from here.
     run.resume({"policy": policy}, {"policy": optimizer})
     batches = batches_from(run.step, lengths, cfg.batch_size, cfg.seed)
-    model = run.parallel(policy)  # training losses go through it: compiled, under DDP
     many = 4 * cfg.micro_batch_size or 256  # lines a forward without gradients: more fit
     few = one_a_task(prompts)[:6]  # to be read, not to be measured by
 
@@ -217,13 +215,13 @@ def main():
         size = cfg.micro_batch_size
         for rows, weight in run.micro_batches(mine, most, size, filler=batch[0]):  # 0 of a filler
             some = [examples[i] for i in rows]
-            tokens, mask, segments = (x.to(run.device) for x in packed(some))  # (R, T)
+            tokens, mask, segments = onto(run.device, *packed(some))  # (R, T)
             token_weights = loss_weights(mask, segments, cfg.prompt_loss_weight)
             with run.autocast:
                 nll = weighted_nll(model, tokens, token_weights, segments)
             # One mean over micro-batches and ranks; DDP averages over the ranks: undo it.
             run.scaler.scale(nll * weight * run.world / total_weight).backward()
-            run.count(nll=weight * nll.item(), cells=tokens.numel())
+            run.count(nll=weight * nll, cells=tokens.numel())
             run.count(tokens=weight * sum(lengths[i] for i in rows))
         run.count(token_weights=total_weight / run.world)  # which the sum over ranks undoes
         norm = run.clip(optimizer, policy, batch)  # ends the run if it is not finite

@@ -2,7 +2,7 @@
 
     make bench                    # everything that takes less than some minutes a line
     make bench BENCH=--full       # the 124M shape too
-    python tests/bench.py --gpu   # on a GPU: GPT-2's shape, without peers
+    python tests/bench.py --gpu   # on a GPU: GPT-2's shape, without peers, some ten minutes
 
 Both sides start from the same files, on the same lines, and take the same batches with dropout
 off, each by its own script. Each comparison has a gate: losses equal to 1e-5, parameters after a
@@ -40,7 +40,7 @@ import feedback  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
-from model import GPT, GPTConfig, generate, load_model, save_model, theirs  # noqa: E402
+from model import GPT, GPTConfig, add_adapters, generate, load_model, save_model, theirs  # noqa: E402
 from tokens import END_OF_TEXT, Tokenizer, tiktoken_file  # noqa: E402
 
 TOY = GPTConfig(
@@ -465,7 +465,11 @@ def print_peak(kind, side, folder, *more):
 
     Path("/proc/self/clear_refs").write_text("5")  # a child's peak begins as its parent's
     before = resident("VmRSS")
-    (our_step if side == "ours" else their_step)(kind, Path(folder), 3, *more)
+    if kind == "ppo":
+        c = {"batch_size": 4, "minibatch_size": 4, "update_epochs": 1, "max_new_tokens": 4}
+        our_ppo(Path(folder), c | {"steps": 2}, *more)
+    else:
+        (our_step if side == "ours" else their_step)(kind, Path(folder), 3, *more)
     print(f"peak {resident('VmHWM') - before}")
 
 
@@ -503,9 +507,9 @@ def bench_sampling(name, config, batch, prompt_length, new_tokens, pairs, machin
             pad_token_id=0,
         )
 
-    tokens, mask = generate(ours, lists, new_tokens, temperature=0)
+    drawn = torch.tensor(generate(ours, lists, new_tokens, temperature=0))
     greedy = their_generate(False)[:, prompt_length:]
-    same = tokens[mask].view(batch, new_tokens) == greedy
+    same = drawn == greedy
     # Random weights leave near-ties, after which two rows go apart: nearly all rows must agree.
     if same.all(1).float().mean() < 0.98:
         sys.exit(
@@ -538,7 +542,8 @@ def ppo_files(folder, config, prompts, tokenizer, prompt_length, ragged=True):
     policy = GPT(config).eval()
     with torch.no_grad():
         eos = policy.wte.weight[tokenizer.eot_token]
-        policy.ln_f.bias.copy_(-30 * eos / eos.square().sum())
+        if getattr(policy.ln_f, "bias", None) is not None:
+            policy.ln_f.bias.copy_(-30 * eos / eos.square().sum())
     save_model(folder / "policy", policy, tokenizer, {})
     statistics_ = {"reward_mean": 0.0, "reward_std": 1.0, "score_transform": "identity"}
     save_model(folder / "reward", feedback.add_scalar_head(policy), tokenizer, statistics_)
@@ -820,6 +825,75 @@ def bench_ranks(config, tokenizer, lengths, pairs):
     print(f"SFT, toy: {one:,.0f} tokens a second on one rank, {two:,.0f} on two", flush=True)
 
 
+# --- memory ---------------------------------------------------------------------------------------
+
+QWEN = {"model_type": "qwen2", "rope": {"rope_type": "default", "rope_theta": 1e6}}
+LARGER = {
+    "Qwen2.5-0.5B": GPTConfig(
+        vocab_size=151936, n_embd=896, n_layer=24, n_head=14, n_kv_head=2, n_inner=4864, **QWEN
+    ),
+    "Qwen2.5-1.5B": GPTConfig(
+        vocab_size=151936, n_embd=1536, n_layer=28, n_head=12, n_kv_head=2, n_inner=8960, **QWEN
+    ),
+    "Llama-3.1-8B": GPTConfig(
+        model_type="llama", vocab_size=128256, n_embd=4096, n_layer=32, n_head=32, n_kv_head=8,
+        n_inner=14336, tie_word_embeddings=False, rope=QWEN["rope"],
+    ),
+}  # fmt: skip
+
+
+def kept(config, script, ranks=1, adapters=0, gpu=True):
+    """Bytes a GPU of what a script keeps beside activations, when that is most: weights in float32
+    of all its models and Adam's two moments of what learns, and either gradients, or a whole copy
+    to sample with, in bfloat16 on a GPU, none on the CPU. All but that are cut over `ranks` with
+    --shard. Counted on models of these sizes without memory."""
+
+    def count(*models, learnt=False):
+        parameters = (p for model in models for p in model.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad or not learnt)
+
+    with torch.device("meta"):
+        policy, value, other, reward = (
+            GPT(config, scalar) for scalar in (False, True, False, True)
+        )
+        learning = [policy, value] if script == "ppo" else [policy]
+        for model in learning if adapters else ():
+            add_adapters(model, adapters, 16.0)
+    # Adapters spare the reference of PPO and GRPO; DPO has its own while it samples held-out ones.
+    frozen = [reward, *[other] * (not adapters)] if script != "dpo" else []
+    update = 4 * count(*learning, *frozen) + 12 * count(*learning, learnt=True)
+    sampling = 4 * count(*learning, *frozen) + 8 * count(*learning, learnt=True)
+    sampling += 4 * count(other) * (script == "dpo")
+    return max(update / ranks, sampling / ranks + 2 * count(other) * gpu)
+
+
+def bench_kept(tokenizer):
+    """What PPO and DPO keep at SmolLM2's size, computed and measured, then larger models' table."""
+    for script in ("ppo", "dpo"):
+        for adapters in (0, 16):
+            with tempfile.TemporaryDirectory() as folder:
+                folder = Path(folder)
+                if script == "ppo":
+                    ppo_files(folder, SMOLLM2, 4, tokenizer, 8)
+                else:
+                    step_files("dpo", folder, SMOLLM2, tokenizer, lines_of(tokenizer, [(8, 4, 4)]))
+                peak = peak_of(script, "ours", folder, "--lora_rank", str(adapters))
+            computed = kept(SMOLLM2, script, adapters=adapters, gpu=False) / 2**20
+            print(
+                f"{script}.py, SmolLM2-135M, float32, adapters of rank {adapters}: {computed:,.0f} "
+                f"MiB are kept, {peak:,.0f} at most were used",
+                flush=True,
+            )
+    ways = [("DDP", 1, 0), ("adapters of rank 16", 1, 16)]
+    ways += [(f"--shard, {ranks}", ranks, 0) for ranks in (8, 16)]
+    print("| GB a GPU | " + " | ".join(name for name, *_ in ways) + " |")
+    print("|---" * (1 + len(ways)) + "|")
+    for name, config in LARGER.items():
+        for script in ("ppo", "grpo", "dpo"):
+            cells = (f"{kept(config, script, *way) / 1e9:,.1f}" for _, *way in ways)
+            print(f"| {name}, `{script}.py` | " + " | ".join(cells) + " |", flush=True)
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 GPT2 = GPTConfig()
@@ -839,10 +913,12 @@ def words_of_gpt2():
     return Tokenizer("bench", ranks, {END_OF_TEXT: len(ranks)})
 
 
-def bench_gpu(device, config):
-    """Steps, decoding, PPO and memory of GPT-2's shape; on the CPU a rehearsal in small."""
-    full = device == "cuda"
-    tokenizer = words_of_gpt2()
+def bench_gpu(full):
+    """Steps, decoding, PPO and memory of GPT-2's shape, or a rehearsal in small, on any device. The
+    first of each is told apart: it meets new shapes, and compiles."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    small = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 128}
+    config, tokenizer = GPTConfig(**{} if full else small), words_of_gpt2()
     machines = {dtype: Machine(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     for dtype, machine in machines.items():
         print(
@@ -862,35 +938,36 @@ def bench_gpu(device, config):
                 torch.cuda.reset_peak_memory_stats()
             times = our_step("sft", folder, 12, *flags, *["--compile"] * compiled)[0]
             time_ = statistics.median(times[4:])
+            first = f"the first step {times[0]:.1f} s"
             peak = json.loads((folder / "ours/report.json").read_text())["peak_memory_gib"]
             print(
                 f"SFT, {rows} x {T}, {dtype}{', compiled' * compiled}: {rows * T / time_:,.0f} "
                 f"tokens a second (target 480,000), {flops / time_ / machines[dtype].flops:.0%} of "
-                f"the matrix rate, {peak} GiB",
+                f"the matrix rate, {peak} GiB; {first}",
                 flush=True,
             )
 
-    for batch, most in ((64, 3), (512, 2)):
-        torch.manual_seed(0)
-        model = GPT(config).eval().to(device, torch.bfloat16)
+    model = GPT(config).eval().to(device, torch.bfloat16)
+    for batch, most, ragged in ((64, 3, False), (64, 3, True), (512, 2, False), (512, 2, True)):
         prompt, new = (128, 128) if full else (8, 8)
-        prompts = torch.randint(0, config.vocab_size, (batch, prompt)).tolist()
-        with torch.no_grad():
-            long, short = (
-                min(seconds(lambda work=(model, prompts, n): generate(*work)) for _ in range(4))
-                for n in (new, new // 2)
-            )
-        step = (long - short) / (new - new // 2)
+        lengths = [prompt - (i % (prompt // 2) if ragged else 0) for i in range(batch)]
+        prompts = [torch.randint(0, config.vocab_size, (n,)).tolist() for n in lengths]
+        long, short = (
+            [seconds(lambda work=(model, prompts, n): generate(*work)) for _ in range(4)]
+            for n in (new, new // 2)
+        )
+        step = (min(long) - min(short)) / (new - new // 2)
         floors = (
-            sampling_floor(machines[torch.bfloat16], config, [prompt] * batch, 1, n, width=2)
+            sampling_floor(machines[torch.bfloat16], config, lengths, 1, n, width=2)
             for n in (new, new // 2)
         )
         floor = next(floors) - next(floors)
         floor /= new - new // 2
         print(
-            f"decode, {batch} rows, bfloat16: {step * 1e3:.2f} ms a step, {batch / step:,.0f} "
-            f"tokens a second, {step / floor:.1f} x the floor of {floor * 1e3:.2f} ms "
-            f"(target {most})",
+            f"decode, {batch} rows{', ragged' * ragged}, bfloat16: {step * 1e3:.2f} ms a step, "
+            f"{batch / step:,.0f} tokens a second, {step / floor:.1f} x the floor of "
+            f"{floor * 1e3:.2f} ms (target {most}); the first {new} tokens {long[0]:.1f} s, then "
+            f"{min(long):.1f}",
             flush=True,
         )
 
@@ -901,17 +978,18 @@ def bench_gpu(device, config):
         if not full:
             c |= {"batch_size": 8, "minibatch_size": 4, "max_new_tokens": 8}
         prompt = c["max_new_tokens"]
-        ids = ppo_files(folder, config, c["batch_size"], tokenizer, prompt, ragged=False)
+        ids = ppo_files(folder, config, c["batch_size"], tokenizer, prompt)
         floor = ppo_floor(machines[torch.bfloat16], config, [len(i) for i in ids], c, width=2)
         for dtype, compiled in ways:
             flags = ["--device", device, "--dtype", str(dtype)[6:], *["--compile"] * compiled]
-            time_ = statistics.median(our_ppo(folder, c, *flags)[1:])
+            first, *times = our_ppo(folder, c, *flags)
+            time_ = statistics.median(times)
             record = json.loads((folder / "ours/metrics.jsonl").read_text().splitlines()[-1])
             shares = {k: round(v, 2) for k, v in record.items() if k.endswith("_share")}
             print(
-                f"PPO iteration, {c['batch_size']} x ({prompt} + {prompt}), {dtype}"
-                f"{', compiled' * compiled}: {time_:.2f} s, {time_ / floor:.1f} x the floor of "
-                f"{floor:.2f} s (target 2.5); {shares}",
+                f"PPO iteration, {c['batch_size']} x ({prompt // 2} to {prompt} + {prompt}), "
+                f"{dtype}{', compiled' * compiled}: {time_:.2f} s, {time_ / floor:.1f} x the floor "
+                f"of {floor:.2f} s (target 2.5); the first {first:.1f} s; {shares}",
                 flush=True,
             )
 
@@ -940,10 +1018,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=10, help="pairs of runs at toy size (10)")
     parser.add_argument("--full", action="store_true", help="the 124M shape too (45 minutes)")
-    parts = ["steps", "sampling", "ppo", "smollm2", "growth", "ranks"]
+    parts = ["steps", "sampling", "ppo", "smollm2", "memory", "growth", "ranks"]
     parser.add_argument("--only", default="", choices=["", *parts], help="one part (all)")
     parser.add_argument(
-        "--gpu", nargs="?", const="cuda", help="GPT-2's shape, no peers; --gpu cpu rehearses it"
+        "--gpu",
+        nargs="?",
+        const="full",
+        choices=["full", "small"],
+        help="GPT-2's shape, no peers; --gpu small rehearses it, on any device",
     )
     parser.add_argument("--peak", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -951,10 +1033,9 @@ def main():
     if args.peak:
         return print_peak(*args.peak)
     if args.gpu:
-        if args.gpu == "cuda" and not torch.cuda.is_available():
-            sys.exit("--gpu: there is none; --gpu cpu rehearses it in small")
-        small = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 128}
-        return bench_gpu(args.gpu, GPTConfig(**small if args.gpu == "cpu" else {}))
+        if args.gpu == "full" and not torch.cuda.is_available():
+            sys.exit("--gpu: there is none; --gpu small rehearses it")
+        return bench_gpu(args.gpu == "full")
 
     try:
         import transformers
@@ -1020,6 +1101,8 @@ def main():
         bench_memory(SMOLLM2, large, eight)
         name = "sampling, SmolLM2-135M, 16 x (32 + 64)"
         bench_sampling(name, SMOLLM2, 16, 32, 64, 5, machine)
+    if args.only == "memory" or (args.full and not args.only):
+        bench_kept(large)
     if asked("growth"):
         bench_growth(toy)
     if asked("ranks"):

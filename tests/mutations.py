@@ -35,7 +35,7 @@ MUTATIONS = {
         (
             "a sum over the vocabulary in float32",
             "model.py",
-            "probabilities.cumsum(-1, dtype=torch.float64)",
+            "probabilities.cumsum(-1, dtype=widest(logits.device))",
             "probabilities.cumsum(-1).double()",
         ),
         (
@@ -77,8 +77,8 @@ MUTATIONS = {
         (
             "the last MLP's input is another position's",
             "model.py",
-            "keep = None if at is None else at.flatten().nonzero().squeeze(1)",
-            "keep = None if at is None else at.flatten().nonzero().squeeze(1).flip(0)",
+            "keep = None if at is None else places_of(at)",
+            "keep = None if at is None else places_of(at).flip(0)",
         ),
         (
             "adapters are not merged into what is saved",
@@ -219,8 +219,8 @@ MUTATIONS = {
         (
             "moments keep the file mapped",
             "run.py",
-            "[moment] = tensors[key].clone()",
-            "[moment] = tensors[key]",
+            "tensors[key].clone()",
+            "tensors[key]",
         ),
         (
             "a rank without lines counts",
@@ -288,8 +288,8 @@ MUTATIONS = {
         (
             "a sum runs on into the next response",
             "model.py",
-            "lengths = first.diff(append=first.new_tensor([len(values)]))",
-            "lengths = first.diff(append=first.new_tensor([len(values)])).flip(0)",
+            "value=len(values)).diff()",
+            "value=len(values)).diff().flip(0)",
         ),
         (
             "prompts of one length taken for one prompt",
@@ -396,8 +396,8 @@ MUTATIONS = {
         (
             "dropout left on",
             "feedback.py",
-            "return model.eval().to(run.device, run.precision), tokenizer",
-            "return model.train().to(run.device, run.precision), tokenizer",
+            "return model.eval().to(run.place(), run.precision), tokenizer",
+            "return model.train().to(run.place(), run.precision), tokenizer",
         ),
         (
             "ranks with the same samples",
@@ -579,8 +579,8 @@ MUTATIONS = {
         (
             "the response's mask one token late",
             "ppo.py",
-            "        mask = rollout.mask\n",
-            "        mask = rollout.mask.roll(1, 1)\n",
+            "mask, counted = rollout.mask,",
+            "mask, counted = rollout.mask.roll(1, 1),",
         ),
         (
             "log-probabilities of the token after",
@@ -663,7 +663,7 @@ MUTATIONS = {
         (
             "the reference learns",
             "ppo.py",
-            "reference = reference_of(policy, cfg)",
+            "reference = run.parallel(reference_of(policy, cfg))",
             "reference = policy",
         ),
         (
@@ -762,8 +762,8 @@ MUTATIONS = {
         (
             "a prompt's responses are not adjacent",
             "feedback.py",
-            "some = [prompts[i] for i in mine or order[:1] for _ in range(num_samples)]",
-            "some = [prompts[i] for i in mine or order[:1]] * num_samples",
+            "some = [prompts[i] for i in mine + along for _ in range(num_samples)]",
+            "some = [prompts[i] for i in mine + along] * num_samples",
         ),
         (
             "the mean of the other responses counts this one",
@@ -804,7 +804,7 @@ MUTATIONS = {
         (
             "the reference learns",
             "grpo.py",
-            "reference = reference_of(policy, cfg)",
+            "reference = run.parallel(reference_of(policy, cfg))",
             "reference = policy",
         ),
         (
@@ -854,7 +854,7 @@ MUTATIONS = {
         (
             "mean of log-probabilities in the sum's place",
             "dpo.py",
-            "return response_sums(logprobs[mask], mask)",
+            "return response_sums(logprobs.flatten().index_select(0, places_of(mask)), mask)",
             "return response_sums(logprobs[mask], mask) / response_sums(mask[mask] * 1.0, mask)",
         ),
         (
@@ -890,7 +890,7 @@ MUTATIONS = {
         (
             "end of text not counted",
             "dpo.py",
-            "return response_sums(logprobs[mask], mask)",
+            "return response_sums(logprobs.flatten().index_select(0, places_of(mask)), mask)",
             "return response_sums((logprobs * mask.roll(-1, 1))[mask], mask)",
         ),
         (
@@ -932,8 +932,8 @@ MUTATIONS = {
         (
             "dropout left on",
             "feedback.py",
-            "return model.eval().to(run.device, run.precision), tokenizer",
-            "return model.train().to(run.device, run.precision), tokenizer",
+            "return model.eval().to(run.place(), run.precision), tokenizer",
+            "return model.train().to(run.place(), run.precision), tokenizer",
         ),
         (
             "ipo's target without the half",
@@ -1167,8 +1167,8 @@ MUTATIONS = {
         (
             "KL of half the tokens",
             "rlaif.py",
-            "worth = penalised(scores[rows], gap.sum(1).double(), cfg.beta)",
-            "worth = penalised(scores[rows], gap[:, ::2].sum(1).double(), cfg.beta)",
+            "worth = penalised(scores[rows], gap.sum(1).to(run.wide), cfg.beta)",
+            "worth = penalised(scores[rows], gap[:, ::2].sum(1).to(run.wide), cfg.beta)",
         ),
         (
             "each micro-batch's own mean",
@@ -1203,7 +1203,7 @@ MUTATIONS = {
         (
             "the reference learns too",
             "rlaif.py",
-            "reference = reference_of(policy, cfg)\n    value_model",
+            "reference = run.parallel(reference_of(policy, cfg))\n    value_model",
             "reference = policy\n    value_model",
         ),
         (
@@ -1476,6 +1476,148 @@ MUTATIONS = {
             "data/bleu.py",
             "pairs += [(text, texts[0]) for text in texts[1:]]",
             "pairs += [(text, texts[0]) for text in texts[-1:]]",
+        ),
+    ],
+    "gpu": [
+        (
+            "a prompt's last tokens stay on the CPU",
+            "model.py",
+            "next_tokens = torch.tensor([prompt[-1] for prompt in prompts], device=device)",
+            "next_tokens = torch.tensor([prompt[-1] for prompt in prompts])",
+        ),
+        (
+            "positions of sampling stay on the CPU",
+            "model.py",
+            "positions = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)",
+            "positions = torch.tensor([len(prompt) - 1 for prompt in prompts])",
+        ),
+        (
+            "who has ended is known to the CPU alone",
+            "model.py",
+            "ended = torch.zeros(N * K, dtype=torch.bool, device=device)",
+            "ended = torch.zeros(N * K, dtype=torch.bool)",
+        ),
+        (
+            "places in packed rows are counted on the CPU",
+            "model.py",
+            "columns = torch.arange(segments.shape[1], device=segments.device)",
+            "columns = torch.arange(segments.shape[1])",
+        ),
+        (
+            "positions of a forward are on the CPU",
+            "model.py",
+            "positions = torch.arange(T, device=tokens.device)[None]",
+            "positions = torch.arange(T)[None]",
+        ),
+        (
+            "a recorded step always writes the column that it was recorded with",
+            "model.py",
+            "self.column.fill_(column)",
+            "self.column.fill_(column if self.size == 0 else self.size - 256)",
+        ),
+        (
+            "what is recorded asks the GPU for a number",
+            "model.py",
+            "self.visible[..., : self.size]",
+            "self.visible[..., : max(self.size, int(self.column))]",
+        ),
+        (
+            "what is recorded is kept for another size",
+            "model.py",
+            "            self.again = recorded(self.compute) if tokens.is_cuda else self.compute\n",
+            '            self.again = getattr(self, "again", None) or recorded(self.compute)\n',
+        ),
+        (
+            "who ended stays on the CPU",
+            "feedback.py",
+            "tokens, mask, ended = onto(device, *pad(ids, responses), torch.tensor(ended))",
+            "(tokens, mask), ended = onto(device, *pad(ids, responses)), torch.tensor(ended)",
+        ),
+        (
+            "columns of rewards are counted on the CPU",
+            "feedback.py",
+            "    columns = torch.arange(mask.shape[1], device=mask.device)\n    last =",
+            "    columns = torch.arange(mask.shape[1])\n    last =",
+        ),
+        (
+            "rollouts are drawn by the CPU's generator",
+            "feedback.py",
+            "generator = torch.Generator(run.device).manual_seed(seed)\n    sampler",
+            "generator = torch.Generator().manual_seed(seed)\n    sampler",
+        ),
+        (
+            "weights of rewards stay on the CPU",
+            "feedback.py",
+            "weights = torch.tensor(weights, dtype=scores.dtype, device=scores.device)",
+            "weights = torch.tensor(weights, dtype=scores.dtype)",
+        ),
+        (
+            "sums begin on the CPU",
+            "run.py",
+            "torch.zeros(n, dtype=self.wide, device=self.device)",
+            "torch.zeros(n, dtype=self.wide)",
+        ),
+        (
+            "the GPU's generator gets its state from the GPU",
+            "run.py",
+            "torch.cuda.set_rng_state(generators[1], self.device)",
+            "torch.cuda.set_rng_state(generators[1].to(self.device), self.device)",
+        ),
+        (
+            "the GPU's generator is not saved",
+            "run.py",
+            "generators.append(torch.cuda.get_rng_state(self.device))",
+            "generators.append(generators[0])",
+        ),
+        (
+            "a batch of comparisons stays on the CPU",
+            "reward.py",
+            "tensors = onto(run.device, *collate(some, width))",
+            "tensors = collate(some, width)",
+        ),
+        (
+            "what is counted waits for the GPU",
+            "run.py",
+            "x.detach().to(self.wide) if torch.is_tensor(x) else x",
+            "x.item() if torch.is_tensor(x) else x",
+        ),
+        (
+            "copies to the GPU wait for it",
+            "run.py",
+            "return [x.to(device, non_blocking=True) for x in pinned]",
+            "return [x.to(device) for x in pinned]",
+        ),
+        (
+            "a policy stays on the CPU",
+            "feedback.py",
+            "return model.eval().to(run.place(), run.precision), tokenizer\n\n\ndef load_reward_model",
+            'return model.eval().to("cpu", run.precision), tokenizer\n\n\ndef load_reward_model',
+        ),
+    ],
+    "shard": [
+        (
+            "a part is taken for the whole",
+            "run.py",
+            "return x.full_tensor() if isinstance(x, DTensor) else x",
+            "return x.to_local() if isinstance(x, DTensor) else x",
+        ),
+        (
+            "Adam's numbers of another cut go on",
+            "run.py",
+            "x = cut_as(parameters[int(index)], tensors[key].clone())",
+            "x = cut_as(parameters[0], tensors[key].clone())",
+        ),
+        (
+            "a rank without a prompt does not go along",
+            "feedback.py",
+            "along = order[: math.ceil(groups / run.world) - len(mine)]",
+            "along = order[:0] if mine else order[:1]",
+        ),
+        (
+            "rows that go along count",
+            "feedback.py",
+            "< real)[:, None]",
+            "< real + 1)[:, None]",
         ),
     ],
 }

@@ -2,6 +2,8 @@
 forked from a process that has imported torch and the scripts.
 
     on_ranks("sft", "sys.argv = [...]\\nsft.main()\\n")
+
+With gpu=True the ranks find the devices of tests/pretend_cuda.
 """
 
 import gc
@@ -16,21 +18,20 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 30  # what torchrun gives the ranks that are left when one has failed
-parents = []  # the process that forks, once there is one
+parents = {}  # {gpu: the process that forks, once there is one}
 
 
-def on_ranks(script, code, ranks=2, timeout=300):
+def on_ranks(script, code, ranks=2, timeout=300, gpu=False):
     """Runs `code`, which has the script's module, `sys`, `os` and `torch`; with one rank, without a
     world. -> returncode (1 if a rank failed; one rank's own), stdout and stderr of all ranks."""
     from torch.distributed import TCPStore  # the ranks meet there; not in the process that forks
 
-    if not parents:
-        parents.append(
-            subprocess.Popen(
-                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+    if gpu not in parents:
+        command = [sys.executable, __file__, *["gpu"] * gpu]
+        parents[gpu] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-    parent, store = parents[0], None
+    parent, store = parents[gpu], None
     with tempfile.TemporaryDirectory() as folder:
         job = {"code": f"import os, sys, torch\nimport {script}\n{code}", "ranks": ranks}
         job |= {"timeout": timeout, "folder": folder, "environment": dict(os.environ)}
@@ -106,6 +107,9 @@ def serve():
 if __name__ == "__main__":
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # no threads here, which a fork would lose
     sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+    if sys.argv[1:] == ["gpu"]:
+        sys.path.append(str(ROOT / "tests/pretend_cuda"))
+        __import__("pretend").pretend()
     for script in sorted(ROOT.glob("*.py")):
         __import__(script.stem)
     __import__("torch._dynamo")  # optimisers and DDP import it at first use, two seconds a rank

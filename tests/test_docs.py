@@ -13,14 +13,23 @@ from conftest import ROOT, rl_flags, run_script
 PAGES = [ROOT / "README.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ["", "data/", "experiments/", "tests/"]
 NOT_OURS = "script.py", "mine.py", "runs/", "data/toy/"  # begin so: made later, or the reader's
-TORCHRUN = {"nproc_per_node", "max-restarts", "standalone"}
+TORCHRUN = {
+    "nproc_per_node",
+    "max-restarts",
+    "standalone",
+    "nnodes",
+    "rdzv_backend",
+    "rdzv_id",
+    "rdzv_endpoint",
+}
+SCRIPT = re.compile(r"(?!.*pretend\.py).*\.py")  # not what runs another one
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def commands_of(text):
     """(script, the words that follow it) of all commands in a page."""
     for command in re.findall(r"(?:python|torchrun) ([^\n`#;]*)", re.sub(r"\\\n", "", text)):
-        words = [*dropwhile(lambda word: not word.endswith(".py"), command.split())]
+        words = [*dropwhile(lambda word: not SCRIPT.fullmatch(word), command.split())]
         if words:
             yield words[0], words[1:]
 

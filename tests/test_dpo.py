@@ -606,7 +606,8 @@ def test_two_ranks_with_few_prompts_online(data, tmp_path, n, stop):
     assert len(list(read_preferences(tmp_path / "run/rounds.jsonl"))) == len(rounds)
     if n > 1:
         first, second = (read_lines(tmp_path / rank)[0] for rank in "01")
-        assert first[0] != second[0] and not set(first[1]) & set(second[1])
+        own = second[1][: n // 2 * 3]  # the rest goes along
+        assert first[0] != second[0] and own and not set(first[1]) & set(own)
 
 
 def test_a_round_without_pairs(data, tmp_path, monkeypatch, capsys):
@@ -629,7 +630,7 @@ def test_noise_makes_no_pair_of_two_that_did_not_end(data, tmp_path, monkeypatch
     assert not rounds.exists() or not read_lines(rounds)
 
 
-def test_online_learns_what_the_judge_likes(data, tmp_path, monkeypatch):
+def test_online_learns_what_the_judge_likes(data, toy_data, tmp_path, monkeypatch):
     """A Python file that likes short responses: they get shorter; with the reference refreshed in
     each round KL to the start grows further."""
     (tmp_path / "short.py").write_text(
@@ -638,11 +639,12 @@ def test_online_learns_what_the_judge_likes(data, tmp_path, monkeypatch):
     short = tmp_path / "short.py"
     args = ["--online", short, "--gold", short, "--rounds", 10, "--round_prompts", 32]
     args += ["--batch_size", 16, "--lr", 3e-3, "--eval_every", 0, "--validation", "", "--beta", 1]
+    args += ["--prompts", toy_data / "prompts_validation.jsonl", "--num_prompts", 200]
     kl = []
     for more in ([], ["--refresh_reference"]):
         out = tmp_path / str(len(kl))
         assert run(monkeypatch, *flags(data, out, *args, *more)) == 0
-        assert report_of(out)["win_rate"] > 0.6
+        assert report_of(out)["win_rate"] > 0.6, report_of(out)
         kl.append(report_of(out)["kl"])
     assert 0.05 < kl[0] < kl[1]
 

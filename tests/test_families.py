@@ -111,11 +111,11 @@ def test_greedy_decoding_and_packed_rows(name, tmp_path):
     """64 tokens after ragged prompts, by the cache; packed rows as single ones, in float64."""
     model, ours = theirs(name, tmp_path), load_model(tmp_path)
     prompts = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]
-    tokens, mask = generate(ours, prompts, 64, temperature=0)
-    for row, inside, prompt in zip(tokens, mask, prompts, strict=True):
+    drawn = generate(ours, prompts, 64, temperature=0)
+    for prompt, response in zip(prompts, drawn, strict=True):
         how = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
         whole = model.generate(torch.tensor([prompt]), eos_token_id=None, **how)[0]
-        assert whole[len(prompt) :].tolist() == row[inside].tolist()
+        assert whole[len(prompt) :].tolist() == response
 
     ours, single = ours.double(), []
     responses = [[[11, 12], [13]], [[14, 15, 16]], [[20], [21, 22], [23]]]
@@ -231,10 +231,10 @@ def test_smollm2(smollm2, tmp_path):
     with torch.no_grad():
         gap = (ours(torch.tensor([ids])) - model(torch.tensor([ids])).logits).abs().max()
     assert gap < 1e-3  # of logits up to 30
-    tokens, mask = generate(ours, [ids], 32, temperature=0, eos=tokenizer.ends)
+    (response,) = generate(ours, [ids], 32, temperature=0, eos=tokenizer.ends)
     whole = model.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)[0]
-    assert whole[len(ids) :].tolist() == tokens[mask].tolist()
-    assert "Paris" in text_of(tokenizer, tokens[mask].tolist())
+    assert whole[len(ids) :].tolist() == response
+    assert "Paris" in text_of(tokenizer, response)
 
 
 def test_smollm2s_template_and_tokens(smollm2):

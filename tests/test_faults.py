@@ -738,7 +738,9 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(data, tmp_path):
     done = on_ranks("ppo", code_of("ppo", argv, fault))
     assert done.returncode == 0, done.stderr[-3000:]
     told = [line for line in done.stdout.splitlines() if line.startswith("ended")]
-    assert len(told) == 2 and told[0] == told[1] and "[1.0, 2.0, 1.0" in told[0], told
+    assert len(told) == 2 and told[0] == told[1], told
+    _, third, *later = json.loads(told[0].removeprefix("ended ").rsplit(" ", 1)[0])
+    assert third == 2 and set(later) == {1}, told  # the first may overflow by itself
 
 
 @matrix

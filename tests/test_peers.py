@@ -62,8 +62,8 @@ def test_greedy_generation_equals_theirs(pair_124m):
     """64 tokens, ragged prompts; one prompt at a time there, since they pad on the left."""
     other, ours = pair_124m
     prompts = [[15496, 995, 11], [464], [40, 588, 284, 711, 19270, 351]]
-    tokens, mask = generate(ours, prompts, 64, temperature=0)
-    for row, inside, prompt in zip(tokens, mask, prompts, strict=True):
+    responses = generate(ours, prompts, 64, temperature=0)
+    for prompt, response in zip(prompts, responses, strict=True):
         with torch.no_grad():
             expected = other.generate(
                 torch.tensor([prompt]),
@@ -73,7 +73,7 @@ def test_greedy_generation_equals_theirs(pair_124m):
                 eos_token_id=None,
                 pad_token_id=0,
             )
-        assert row[inside].tolist() == expected[0, len(prompt) :].tolist()
+        assert response == expected[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("form", ["float16", "bfloat16", "sharded", "no prefix"])
@@ -199,8 +199,8 @@ def test_a_run_of_sft_opens_there(tmp_path, toy_data, monkeypatch):
     expected = model.generate(**inputs, max_new_tokens=10, do_sample=False, pad_token_id=0)
     prompt = inputs["input_ids"][0].tolist()
     eos = tokenizer.eos_token_id
-    tokens, _ = generate(load_model(tmp_path / "run"), [prompt], 10, temperature=0, eos=eos)
-    assert tokens[0].tolist() == expected[0, : tokens.shape[1]].tolist()
+    (response,) = generate(load_model(tmp_path / "run"), [prompt], 10, temperature=0, eos=eos)
+    assert response == expected[0, len(prompt) :][: len(response)].tolist()
 
 
 def test_half_precision_files_of_theirs_keep_their_values(tmp_path):

@@ -204,7 +204,7 @@ def test_a_scripts_own_flags_come_first():
 
 
 def new(out="", **settings):
-    return Run(Config(out_dir=str(out), device="cpu", **settings))
+    return Run(Config(**{"out_dir": str(out), "device": "cpu"} | settings))
 
 
 def test_devices_and_precisions(capsys):
@@ -220,13 +220,15 @@ def test_devices_and_precisions(capsys):
         with run.autocast:
             assert torch.is_autocast_enabled("cpu") == mixed
         assert (run.rank, run.world, run.device.type) == (0, 1, "cpu")
-    names = [("gpu", "--device gpu: expected cpu or cuda")]
+    names = [(name, "expected cpu, cuda or mps") for name in ("gpu", "cuda:x", "cpu:1:")]
     if not torch.cuda.is_available():
-        assert Run.choose_device("").type == "cpu"
+        assert new(device="").device.type == "cpu"
         names += [(name, "there is no such CUDA device here") for name in ("cuda", "cuda:99")]
+    if not torch.backends.mps.is_available():
+        names += [("mps", "there is no such device here")]
     for name, message in names:
         with pytest.raises(SystemExit) as ended:
-            Run.choose_device(name)
+            new(device=name)
         assert ended.value.code == 2 and message in capsys.readouterr().err
     # Sampling on the CPU is by the model itself, in eval mode.
     net = nn.Linear(2, 2)
