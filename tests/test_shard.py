@@ -1,10 +1,13 @@
 """--shard: weights, gradients and Adam's numbers cut over the ranks, by FSDP, are DDP's."""
 
+import json
+import re
+
 import pytest
 import test_faults
 from conftest import gradient, metrics, weights
 from ranks import on_ranks
-from test_faults import COMMANDS, argv_of, at_step, code_of, module_of, same
+from test_faults import COMMANDS, QUICK, argv_of, at_step, code_of, module_of, same
 
 from model import load_model
 
@@ -30,13 +33,19 @@ def one_step(ranks, script, data, out, *more):
     return gradient(out), metrics(out)
 
 
+def numbers_in(lines):
+    """All of a log's but shares of time, in their order."""
+    lines = [{k: v for k, v in line.items() if not k.endswith("_share")} for line in lines]
+    return [float(x) for x in re.findall(r"-?\d[\d.]*(?:e-?\d+)?", json.dumps(lines))]
+
+
 @pytest.mark.parametrize(
     "script, ranks",
     [("sft", 2), ("ppo", 3)]
     + [
         pytest.param(script, ranks, marks=pytest.mark.faults)
         for script in COMMANDS
-        for ranks in (2, 3)
+        for ranks in ((2,) if QUICK else (2, 3))
         if (script, ranks) not in (("sft", 2), ("ppo", 3))
     ],
 )
@@ -46,10 +55,7 @@ def test_gradients_are_those_of_ddp(script, ranks, data, tmp_path):
     plain, logged = one_step(ranks, script, data, tmp_path / "plain")
     cut, also = one_step(ranks, script, data, tmp_path / "cut", "--shard")
     assert (plain - cut).abs().max() <= 1e-12 * max(1, plain.abs().max())
-    for a, b in zip(logged, also, strict=True):
-        assert a.keys() == b.keys()
-        for name in a.keys() - {"rollout_share", "scoring_share", "update_share"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-9, abs=1e-9), name
+    assert numbers_in(logged) == pytest.approx(numbers_in(also), rel=1e-9, abs=1e-9)
     model, other = load_model(tmp_path / "plain"), load_model(tmp_path / "cut")
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert (a - b).abs().max() < 1e-6
@@ -57,7 +63,8 @@ def test_gradients_are_those_of_ddp(script, ranks, data, tmp_path):
 
 @pytest.mark.parametrize(
     "script",
-    ["ppo"] + [pytest.param(x, marks=pytest.mark.faults) for x in COMMANDS if x != "ppo"],
+    ["ppo"]
+    + [pytest.param(x, marks=pytest.mark.faults) for x in COMMANDS if x != "ppo" and not QUICK],
 )
 def test_a_cut_run_goes_on(script, data, tmp_path):
     """After SIGTERM to one rank, to the same weights bit for bit; not on another number of ranks,

@@ -10,7 +10,6 @@ operator at a time. Without it nothing is compiled, and flex_attention is the CP
 import collections
 import contextlib
 import ctypes
-import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -63,11 +62,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch.nn.attention import flex_attention as flex  # noqa: E402
 
-compile_, module_compile, attention = torch.compile, torch.nn.Module.compile, flex.flex_attention
-
-
-def asked():
-    return "--compile" in sys.argv
+compile_, attention = torch.compile, flex.flex_attention
 
 
 def attend(q, k, v, block_mask, enable_gqa):
@@ -121,8 +116,7 @@ def pretend():
     cuda.CUDAGraph, cuda.graph = Graph, recording
     cuda.device = lambda *_: contextlib.nullcontext()
     torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream = lambda: index[0], lambda _: 0
-    torch.compile = lambda f: compile_(f, backend="aot_eager") if asked() else f
-    torch.nn.Module.compile = functools.partialmethod(module_compile, backend="aot_eager")
+    torch.compile = lambda f: compile_(f, backend="aot_eager") if "--compile" in sys.argv else f
     flex.flex_attention = attend
     begin = dist.init_process_group
     dist.init_process_group = lambda backend, **how: begin("cpu:gloo,cuda:gloo", **how)
