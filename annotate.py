@@ -253,8 +253,7 @@ def load_policies(cfg, run):
         model, tokenizer = load_policy(directory, run)
         if cfg.max_new_tokens >= model.config.n_positions:
             refuse(f"--max_new_tokens: {directory} has only {model.config.n_positions} positions")
-        model = model.to(run.dtype if run.device.type == "cuda" else torch.float32)
-        policies.append((text, model, tokenizer, temperature))
+        policies.append((text, run.sampler(model), tokenizer, temperature))
     return policies
 
 

@@ -1,7 +1,7 @@
 """Every script on the devices of tests/pretend_cuda, which are CUDA's but for their kernels.
 
 What CUDA would refuse ends the script; where Python would wait for a GPU is counted. Compiled by
-g++ at the first call; without it these tests are skipped.
+g++ at the first call, for the CPU build of torch; without them these tests are skipped.
 """
 
 import itertools
@@ -10,11 +10,15 @@ import shutil
 
 import pytest
 import test_faults
+import torch
 from conftest import weights
 from ranks import on_ranks
 from test_faults import COMMANDS, QUICK, argv_of, at_step, code_of, module_of, same
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="the device is compiled by g++")
+pytestmark = pytest.mark.skipif(
+    not shutil.which("g++") or torch.version.cuda is not None,
+    reason="the device is compiled by g++, for a torch without CUDA",
+)
 SCRIPTS, data = list(COMMANDS), test_faults.data
 QUIET = "--eval_every 0 --save_every 0 --log_every 1000".split()
 

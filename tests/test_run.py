@@ -235,6 +235,29 @@ def test_devices_and_precisions(capsys):
     assert new(dtype="bfloat16").sampler(net) is net and not net.training
 
 
+def test_a_gpu_without_its_driver_is_said(monkeypatch, capsys):
+    """A torch for CUDA that finds none trains on the CPU, and says so, once."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert new(device="").device.type == new().device.type == "cpu"
+    assert capsys.readouterr().err.count("built for CUDA 12.8, but finds no GPU or no driver") == 1
+    monkeypatch.setenv("RANK", "1")
+    new(device="")
+    assert not capsys.readouterr().err
+
+
+def test_an_apple_gpu_is_let_through(monkeypatch, capsys):
+    """In float32 and one process; sums are then in float32 too, as it has no float64."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    run = new(device="mps")
+    assert (run.device.type, run.dtype, run.wide) == ("mps", torch.float32, torch.float32)
+    for settings, world in (({"dtype": "bfloat16"}, "1"), ({}, "2")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(SystemExit):
+            new(device="mps", **settings)
+        assert "--device mps: expected one process, in float32" in capsys.readouterr().err
+
+
 OF_RANKS = """
 def main():
     cfg = run.TrainingFlags(device='cpu', timeout_s=60)
