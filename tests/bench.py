@@ -99,8 +99,8 @@ def seconds(function):
 class Machine:
     """What it can do at best: FLOP/s of a square product, bytes/s read and written."""
 
-    def __init__(self, device="cpu", dtype=torch.float32):
-        n, size = (8192, 2**30) if device == "cuda" else (1536, 2**29)
+    def __init__(self, device="cpu", dtype=torch.float32, full=False):
+        n, size = (8192, 2**30) if full else (1536, 2**29)
         a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in "abc")
         source, sink = (torch.empty(size // 4, device=device) for _ in "ab")
         source.fill_(1)
@@ -919,7 +919,7 @@ def bench_gpu(full):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     small = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 128}
     config, tokenizer = GPTConfig(**{} if full else small), words_of_gpt2()
-    machines = {dtype: Machine(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    machines = {dtype: Machine(device, dtype, full) for dtype in (torch.float32, torch.bfloat16)}
     for dtype, machine in machines.items():
         print(
             f"{dtype}: {machine.flops / 1e12:,.1f} TFLOP/s, {machine.bytes / 1e9:,.0f} GB/s",

@@ -654,7 +654,7 @@ def test_judges_that_fail(tmp_path, monkeypatch, capsys, text, message):
     args = outputs(tmp_path, a={"p": "x"}, b={"p": "y"})
     (tmp_path / "bad.py").write_text(f"def score(p, r, **f): return 1\n{text}\n")
     args += ["--prompts", "", "--gold", tmp_path / "bad.py", "--out_dir", tmp_path / "out"]
-    assert run(monkeypatch, *args) == 2
+    assert run(monkeypatch, *args, "--device", "cpu") == 2
     error = capsys.readouterr().err
     assert f"bad.py: {message}" in error and error.count("\n") == 1
 

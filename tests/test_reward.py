@@ -606,7 +606,7 @@ def test_a_reward_model_must_be_normalised(data, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="never normalised"):
         load_reward_model(tmp_path / "raw")
     path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "P", "response": "r"}])
-    more = ["--data", path, "--out", tmp_path / "scored.jsonl"]
+    more = ["--data", path, "--out", tmp_path / "scored.jsonl", "--device", "cpu"]
     assert run(monkeypatch, "score", "--init", tmp_path / "raw", *more) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "never normalised" in error

@@ -20,6 +20,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # the script will be that: here is the same as a module of its own
+    import pretend
+
+    pretend.main()
+    sys.exit()
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
@@ -52,8 +58,19 @@ def on_wait(operator):
     waits[f"{where} {operator.decode()}"] += 1
 
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # kernels are overridden on purpose
-device = ctypes.CDLL(built(), ctypes.RTLD_GLOBAL)  # before torch, which looks for CUDA once
+def loaded(library):
+    """In silence, as it says that kernels are overridden."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        return ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+device = loaded(built())  # before torch, which looks for CUDA once
 device.on_wait(on_wait)
 device.record.restype = ctypes.c_void_p
 device.replay.argtypes = device.forget.argtypes = [ctypes.c_void_p]
@@ -131,7 +148,3 @@ def main():
     finally:
         if "WAITS" in os.environ:
             Path(os.environ["WAITS"]).write_text(json.dumps(waits.most_common(), indent=1))
-
-
-if __name__ == "__main__":
-    main()
