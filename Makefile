@@ -182,7 +182,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) test-half test-rest
 
 # About as long as the others together.
-HALF := $(patsubst %,tests/test_%.py,annotate collapse data evaluate faults grpo sft)
+HALF := $(patsubst %,tests/test_%.py,annotate collapse data evaluate faults gpu grpo sft)
 test-half:; @$(PYTHON) -m pytest $(wildcard $(HALF))
 test-rest:; @$(PYTHON) -m pytest $(addprefix --ignore=,$(HALF))
 
