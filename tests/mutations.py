@@ -262,6 +262,12 @@ MUTATIONS = {
     ],
     "feedback": [
         (
+            "rows that go along count",
+            "feedback.py",
+            "< real)[:, None]",
+            "< real + 1)[:, None]",
+        ),
+        (
             "responses see each other",
             "model.py",
             "of_it = (part[b, k] == 0) | (part[b, k] == part[b, q])",
@@ -1612,12 +1618,6 @@ MUTATIONS = {
             "feedback.py",
             "along = order[: math.ceil(groups / run.world) - len(mine)]",
             "along = order[:0] if mine else order[:1]",
-        ),
-        (
-            "rows that go along count",
-            "feedback.py",
-            "< real)[:, None]",
-            "< real + 1)[:, None]",
         ),
     ],
 }

@@ -637,6 +637,9 @@ def test_parts_of_a_rollout(small_gpt, tokenizer):
         "b",
         "c",
     ]
+    for real in range(4):  # the others go along
+        assert torch.equal(rollout.counted(real)[:real], rollout.mask[:real])
+        assert not rollout.counted(real)[real:].any()
     shapes = {0: [(3, 6)], 1: [(1, 4), (1, 2), (1, 6)], 2: [(2, 4), (1, 6)], 9: [(3, 6)]}
     model = small_gpt(dtype=torch.float64, vocab_size=tokenizer.n_vocab)
     for size, expected in shapes.items():

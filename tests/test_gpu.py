@@ -109,7 +109,7 @@ def test_float16_and_adapters(script, data, tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("dtype", ["bfloat16"] if QUICK else ["bfloat16", "float16"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", RESUMED if QUICK else SCRIPTS)
 def test_compiled(script, dtype, data, tmp_path):
     """The self-checks let it begin: the reference goes through what the policy goes through."""
     more = ["--compile", "--dtype", dtype, "--checkpoint_activations", *QUIET]
@@ -117,7 +117,7 @@ def test_compiled(script, dtype, data, tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", RESUMED if QUICK else SCRIPTS)
 def test_two_ranks(script, data, tmp_path):
     """Under DDP, gloo in the place of NCCL: on `cpu:gloo,cuda:gloo`."""
     for dtype in ("bfloat16", "float16"):
