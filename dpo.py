@@ -334,10 +334,11 @@ def pair_numbers(logprobs, ref_logprobs, keep, label, cfg):
     }
 
 
-def sums_of(losses, logprobs, b, weight, cfg):
+def sums_of(losses, logprobs, b, weight, run):
     """`pair_numbers` of a batch, its `loss` and how many `prompts`; all 0 where its weight is."""
-    found = pair_numbers(logprobs, b.ref_logprobs, b.keep, b.label, cfg)
-    found |= {"loss": losses.detach().sum(), "prompts": len(losses)}
+    found = pair_numbers(logprobs, b.ref_logprobs, b.keep, b.label, run.cfg)
+    found = {name: x.to(run.wide) for name, x in found.items()}
+    found |= {"loss": losses.detach().sum().to(run.wide), "prompts": len(losses)}
     return {name: weight * x for name, x in found.items()}
 
 
@@ -365,7 +366,7 @@ def held_out_numbers(policy, examples, run):
         logprobs = discounted(token_logprobs(logits, b.tokens, b.mask), b.mask, cfg.gamma)
         logprobs = logprobs[b.rows]  # (B, K)
         losses = preference_loss(logprobs, b.ref_logprobs, b.keep, b.label, cfg)
-        sums.update(sums_of(losses, logprobs, b, weight, cfg))
+        sums.update(sums_of(losses, logprobs, b, weight, run))
     return means_of(run.sum(run.in_numbers(sums)))
 
 
@@ -663,7 +664,7 @@ def main():
             run.scaler.scale(losses.sum() * weight * run.world / len(batch)).backward()
             if run.step == 0 and has_reference(cfg) and not cfg.reference:
                 check_reference(logprobs, b.ref_logprobs, run)
-            run.count(**sums_of(losses, logprobs, b, weight, cfg))
+            run.count(**sums_of(losses, logprobs, b, weight, run))
             tokens = sum(len(prompt) + len(response) for prompt, response in rows_of(some))
             run.count(tokens=weight * tokens)
         norm = 0.0

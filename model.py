@@ -651,7 +651,7 @@ class Replayed:
         self.column.fill_(column)
         self.visible[..., column] = True
         if column >= self.size:
-            self.size = column + 256
+            self.size = (column // 256 + 1) * 256
             self.again = recorded(self.compute) if tokens.is_cuda else self.compute
         self.again()
         return self.logits

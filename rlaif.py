@@ -457,7 +457,7 @@ class LocalJudge(Judge):
 
     def __init__(self, directory, run, dtype):
         self.model, self.tokenizer = load_policy(directory, run)
-        self.model.to(dtype).requires_grad_(False)
+        self.model.to(run.device, dtype).requires_grad_(False)  # whole, also beside --shard
         self.device = run.device
         files = [*weight_files(Path(directory)), Path(directory, "config.json")]
         read_as = identity(self.tokenizer)

@@ -2,7 +2,7 @@
 
     make bench                    # everything that takes less than some minutes a line
     make bench BENCH=--full       # the 124M shape too
-    python tests/bench.py --gpu   # on a GPU: GPT-2's shape, without peers, some ten minutes
+    python tests/bench.py --gpu   # on a GPU: GPT-2's shape, without peers
 
 Both sides start from the same files, on the same lines, and take the same batches with dropout
 off, each by its own script. Each comparison has a gate: losses equal to 1e-5, parameters after a

@@ -1519,7 +1519,7 @@ MUTATIONS = {
             "a recorded step always writes the column that it was recorded with",
             "model.py",
             "self.column.fill_(column)",
-            "self.column.fill_(column if self.size == 0 else self.size - 256)",
+            "self.column.fill_(column // 256 * 256)",
         ),
         (
             "what is recorded asks the GPU for a number",

@@ -162,8 +162,8 @@ FAMILIES = {
 
 @pytest.fixture
 def family(small_gpt):
-    def make(name):
-        settings = {"n_kv_head": 2, "n_inner": 40, "rope": THETA} | FAMILIES[name]
+    def make(name, **more):
+        settings = {"n_kv_head": 2, "n_inner": 40, "rope": THETA} | FAMILIES[name] | more
         return randomise(small_gpt(dtype=torch.float64, **settings))
 
     return make
@@ -512,6 +512,22 @@ def test_cached_equals_uncached(small_gpt, temperature, eos):
     assert len(responses) == len(RAGGED) * K
     if eos is not None and temperature == 1.0:
         assert len(lengths) > 3 and max(lengths) == 64  # some ended early, some never
+
+
+@pytest.mark.parametrize("name, eos", [("gpt2", None), ("llama3", None), ("llama3", 3)])
+def test_steps_in_the_same_places_draw_the_same_tokens(small_gpt, family, name, eos):
+    """As a GPU replays them, but not recorded: over two sizes of the cache, ragged prompts and
+    equal ones, rows that end and are retired."""
+    more = {"n_positions": 400}
+    model = small_gpt(**more) if name == "gpt2" else family(name, **more)
+    for prompts in (RAGGED, [[1, 2], [3, 4]]):
+        steps = [
+            list(decode(model, prompts, 280, 2, 1.0, 0, 1.0, eos, generator, static))
+            for static in (False, True)
+            for generator in [torch.Generator().manual_seed(5)]
+        ]
+        for plain, replayed in zip(*steps, strict=True):
+            assert torch.equal(plain, replayed)
 
 
 def test_generation_is_deterministic_and_differs_between_samples(small_gpt):
